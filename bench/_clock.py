@@ -1,0 +1,173 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""How long a jitted function takes.
+
+Two ways, and a `Timing` says which one it is. `time_calls` reads the wall clock around one call:
+right on a CPU, where a call is long against Python's dispatch. `time_loop` runs the step n and 2n
+times inside one jitted loop and divides the difference by n: dispatch and transfer are in both and
+cancel, so that it is the one to use on a GPU or TPU. `time_step` chooses by the device.
+
+Both take steps that update a donated state (the pool), and both can rotate over several states so
+that no step finds in a cache what the step before it left there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Microseconds of one step over several repeats.
+
+    Attributes:
+      median_us: the median.
+      p20_us: a fifth of the repeats were faster.
+      p80_us: a fifth of the repeats were slower.
+      repeats: number of samples.
+      method: "wall clock" or "in-jit loop".
+    """
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+    repeats: int
+    method: str
+
+    def gb_per_s(self, num_bytes: float) -> float:
+        """1e9 bytes a second at the median, for a step that moves `num_bytes`."""
+        return num_bytes / self.median_us * 1e-3
+
+
+def summarise(samples_us: Sequence[float], method: str) -> Timing:
+    """Median and percentiles (interpolated) of samples.
+
+    Raises:
+      ValueError: no samples.
+    """
+    if not samples_us:
+        raise ValueError("summarise: samples_us is empty; want one sample or more")
+    if len(samples_us) == 1:
+        p20 = p80 = samples_us[0]
+    else:
+        p20, _, _, p80 = statistics.quantiles(samples_us, n=5, method="inclusive")
+    return Timing(statistics.median(samples_us), p20, p80, len(samples_us), method)
+
+
+def time_step(
+    step: Callable[..., Any],
+    states: Sequence[Any],
+    inputs: Sequence[Any] = (),
+    *,
+    repeats: int = 20,
+    iterations: int = 64,
+) -> Timing:
+    """Times `state = step(state, *inputs)` the way that suits the default device.
+
+    Args:
+      step: returns a state of the same shapes and dtypes. Plain or jitted.
+      states: one state, or several to rotate over. They are donated: do not use them afterwards.
+      inputs: arrays that every step reads.
+      repeats: samples.
+      iterations: of the in-jit loop; unused on a CPU.
+    """
+    if jax.devices()[0].platform == "cpu":
+        return time_calls(step, states, inputs, repeats=repeats)
+    return time_loop(step, states, inputs, repeats=repeats, iterations=iterations)
+
+
+def time_calls(
+    step: Callable[..., Any],
+    states: Sequence[Any],
+    inputs: Sequence[Any] = (),
+    *,
+    repeats: int = 20,
+    warmup: int = 3,
+) -> Timing:
+    """Times single calls by the wall clock, Python's dispatch included.
+
+    Args:
+      step: see `time_step`.
+      states: see `time_step`.
+      inputs: see `time_step`.
+      repeats: samples.
+      warmup: calls before the first sample, one for each state at least; the first one compiles.
+    """
+    _check_positive(repeats=repeats, states=len(states))
+    run = jax.jit(step, donate_argnums=0)
+    states = list(states)
+    samples = []
+    warmup = max(warmup, len(states))
+    for i in range(warmup + repeats):
+        state = jax.block_until_ready(states[i % len(states)])
+        began = time.perf_counter()
+        state = jax.block_until_ready(run(state, *inputs))
+        samples.append((time.perf_counter() - began) * 1e6)
+        states[i % len(states)] = state
+    return summarise(samples[warmup:], "wall clock")
+
+
+def time_loop(
+    step: Callable[..., Any],
+    states: Sequence[Any],
+    inputs: Sequence[Any] = (),
+    *,
+    repeats: int = 20,
+    iterations: int = 64,
+) -> Timing:
+    """Times the step inside one jitted loop: (time of 2n rounds - time of n rounds) / n.
+
+    A round is one step on each state. Trip counts are static, because XLA on a GPU reads a dynamic
+    loop condition back to the host in every round.
+
+    Args:
+      step: see `time_step`. It must use its state, or the compiler hoists it out of the loop.
+      states: see `time_step`.
+      inputs: see `time_step`.
+      repeats: samples.
+      iterations: n, rounds of the shorter loop.
+
+    Raises:
+      ValueError: the longer loop was not the slower one in the median: n is too small for this
+        machine's noise, or the compiler removed the step.
+    """
+    _check_positive(repeats=repeats, iterations=iterations, states=len(states))
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def rounds(n, states, inputs):
+        return jax.lax.fori_loop(0, n, lambda _, s: tuple(step(x, *inputs) for x in s), states)
+
+    carried, inputs = tuple(states), tuple(inputs)
+
+    def seconds(n: int) -> float:
+        nonlocal carried
+        began = time.perf_counter()
+        carried = jax.block_until_ready(rounds(n, carried, inputs))
+        return time.perf_counter() - began
+
+    jax.block_until_ready((carried, inputs))
+    for n in (iterations, 2 * iterations):
+        seconds(n)  # compiles
+    steps = iterations * len(states)
+    samples = []
+    for _ in range(repeats):
+        short = seconds(iterations)
+        samples.append((seconds(2 * iterations) - short) / steps * 1e6)
+    timing = summarise(samples, "in-jit loop")
+    if timing.median_us <= 0:
+        raise ValueError(
+            f"time_loop: {2 * iterations} rounds took no longer than {iterations}; raise iterations"
+        )
+    return timing
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; want 1 or more")

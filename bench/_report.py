@@ -1,0 +1,212 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""What a benchmark prints: a table, JSON, a plot, its progress, and where it ran."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+import jax
+
+_NUMBER = re.compile(r"[-+]?[\d.,]+([eE][-+]?\d+)?[%x]?|-|")
+
+
+def table(rows: Sequence[Mapping[str, Any]], *, indent: int = 0) -> str:
+    """Rows as fixed-width text: a header, a rule, a line a row.
+
+    Args:
+      rows: column name -> cell, formatted by the caller (`str` is applied). All rows have the
+        columns of the first. Columns of numbers are aligned right.
+      indent: spaces before each line.
+
+    Raises:
+      ValueError: rows have different columns.
+    """
+    if not rows:
+        return ""
+    names = list(rows[0])
+    for i, row in enumerate(rows):
+        if list(row) != names:
+            raise ValueError(f"table: row {i} has columns {list(row)}; row 0 has {names}")
+    lines = []
+    columns = [[str(row[name]) for row in rows] for name in names]
+    widths = [max(map(len, [n, *column])) for n, column in zip(names, columns, strict=True)]
+    right = [all(_NUMBER.fullmatch(cell) for cell in column) for column in columns]
+    for cells in [names, ["-" * width for width in widths], *zip(*columns, strict=True)]:
+        padded = [
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(cells, widths, right, strict=True)
+        ]
+        lines.append((" " * indent + "  ".join(padded)).rstrip())
+    return "\n".join(lines)
+
+
+def write_json(record: Mapping[str, Any], file: TextIO | None = None) -> None:
+    """Writes a record as JSON, to stdout unless told otherwise.
+
+    With `--json` nothing else may go to stdout; tables and remarks go to stderr.
+
+    Raises:
+      ValueError: a value is NaN or infinite, which JSON cannot say.
+    """
+    text = json.dumps(record, indent=2, allow_nan=False)
+    print(text, file=sys.stdout if file is None else file, flush=True)
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what a number was made; goes into every JSON record.
+
+    Returns:
+      date (UTC, ISO 8601), commit ("-dirty" when tracked files differ from it; None outside a
+      checkout), python, jax, jaxlib and libtpu versions (None where not installed), platform,
+      device_kind and num_devices as jax sees them, cpu and num_cpus.
+    """
+    devices = jax.devices()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(pathlib.Path(__file__).resolve().parent.parent),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("jax", "jaxlib", "libtpu")},
+        "platform": devices[0].platform,
+        "device_kind": devices[0].device_kind,
+        "num_devices": len(devices),
+        "cpu": _cpu_model(),
+        "num_cpus": os.cpu_count(),
+    }
+
+
+class Progress:
+    """A line on stderr that says how far a run is, if stderr is a terminal; else nothing.
+
+    with Progress(len(cases), "compiling") as progress:
+        for case in cases:
+            ...
+            progress.step(case.name)
+    """
+
+    def __init__(self, total: int, what: str, file: TextIO | None = None):
+        """Args: total: number of steps. what: a verb for them. file: stderr if left out."""
+        self._total, self._what, self._done = total, what, 0
+        self._file = sys.stderr if file is None else file
+        self._shown = self._file.isatty()
+
+    def __enter__(self) -> Progress:
+        self._show("")
+        return self
+
+    def step(self, name: str) -> None:
+        """One more step is done; `name` says which."""
+        self._done += 1
+        self._show(name)
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            self._file.write("\r\x1b[K")  # leave no trace beside the table
+            self._file.flush()
+
+    def _show(self, name: str) -> None:
+        if self._shown:
+            self._file.write(f"\r\x1b[K{self._what} {self._done}/{self._total} {name}"[:100])
+            self._file.flush()
+
+
+def require_matplotlib() -> None:
+    """Ends the program with one sentence if there is nothing to plot with.
+
+    Benchmarks call it before the work whose result they are asked to plot.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise SystemExit(
+            "--plot needs matplotlib, which is not installed: pip install 'pallas-paged[plot]'"
+        ) from None
+
+
+def save_plot(
+    path: str | os.PathLike,
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    log_x: bool = True,
+    log_y: bool = True,
+) -> None:
+    """Writes a PNG of line plots side by side on one scale.
+
+    Args:
+      path: the file to write.
+      panels: panel title -> line label -> (x, y) points. A label keeps its colour in all panels.
+      xlabel: with its unit.
+      ylabel: with its unit.
+      title: of the whole figure; says whether the numbers are measured or predicted.
+      log_x: logarithmic x axis, base 2.
+      log_y: logarithmic y axis.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure  # no pyplot: it would look for a display
+
+    figure = Figure(figsize=(1 + 4 * len(panels), 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    for ax, (panel, lines) in zip(axes, panels.items(), strict=True):
+        for label, points in lines.items():
+            ax.plot(*zip(*points, strict=True), "o-", label=label, color=f"C{labels.index(label)}")
+        if log_x:
+            ax.set_xscale("log", base=2)
+        if log_y:
+            ax.set_yscale("log")
+        ax.set(title=panel, xlabel=xlabel)
+        ax.grid(True, alpha=0.3)
+    axes[0].set_ylabel(ylabel)
+    axes[0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, format="png")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit(root: pathlib.Path) -> str | None:
+    """Commit of the checkout whose root this is, or None."""
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=30
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    top = git("rev-parse", "--show-toplevel")
+    if top is None or pathlib.Path(top).resolve() != root:
+        return None  # installed inside somebody else's checkout
+    commit = git("rev-parse", "--short=12", "HEAD")
+    if commit is None:
+        return None
+    return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _cpu_model() -> str:
+    """The processor's name, as well as the operating system says it."""
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()

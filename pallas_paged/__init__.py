@@ -1,0 +1,22 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Paged KV-cache kernels for JAX: write keys and values into pages, attend over them."""
+
+from pallas_paged.kv_write.api import (
+    WriteIndices,
+    copy_pages,
+    page_write,
+    slice_write,
+    token_write,
+    write_indices,
+)
+from pallas_paged.layout import make_kv_pages
+
+__all__ = [
+    "WriteIndices",
+    "copy_pages",
+    "make_kv_pages",
+    "page_write",
+    "slice_write",
+    "token_write",
+    "write_indices",
+]

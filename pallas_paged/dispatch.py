@@ -1,0 +1,58 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Which backend runs an op: their names, their order per platform, and the only platform test."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+
+Backend = Literal["auto", "oracle", "mosaic_tpu", "mosaic_gpu"]
+
+BACKENDS = ("oracle", "mosaic_tpu", "mosaic_gpu")
+
+# What "auto" tries, first to last. The oracle is plain jax.numpy and ends every list.
+_AUTO_ORDER = {
+    "tpu": ("mosaic_tpu", "oracle"),
+    "gpu": ("mosaic_gpu", "oracle"),
+    "cpu": ("oracle",),
+}
+
+
+def platform() -> str:
+    """The platform that a call made now would run on: "tpu", "gpu" or "cpu"."""
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
+def choose(op: str, backend: str, reasons: Mapping[str, str | None]) -> str:
+    """Picks the backend of one call.
+
+    Args:
+      op: the op's name, for the message.
+      backend: "auto" or the name of a backend. A named backend is used or refused, never replaced.
+      reasons: for every backend, None where it runs this call or the sentence why it cannot.
+
+    Returns:
+      the backend's name.
+
+    Raises:
+      ValueError: `backend` is no backend's name.
+      NotImplementedError: the named backend cannot run this call; the message says why.
+
+    >>> choose("page_write", "oracle", {"oracle": None})
+    'oracle'
+    """
+    if backend == "auto":
+        order = _AUTO_ORDER.get(platform(), ("oracle",))
+        return next(name for name in order if reasons.get(name) is None and name in reasons)
+    if backend not in BACKENDS:
+        raise ValueError(
+            f'{op}: backend is {backend!r}; wanted "auto" or one of '
+            f"{', '.join(map(repr, BACKENDS))}"
+        )
+    reason = reasons[backend]
+    if reason is not None:
+        raise NotImplementedError(f"{op}: backend {backend!r} cannot run this call: {reason}")
+    return backend

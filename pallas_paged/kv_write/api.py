@@ -1,0 +1,314 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""The public writes: signatures, docstrings, checks and dispatch. No kernel code.
+
+Every op takes the pool, donates it, and returns it updated in place. An entry that is out of range
+anywhere (its page or slot outside the pool, -1 included, or its source outside the batch) is
+skipped whole; nothing is clamped. Two entries for one slot: either may win (`validate` refuses).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_paged import checks, dispatch, layout
+from pallas_paged.dispatch import Backend
+from pallas_paged.kv_write import mosaic_tpu, oracle
+from pallas_paged.kv_write.indices import WriteIndices, write_indices
+
+__all__ = [
+    "WriteIndices",
+    "copy_pages",
+    "page_write",
+    "slice_write",
+    "token_write",
+    "write_indices",
+]
+
+_NO_GPU_YET = "the Mosaic GPU kernels are not written yet; the oracle runs on a GPU"
+
+
+def page_write(
+    kv_pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    page_ids: jax.Array,
+    token_starts: jax.Array | None = None,
+    *,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
+    num_kv_heads: int | None = None,
+    config: mosaic_tpu.Config | None = None,
+    backend: Backend = "auto",
+) -> jax.Array:
+    """Writes whole pages: page `page_ids[i]` gets tokens `token_starts[i] .. + page_size`.
+
+    Args:
+      kv_pages: [P, page_size, R, C], the pool; donated.
+      k, v: [T, K, H] or [T, K*H], float32 or bfloat16 (float16 in the oracle), any T.
+      page_ids: int32[n]; -1 skips.
+      token_starts: int32[n], the first token of each page in the packed batch, in any order (in
+        ascending order the batch is read once); None means `i * page_size`.
+      k_scale, v_scale: float32[] or float32[K], for fp8 and int8 pools: the pool stores
+        `x / scale` (rounding: `kv_write.oracle.quantize`). None means 1.
+      num_kv_heads: K; needed where k is [T, K*H] and C is 128.
+      config: block sizes of the kernel; None lets the backend choose.
+      backend: "auto", "oracle" or "mosaic_tpu".
+
+    Returns:
+      the pool, [P, page_size, R, C].
+
+    Raises:
+      ValueError: an argument has the wrong form.
+      NotImplementedError: the named backend cannot run this call.
+
+    >>> pool = layout.make_kv_pages(4, 2, num_kv_heads=1, head_dim=128, dtype=jnp.float32)
+    >>> k = jnp.arange(1.0, 6.0)[:, None, None] * jnp.ones((5, 1, 128))  # 5 tokens
+    >>> starts = jnp.array([1, 3], jnp.int32)  # tokens 1 and 2, tokens 3 and 4
+    >>> pool = page_write(pool, k, -k, jnp.array([3, 0], jnp.int32), starts)
+    >>> pool[:, :, :2, 0].tolist()  # K and V of both rows of each page
+    ... # doctest: +NORMALIZE_WHITESPACE
+    [[[4.0, -4.0], [5.0, -5.0]], [[0.0, 0.0], [0.0, 0.0]],
+     [[0.0, 0.0], [0.0, 0.0]], [[2.0, -2.0], [3.0, -3.0]]]
+    """
+    op = "page_write"
+    heads, head_dim = checks.require_write(op, kv_pages, k, v, k_scale, v_scale, num_kv_heads)
+    checks.require_int32(op, "page_ids", page_ids, 1, "[n]")
+    if token_starts is not None:
+        _require_same_form(op, "token_starts", token_starts, "page_ids", page_ids)
+    backend = _choose(op, backend, kv_pages, k, heads, head_dim, config)
+    return _page_write(
+        kv_pages, k, v, page_ids, token_starts, k_scale, v_scale, heads, config, backend
+    )
+
+
+def slice_write(
+    kv_pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slices: jax.Array,
+    num_slices: jax.Array,
+    *,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
+    num_kv_heads: int | None = None,
+    config: mosaic_tpu.Config | None = None,
+    backend: Backend = "auto",
+) -> jax.Array:
+    """Writes runs of tokens, each inside one page.
+
+    Args:
+      kv_pages: [P, page_size, R, C], the pool; donated.
+      k, v: [T, K, H] or [T, K*H], float32 or bfloat16 (float16 in the oracle), any T.
+      slices: int32[3, max_slices], rows: first slot (`page * page_size + row`), first token,
+        length. A slice whose length is below 1 or that would leave its page is skipped. Any order
+        of the tokens is right; in ascending order the batch is read once.
+      num_slices: int32[1], how many of the columns are slices; clamped to [0, max_slices].
+      k_scale, v_scale, num_kv_heads, config, backend: as in `page_write`.
+
+    Returns:
+      the pool, [P, page_size, R, C].
+
+    Raises:
+      ValueError: an argument has the wrong form.
+      NotImplementedError: the named backend cannot run this call.
+
+    >>> pool = layout.make_kv_pages(2, 4, num_kv_heads=1, head_dim=128, dtype=jnp.float32)
+    >>> k = jnp.arange(1.0, 6.0)[:, None, None] * jnp.ones((5, 1, 128))
+    >>> slices = jnp.array([[2, 5], [0, 3], [2, 1]], jnp.int32)
+    >>> pool = slice_write(pool, k, -k, slices, jnp.array([2], jnp.int32))
+    >>> pool[:, :, 0, 0].tolist()
+    [[0.0, 0.0, 1.0, 2.0], [0.0, 4.0, 0.0, 0.0]]
+    """
+    op = "slice_write"
+    heads, head_dim = checks.require_write(op, kv_pages, k, v, k_scale, v_scale, num_kv_heads)
+    checks.require_int32(op, "slices", slices, 2, "[3, max_slices]")
+    checks.require(
+        slices.shape[0] == 3,
+        op,
+        "slices",
+        got=checks.describe(slices),
+        wanted="int32[3, max_slices]",
+        hint="rows are first slot, first token, length",
+    )
+    checks.require_int32(op, "num_slices", num_slices, 1, "[1]")
+    checks.require(
+        num_slices.shape == (1,),
+        op,
+        "num_slices",
+        got=checks.describe(num_slices),
+        wanted="int32[1]",
+        hint="it counts the columns of slices that are in use",
+    )
+    backend = _choose(op, backend, kv_pages, k, heads, head_dim, config)
+    return _slice_write(
+        kv_pages, k, v, slices, num_slices, k_scale, v_scale, heads, config, backend
+    )
+
+
+def token_write(
+    kv_pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slots: jax.Array,
+    *,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
+    num_kv_heads: int | None = None,
+    config: mosaic_tpu.Config | None = None,
+    backend: Backend = "auto",
+) -> jax.Array:
+    """Writes token by token: slot `slots[t]` (`page * page_size + row`) gets token t.
+
+    Args:
+      kv_pages: [P, page_size, R, C], the pool; donated.
+      k, v: [T, K, H] or [T, K*H], float32 or bfloat16 (float16 in the oracle), any T.
+      slots: int32[T]; -1 skips.
+      k_scale, v_scale, num_kv_heads, config, backend: as in `page_write`.
+
+    Returns:
+      the pool, [P, page_size, R, C].
+
+    Raises:
+      ValueError: an argument has the wrong form.
+      NotImplementedError: the named backend cannot run this call.
+
+    >>> pool = layout.make_kv_pages(2, 2, num_kv_heads=1, head_dim=128, dtype=jnp.float32)
+    >>> k = jnp.arange(1.0, 4.0)[:, None, None] * jnp.ones((3, 1, 128))
+    >>> token_write(pool, k, -k, jnp.array([3, -1, 0], jnp.int32))[:, :, 0, 0].tolist()
+    [[3.0, 0.0], [0.0, 1.0]]
+    """
+    op = "token_write"
+    heads, head_dim = checks.require_write(op, kv_pages, k, v, k_scale, v_scale, num_kv_heads)
+    checks.require_int32(op, "slots", slots, 1, "[T]")
+    checks.require(
+        slots.shape[0] == k.shape[0],
+        op,
+        "slots",
+        got=checks.describe(slots),
+        wanted=f"int32[{k.shape[0]}]",
+        hint=f"one slot for each token of k {checks.describe(k)}; -1 skips one",
+    )
+    backend = _choose(op, backend, kv_pages, k, heads, head_dim, config)
+    return _token_write(kv_pages, k, v, slots, k_scale, v_scale, heads, config, backend)
+
+
+def copy_pages(
+    kv_pages: jax.Array,
+    src_ids: jax.Array,
+    dst_ids: jax.Array,
+    *,
+    config: mosaic_tpu.Config | None = None,
+    backend: Backend = "auto",
+) -> jax.Array:
+    """Copies pages inside the pool (copy on write): page `dst_ids[i]` gets page `src_ids[i]`.
+
+    Args:
+      kv_pages: [P, page_size, R, C], the pool; donated.
+      src_ids, dst_ids: int32[n]. A pair with either id outside the pool is skipped. No page may be
+        written twice, nor both read and written: the order of the copies is undefined.
+      config, backend: as in `page_write`.
+
+    Returns:
+      the pool, [P, page_size, R, C].
+
+    Raises:
+      ValueError: an argument has the wrong form.
+      NotImplementedError: the named backend cannot run this call.
+
+    >>> pool = jnp.arange(3.0).reshape(3, 1, 1, 1) * jnp.ones((3, 1, 2, 128))
+    >>> copy_pages(pool, jnp.array([2], jnp.int32), jnp.array([0], jnp.int32))[:, 0, 0, 0].tolist()
+    [2.0, 1.0, 2.0]
+    """
+    op = "copy_pages"
+    checks.require_pool(op, kv_pages)
+    checks.require_int32(op, "src_ids", src_ids, 1, "[n]")
+    _require_same_form(op, "dst_ids", dst_ids, "src_ids", src_ids)
+    reasons = {
+        "oracle": None,
+        "mosaic_tpu": mosaic_tpu.unsupported_pool(kv_pages),
+        "mosaic_gpu": _NO_GPU_YET,
+    }
+    _require_config(op, config)
+    backend = dispatch.choose(op, backend, reasons)
+    return _copy_pages(kv_pages, src_ids, dst_ids, config, backend)
+
+
+def _require_same_form(op, argument, x, other_argument, other):
+    checks.require_int32(op, argument, x, 1, "[n]")
+    checks.require(
+        x.shape == other.shape,
+        op,
+        argument,
+        got=checks.describe(x),
+        wanted=f"{checks.describe(other)}, as {other_argument}",
+        hint="the two are read in pairs",
+    )
+
+
+def _require_config(op, config):
+    checks.require(
+        config is None or isinstance(config, mosaic_tpu.Config),
+        op,
+        "config",
+        got=checks.describe(config),
+        wanted="None or a kv_write Config",
+        hint="pallas_paged.kv_write.mosaic_tpu.Config",
+    )
+
+
+def _choose(op, backend, kv_pages, k, num_kv_heads, head_dim, config):
+    _require_config(op, config)
+    reasons = {
+        "oracle": None,
+        "mosaic_tpu": mosaic_tpu.unsupported(kv_pages, k, num_kv_heads, head_dim),
+        "mosaic_gpu": _NO_GPU_YET,
+    }
+    return dispatch.choose(op, backend, reasons)
+
+
+# The jitted halves. The pool alone is donated; what is static is keyed by value.
+_jit_write = functools.partial(
+    jax.jit, static_argnames=("num_kv_heads", "config", "backend"), donate_argnames="kv_pages"
+)
+
+
+@_jit_write
+def _page_write(
+    kv_pages, k, v, page_ids, token_starts, k_scale, v_scale, num_kv_heads, config, backend
+):
+    kv_pages, k, v = checks.refuse_transforms("page_write", (kv_pages, k, v, page_ids))[:3]
+    scales = {"k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads}
+    if backend == "oracle":
+        return oracle.page_write(kv_pages, k, v, page_ids, token_starts, **scales)
+    return mosaic_tpu.page_write(kv_pages, k, v, page_ids, token_starts, **scales, config=config)
+
+
+@_jit_write
+def _slice_write(
+    kv_pages, k, v, slices, num_slices, k_scale, v_scale, num_kv_heads, config, backend
+):
+    kv_pages, k, v = checks.refuse_transforms("slice_write", (kv_pages, k, v, slices))[:3]
+    scales = {"k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads}
+    if backend == "oracle":
+        return oracle.slice_write(kv_pages, k, v, slices, num_slices, **scales)
+    return mosaic_tpu.slice_write(kv_pages, k, v, slices, num_slices, **scales, config=config)
+
+
+@_jit_write
+def _token_write(kv_pages, k, v, slots, k_scale, v_scale, num_kv_heads, config, backend):
+    kv_pages, k, v = checks.refuse_transforms("token_write", (kv_pages, k, v, slots))[:3]
+    scales = {"k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads}
+    if backend == "oracle":
+        return oracle.token_write(kv_pages, k, v, slots, **scales)
+    return mosaic_tpu.token_write(kv_pages, k, v, slots, **scales, config=config)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "backend"), donate_argnames="kv_pages"
+)
+def _copy_pages(kv_pages, src_ids, dst_ids, config, backend):
+    (kv_pages,) = checks.refuse_transforms("copy_pages", (kv_pages,))
+    if backend == "oracle":
+        return oracle.copy_pages(kv_pages, src_ids, dst_ids)
+    return mosaic_tpu.copy_pages(kv_pages, src_ids, dst_ids, config=config)

@@ -1,0 +1,153 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""From a batch's page table and lengths to what the writes take, in jittable jax.numpy."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_paged import checks
+
+
+class WriteIndices(NamedTuple):
+    """One batch's writes, at the three granularities. All int32, entries in token order.
+
+    `page_ids` and `token_starts` cover the whole pages, `slices` and `num_slices` what is left;
+    `slots` covers everything.
+    """
+
+    page_ids: jax.Array  # [T // page_size], -1 beyond the whole pages
+    token_starts: jax.Array  # [T // page_size], -1 beyond the whole pages
+    slices: jax.Array  # [3, 2*S], rows: first slot, first token, length
+    num_slices: jax.Array  # [1]
+    slots: jax.Array  # [T], -1 where the token belongs to no sequence
+
+
+def write_indices(
+    page_indices: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    num_seqs: jax.Array,
+    page_size: int,
+    *,
+    num_tokens: int,
+) -> WriteIndices:
+    """Where the new tokens of a ragged batch go: whole pages, the slices that remain, and slots.
+
+    Sequence s has its new tokens at `cu_q_lens[s] .. cu_q_lens[s + 1]` of the packed batch; they
+    are the last of its `kv_lens[s]`. A page that they cover whole becomes a page entry; what is
+    left of them, at most one slice at either end, becomes slices. Jittable; call it once a step
+    and reuse the result in every layer.
+
+    Args:
+      page_indices: int32[S, M], page table; entry m of a row holds positions
+        `m * page_size .. + page_size` of that sequence.
+      kv_lens: int32[S], tokens of each sequence, the new ones included.
+      cu_q_lens: int32[S + 1], prefix sums of the new tokens.
+      num_seqs: int32[1], how many of the S rows are sequences.
+      page_size: tokens in a page.
+      num_tokens: T, the static length of the packed batch.
+
+    Returns:
+      WriteIndices, a tuple `(page_ids, token_starts, slices, num_slices, slots)`.
+
+    Raises:
+      ValueError: an argument has the wrong form.
+
+    One sequence has 3 tokens and gets 6 more with pages of 4: one token ends page 7, four fill
+    page 2, one begins page 5.
+
+    >>> w = write_indices(jnp.array([[7, 2, 5]], jnp.int32), jnp.array([9], jnp.int32),
+    ...                   jnp.array([0, 6], jnp.int32), jnp.array([1], jnp.int32), 4, num_tokens=6)
+    >>> w.page_ids.tolist(), w.token_starts.tolist()
+    ([2], [1])
+    >>> w.slices[:, : w.num_slices[0]].T.tolist()  # (first slot, first token, length)
+    [[31, 0, 1], [20, 5, 1]]
+    >>> w.slots.tolist()
+    [31, 8, 9, 10, 11, 20]
+    """
+    op = "write_indices"
+    checks.require_int32(op, "page_indices", page_indices, 2, "[S, M]")
+    checks.require_int32(op, "kv_lens", kv_lens, 1, "[S]")
+    checks.require_int32(op, "cu_q_lens", cu_q_lens, 1, "[S + 1]")
+    checks.require_int32(op, "num_seqs", num_seqs, 1, "[1]")
+    max_seqs, table_width = page_indices.shape
+    for name, array, size in (
+        ("kv_lens", kv_lens, max_seqs),
+        ("cu_q_lens", cu_q_lens, max_seqs + 1),
+        ("num_seqs", num_seqs, 1),
+    ):
+        checks.require(
+            array.shape[0] == size,
+            op,
+            name,
+            got=checks.describe(array),
+            wanted=f"int32[{size}]",
+            hint=f"page_indices {checks.describe(page_indices)} has S = {max_seqs}",
+        )
+    for name, value, least in (("page_size", page_size, 1), ("num_tokens", num_tokens, 0)):
+        checks.require(
+            isinstance(value, int) and value >= least,
+            op,
+            name,
+            got=repr(value),
+            wanted=f"a Python int >= {least}",
+            hint="it sets the result's static shapes",
+        )
+
+    # Absurd lengths must give no wild slot: a sequence lives inside the batch and its table row.
+    q_start = jnp.clip(cu_q_lens[:-1], 0, num_tokens)
+    q_end = jnp.clip(cu_q_lens[1:], q_start, num_tokens)
+    is_seq = jnp.arange(max_seqs) < num_seqs[0]
+    kv_len = jnp.clip(kv_lens, 0, table_width * page_size)
+    q_len = jnp.where(is_seq & (kv_lens == kv_len), jnp.minimum(q_end - q_start, kv_len), 0)
+    start = kv_len - q_len  # first new position, [S]
+
+    first_page = -(-start // page_size)
+    last_page = kv_len // page_size
+    num_whole = jnp.maximum(last_page - first_page, 0)  # [S]
+    seq, nth = _ragged(num_whole, num_tokens // page_size)
+    page = first_page[seq] + nth
+    token_start = q_start[seq] + page * page_size - start[seq]
+    page_ids = jnp.where(nth >= 0, _page(page_indices, seq, page), -1)
+    token_starts = jnp.where(nth >= 0, token_start, -1)
+
+    # What is left is at most one stretch before the first page edge and one after the last.
+    head_end = jnp.minimum(first_page * page_size, kv_len)
+    tail_start = jnp.maximum(last_page * page_size, head_end)
+    position = jnp.stack([start, tail_start], axis=1).reshape(-1)  # [2*S]
+    length = jnp.stack([head_end, kv_len], axis=1).reshape(-1) - position
+    row = jnp.repeat(jnp.arange(max_seqs), 2)
+    slot = _slot(page_indices, row, position, page_size)
+    token = q_start[row] + position - start[row]
+    order = jnp.argsort(length <= 0, stable=True)  # the empty ones last
+    slices = jnp.stack([slot, token, length])[:, order].astype(jnp.int32)
+    num_slices = jnp.sum(length > 0, dtype=jnp.int32)[None]
+
+    tokens = jnp.arange(num_tokens, dtype=jnp.int32)
+    seq = jnp.clip(jnp.searchsorted(q_end, tokens, side="right"), 0, max_seqs - 1)
+    nth = tokens - q_start[seq]
+    is_new = (nth >= 0) & (nth < q_len[seq])
+    slots = jnp.where(is_new, _slot(page_indices, seq, start[seq] + nth, page_size), -1)
+    return WriteIndices(page_ids, token_starts, slices, num_slices, slots)
+
+
+def _ragged(counts, capacity):
+    """For entry i of `capacity`: which of the counted groups it is in, and its place there or -1."""
+    ends = jnp.cumsum(counts)
+    entry = jnp.arange(capacity, dtype=jnp.int32)
+    group = jnp.minimum(jnp.searchsorted(ends, entry, side="right"), counts.shape[0] - 1)
+    nth = entry - (ends[group] - counts[group])
+    return group, jnp.where(entry < ends[-1], nth, -1)
+
+
+def _page(page_indices, seq, page):
+    """The table's page id, `-1` past the end of the row."""
+    return page_indices.at[seq, page].get(mode="fill", fill_value=-1)
+
+
+def _slot(page_indices, seq, position, page_size):
+    """The slot of a position, -1 where the table's page id is negative or would overflow."""
+    page = _page(page_indices, seq, position // page_size)
+    is_page = (page >= 0) & (page < 2**31 // page_size)
+    return jnp.where(is_page, jnp.where(is_page, page, 0) * page_size + position % page_size, -1)

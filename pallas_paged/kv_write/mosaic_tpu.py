@@ -1,0 +1,621 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Writes on TPU: stream the batch through VMEM in windows, then one DMA an entry into the pool.
+
+An *entry* is a run of consecutive tokens that goes to consecutive slots: a page, a slice or a
+token. The kernel walks the entries in order. It groups those that lie in one window of the batch,
+interleaves that window's k and v into pool rows, and issues a group's DMAs while the next window
+is on its way and the previous group's DMAs are still in flight. Entries in ascending order of
+their tokens are read once; any other order is right and reads a window again where it must.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_paged import layout
+from pallas_paged.kv_write import oracle
+from pallas_paged.kv_write.mosaic_tpu_interleave import Slots, interleave
+
+# A quarter of the smallest VMEM among the generations (v4: 16 MiB), so that a caller's own kernels
+# and XLA's prefetches keep their room.
+_VMEM_BUDGET = 4 * 2**20
+# Entries whose metadata is in SMEM at a time; two such windows of three words are 192 KiB of 1 MiB.
+_ENTRIES_PER_STEP = 8192
+# At most this many DMAs in one unrolled body: past it the issue cost no longer falls.
+_MAX_UNROLL = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Block sizes of the TPU writes.
+
+    Attributes:
+      block_tokens: tokens of the batch in one VMEM window, a multiple of 16; the kernel holds two
+        windows of k and v and two of pool rows. `copy_pages` does not use it.
+    """
+
+    block_tokens: int
+
+    def __post_init__(self):
+        if self.block_tokens < 16 or self.block_tokens % 16:
+            raise ValueError(
+                f"kv_write Config: block_tokens is {self.block_tokens}; wanted a multiple of 16, "
+                "the rows of a bfloat16 register tile"
+            )
+
+
+def default_config(kv_pages, k, num_kv_heads: int, head_dim: int) -> Config:
+    """The largest window whose four buffers stay inside the VMEM budget."""
+    pool_bytes = kv_pages.shape[2] * kv_pages.shape[3] * kv_pages.dtype.itemsize
+    lanes = layout.LANES
+    if k.ndim == 2:
+        new_lanes = -(-num_kv_heads * head_dim // lanes) * lanes
+    else:
+        new_lanes = -(-num_kv_heads // 8) * 8 * -(-head_dim // lanes) * lanes
+    token_bytes = 2 * pool_bytes + 4 * new_lanes * k.dtype.itemsize
+    tokens = _VMEM_BUDGET // token_bytes - 32  # less the rows that alignment adds to a window
+    return Config(block_tokens=max(16, min(256, tokens // 16 * 16)))
+
+
+def unsupported(kv_pages, k, num_kv_heads: int, head_dim: int) -> str | None:
+    """Why the kernels cannot run a write, as a sentence; None if they can."""
+    del num_kv_heads, head_dim
+    if k.dtype == jnp.float16:
+        return "a TPU has no float16; cast k and v to bfloat16 or float32"
+    return unsupported_pool(kv_pages)
+
+
+def unsupported_pool(kv_pages) -> str | None:
+    """Why the kernels cannot run on a pool, as a sentence; None if they can."""
+    if kv_pages.dtype == jnp.float16:
+        return "a TPU has no float16; make a bfloat16 pool"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Entries:
+    """The static side of a call's entries.
+
+    Attributes:
+      kind: "pages", "slices" or "tokens", for the kernel's name.
+      max_len: tokens of an entry; of the longest possible one if `has_ends`.
+      has_sources: each entry has its own first token; else entry i starts at token i * max_len.
+      has_ends: each entry has its own end; else it has max_len tokens.
+    """
+
+    kind: str
+    max_len: int
+    has_sources: bool
+    has_ends: bool
+
+
+def page_write(
+    kv_pages, k, v, page_ids, token_starts, *, k_scale, v_scale, num_kv_heads, config
+):
+    """See api.page_write. Pages longer than a window are written as equal parts."""
+    num_pages, page_size = kv_pages.shape[:2]
+    num_tokens = k.shape[0]
+    if num_tokens < page_size or page_ids.shape[0] == 0:
+        return kv_pages
+    slots = _slots(kv_pages, k, num_kv_heads)
+    config = config or default_config(kv_pages, k, num_kv_heads, slots.head_dim)
+    part = _largest_part(page_size, config.block_tokens)
+    parts = page_size // part
+    if token_starts is None:
+        page_ids = page_ids[: num_tokens // page_size]
+    ids = _split(page_ids, num_pages, parts)
+    entries = Entries("pages", part, has_sources=token_starts is not None, has_ends=False)
+    metadata = (ids,)
+    if token_starts is not None:
+        starts = (token_starts[:, None] + jnp.arange(parts, dtype=jnp.int32) * part).reshape(-1)
+        is_source = (token_starts >= 0) & (token_starts <= num_tokens - page_size)
+        is_live = (ids >= 0) & jnp.repeat(is_source, parts)
+        metadata = (jnp.where(is_live, ids, -1), starts)
+    return _write(
+        kv_pages, k, v, metadata, k_scale, v_scale, slots=slots, entries=entries, config=config
+    )
+
+
+def _split(page_ids, num_pages, parts):
+    """Ids of the equal parts of pages; -1 for what is outside the pool (before it overflows)."""
+    if parts == 1:
+        return page_ids
+    is_page = (page_ids >= 0) & (page_ids < num_pages)
+    first = jnp.where(is_page, page_ids, 0)[:, None] * parts
+    ids = first + jnp.arange(parts, dtype=jnp.int32)
+    return jnp.where(is_page[:, None], ids, -1).reshape(-1)
+
+
+def slice_write(
+    kv_pages, k, v, slices, num_slices, *, k_scale, v_scale, num_kv_heads, config
+):
+    """See api.slice_write. Slices longer than a window are written as several."""
+    num_pages, page_size = kv_pages.shape[:2]
+    num_tokens = k.shape[0]
+    if num_tokens == 0 or slices.shape[1] == 0:
+        return kv_pages
+    slots = _slots(kv_pages, k, num_kv_heads)
+    config = config or default_config(kv_pages, k, num_kv_heads, slots.head_dim)
+    slot, token, length = slices
+    is_live = oracle.is_live_slice(slices, num_slices, num_pages, page_size, num_tokens)
+    max_len = min(page_size, num_tokens)
+    if max_len > config.block_tokens:
+        part = jnp.arange(-(-max_len // config.block_tokens), dtype=jnp.int32)
+        offset = (part * config.block_tokens)[None, :]  # [1, parts]
+        is_live = (is_live[:, None] & (offset < length[:, None])).reshape(-1)
+        length = jnp.minimum(length[:, None] - offset, config.block_tokens).reshape(-1)
+        slot, token = ((x[:, None] + offset).reshape(-1) for x in (slot, token))
+        max_len = config.block_tokens
+    metadata = (jnp.where(is_live, slot, -1), token, jnp.where(is_live, token + length, token))
+    entries = Entries("slices", max_len, has_sources=True, has_ends=True)
+    return _write(
+        kv_pages, k, v, metadata, k_scale, v_scale, slots=slots, entries=entries, config=config
+    )
+
+
+def token_write(kv_pages, k, v, slots, *, k_scale, v_scale, num_kv_heads, config):
+    """See api.token_write. One DMA a token, whatever the slots."""
+    if k.shape[0] == 0:
+        return kv_pages
+    static = _slots(kv_pages, k, num_kv_heads)
+    config = config or default_config(kv_pages, k, num_kv_heads, static.head_dim)
+    entries = Entries("tokens", 1, has_sources=False, has_ends=False)
+    return _write(
+        kv_pages, k, v, (slots,), k_scale, v_scale, slots=static, entries=entries, config=config
+    )
+
+
+def _slots(kv_pages, k, num_kv_heads) -> Slots:
+    return Slots(
+        num_kv_heads=num_kv_heads,
+        head_dim=k.shape[-1] if k.ndim == 3 else k.shape[-1] // num_kv_heads,
+        pool_dtype=jnp.dtype(kv_pages.dtype),
+        num_rows=kv_pages.shape[2],
+        is_flat=k.ndim == 2,
+    )
+
+
+def _largest_part(page_size: int, limit: int) -> int:
+    """The largest divisor of `page_size` up to `limit`."""
+    return next(n for n in range(min(page_size, limit), 0, -1) if page_size % n == 0)
+
+
+def _pad_to(x, size, value):
+    return jnp.pad(x, (0, size - x.shape[0]), constant_values=value)
+
+
+def _write(kv_pages, k, v, metadata, k_scale, v_scale, *, slots, entries, config):
+    """Prepares the operands: metadata to whole steps, the batch's ragged end, the pool's view."""
+    num_tokens = k.shape[0]
+    num_entries = metadata[0].shape[0]
+    step = min(num_entries, _ENTRIES_PER_STEP)
+    if entries.has_sources:
+        # How far to walk (past it there are only holes), and whether the walk may take whole
+        # chunks: it may where sources and ends ascend, which the first and last then speak for.
+        target, source = metadata[:2]
+        end = metadata[2] if entries.has_ends else source + entries.max_len
+        entry = jnp.arange(num_entries, dtype=jnp.int32)
+        num_walked = jnp.max(jnp.where(target >= 0, entry + 1, 0))
+        ascends = (source[1:] >= source[:-1]) & (end[1:] >= end[:-1])
+        is_sorted = jnp.all(ascends | (entry[1:] >= num_walked))
+        walk = jnp.stack([num_walked, is_sorted.astype(jnp.int32)])
+    else:
+        walk = jnp.array([min(num_entries, num_tokens // entries.max_len), 1], jnp.int32)
+    if num_entries % step:
+        size = -(-num_entries // step) * step
+        metadata = tuple(_pad_to(x, size, -1) for x in metadata)
+
+    # A DMA moves whole tiles of rows. What is left over at the end of k and v goes in by itself.
+    align = _row_alignment(k)
+    if num_tokens % align == 0:
+        tails = ()
+    elif num_tokens < align:
+        k, v = (_pad_rows(x, align) for x in (k, v))
+        tails = ()
+    else:
+        first = num_tokens // align * align
+        tails = tuple(_pad_rows(x[first:], align) for x in (k, v))
+
+    scales = ()
+    if layout.is_quantized(slots.pool_dtype):
+        heads = slots.num_kv_heads
+        scales = (
+            jnp.concatenate(
+                [oracle.inverse_scale(k_scale, heads), oracle.inverse_scale(v_scale, heads)]
+            ),
+        )
+
+    # Words need whole groups of rows; make_kv_pages gives them, a caller's own pool may not.
+    num_rows = slots.num_rows
+    missing = -num_rows % slots.rows_per_word
+    pool = layout.flatten_slots(kv_pages)
+    if missing:
+        pool = jnp.pad(pool, ((0, 0), (0, missing), (0, 0)))
+        slots = dataclasses.replace(slots, num_rows=num_rows + missing)
+
+    launch = functools.partial(
+        _launch, slots=slots, entries=entries, config=config, num_tokens=num_tokens
+    )
+    if slots.rows_per_word == 1:
+        pool = launch(pool, walk, metadata, k, v, tails, scales)
+    else:
+        # The interpreter cannot view a ref as words, so on a CPU it gets the pool as words.
+        pool = lax.platform_dependent(
+            pool, walk, metadata, k, v, tails, scales,
+            tpu=launch,
+            default=lambda pool, *rest: layout.from_words(
+                launch(layout.to_words(pool), *rest), slots.pool_dtype
+            ),
+        )
+    return pool[:, :num_rows].reshape(kv_pages.shape)
+
+
+def _row_alignment(k) -> int:
+    """Rows of k that a DMA's offset and size must be a multiple of."""
+    return 1 if k.ndim == 3 else 32 // k.dtype.itemsize
+
+
+def _pad_rows(x, num_rows):
+    return jnp.pad(x, ((0, num_rows - x.shape[0]), (0, 0)))
+
+
+def _launch(pool, walk, metadata, k, v, tails, scales, *, slots, entries, config, num_tokens):
+    """The one pallas_call of the three writes. `pool` is [P*page_size, R or words, C]."""
+    align = _row_alignment(k)
+    whole = k.shape[0] // align * align
+    window = min(config.block_tokens + (align if align > 1 else 0), whole)
+    tile = 32 // k.dtype.itemsize  # tokens interleaved at a time
+    buffer = -(-(window + (align if tails else 0)) // tile) * tile
+    step = min(metadata[0].shape[0], _ENTRIES_PER_STEP)
+    group = max(1, config.block_tokens // entries.max_len)
+    rows_are_flat = slots.num_words % 8 == 0 and slots.num_lanes == layout.LANES
+    word = jnp.float32 if slots.pool_dtype == jnp.float32 else jnp.uint32
+    if rows_are_flat:
+        shape = pool.shape
+        pool = pool.reshape(-1, layout.LANES)
+        buffer_shape = (2, buffer * slots.num_words, layout.LANES)
+    else:
+        shape = None
+        buffer_shape = (2, buffer, slots.num_words, slots.num_lanes)
+
+    def smem(array):
+        if array.shape[0] == step:
+            return pl.BlockSpec((step,), lambda i: (0,), memory_space=pltpu.SMEM)
+        return pl.BlockSpec((step,), lambda i: (i,), memory_space=pltpu.SMEM)
+
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    whole_smem = pl.BlockSpec(memory_space=pltpu.SMEM)
+    static = Walk(
+        slots=slots,
+        entries=entries,
+        num_tokens=num_tokens,
+        align=align,
+        whole=whole,
+        window=window,
+        tile=tile,
+        step=step,
+        group=group,
+        unroll=min(group, _MAX_UNROLL) if not entries.has_ends else 8,
+        rows_are_flat=rows_are_flat,
+        num_tails=len(tails),
+        has_scales=bool(scales),
+    )
+    new_tokens = k.size * k.dtype.itemsize * 2
+    out = pl.pallas_call(
+        functools.partial(_kernel, static),
+        out_shape=jax.ShapeDtypeStruct(pool.shape, pool.dtype),
+        grid=(metadata[0].shape[0] // step,),
+        in_specs=[
+            whole_smem,
+            *(smem(x) for x in metadata),
+            *(whole_smem for _ in scales),
+            *(hbm for _ in (k, v, *tails)),
+            hbm,
+        ],
+        out_specs=hbm,
+        input_output_aliases={1 + len(metadata) + len(scales) + 2 + len(tails): 0},
+        scratch_shapes=[
+            pltpu.VMEM((2, buffer, *k.shape[1:]), k.dtype),
+            pltpu.VMEM((2, buffer, *k.shape[1:]), k.dtype),
+            pltpu.VMEM(buffer_shape, word),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA((2,)),
+        ],
+        # The kernel's own checks guard every id (_Issue.is_live) and every window (_plan).
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
+        cost_estimate=pl.CostEstimate(
+            flops=0, transcendentals=0, bytes_accessed=2 * new_tokens
+        ),
+        name=f"{entries.kind[:-1]}_write_{entries.max_len}_block{config.block_tokens}",
+    )(walk, *metadata, *scales, k, v, *tails, pool)
+    return out if shape is None else out.reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """The kernel's static side: the entries, the windows and the buffers' shapes."""
+
+    slots: Slots
+    entries: Entries
+    num_tokens: int  # T
+    align: int  # rows of k and v that a window starts and ends at a multiple of
+    whole: int  # tokens in k and v; the num_tails > 0 case has up to align - 1 more in the tails
+    window: int  # tokens of k and v in a window
+    tile: int  # tokens interleaved at a time
+    step: int  # entries in SMEM at a time
+    group: int  # entries in a group where the entries' sources are not their own
+    unroll: int  # DMAs in one unrolled body
+    rows_are_flat: bool  # the rows buffer and the pool are [rows, 128] rather than [slots, rows, C]
+    num_tails: int
+    has_scales: bool
+
+
+def _kernel(walk, *refs):
+    """Walks this step's entries, group by group, two groups in flight."""
+    # scalar inputs, in SMEM
+    walk_ref, *refs = refs  # int32[2]: entries to walk, whether they ascend
+    target_ref, *refs = refs  # int32[step]: page or slot
+    source_ref = end_ref = scale_ref = None
+    if walk.entries.has_sources:
+        source_ref, *refs = refs  # int32[step]: first token
+    if walk.entries.has_ends:
+        end_ref, *refs = refs  # int32[step]: one past the last token
+    if walk.has_scales:
+        scale_ref, *refs = refs  # float32[2K]: inverse scales of K, then of V
+    # inputs, in HBM
+    new_refs, refs = refs[:2], refs[2:]  # k, v: [T, K*H] or [T, K, H]
+    tail_refs, refs = refs[: walk.num_tails], refs[walk.num_tails :]  # [align, K*H] each
+    # the pool (aliased), then scratch
+    _, pool_ref, k_vmem, v_vmem, rows_vmem, in_sems, out_sems = refs
+
+    slots, entries = walk.slots, walk.entries
+    pool_words = pool_ref
+    if pool_ref.dtype.itemsize < 4:
+        pool_words = pool_ref.bitcast(jnp.uint32)
+    rows_per_slot = slots.num_words if walk.rows_are_flat else 1
+    num_slots = pool_words.shape[0] // rows_per_slot
+    num_targets = num_slots if entries.has_ends else num_slots // entries.max_len
+    target_slots = 1 if entries.has_ends else entries.max_len
+    first_entry = pl.program_id(0) * walk.step
+    num_entries = jnp.clip(walk_ref[0] - first_entry, 0, walk.step)
+
+    def source(i):
+        return source_ref[i] if entries.has_sources else (first_entry + i) * entries.max_len
+
+    def end(i):
+        return end_ref[i] if entries.has_ends else source(i) + entries.max_len
+
+    def is_live(i):
+        """The kernel's own check: below the pool's end and, as unsigned, not negative."""
+        return target_ref[i].astype(jnp.uint32) < jnp.uint32(num_targets)
+
+    def plan(i):
+        """The next group: its first entry, its window, its end, and the last token it needs."""
+        if not entries.has_sources:
+            last = jnp.minimum(i + walk.group, num_entries)
+            return i, window_of(i), last, end(last - 1)
+        is_hole = lambda i: (i < num_entries) & jnp.logical_not(is_live(jnp.minimum(i, walk.step - 1)))
+        first = lax.while_loop(is_hole, lambda i: i + 1, i)
+        start = window_of(jnp.minimum(first, walk.step - 1))
+        limit = start + walk.window
+        if walk.num_tails:
+            limit = jnp.where(start == walk.whole - walk.window, walk.num_tokens, limit)
+
+        # Ascending entries fit if the last of a chunk does; others are looked at one by one.
+        chunk = walk.unroll
+
+        def chunk_fits(i):
+            last = jnp.minimum(i + chunk, walk.step) - 1
+            return (walk_ref[1] > 0) & (i + chunk <= num_entries) & (end(last) <= limit)
+
+        def entry_fits(carry):
+            i, _ = carry
+            entry = jnp.minimum(i, walk.step - 1)
+            fits = (source(entry) >= start) & (end(entry) <= limit)
+            return (i < num_entries) & (fits | jnp.logical_not(is_live(entry)))
+
+        def take_entry(carry):
+            i, needed = carry
+            return i + 1, jnp.where(is_live(i), jnp.maximum(needed, end(i)), needed)
+
+        middle = lax.while_loop(chunk_fits, lambda i: i + chunk, first)
+        needed = jnp.where(middle > first, end(jnp.maximum(middle - 1, 0)), start)
+        last, needed = lax.while_loop(entry_fits, take_entry, (middle, needed))
+        return first, start, last, needed
+
+    def window_of(i):
+        return jnp.minimum(source(i) // walk.align * walk.align, walk.whole - walk.window)
+
+    def loads(start, slot):
+        """(condition or None, copy) of a window's k and v, and of the batch's ragged end."""
+        pairs = list(zip(new_refs, (k_vmem, v_vmem), strict=True))
+        for hbm, vmem in pairs:
+            yield None, pltpu.make_async_copy(
+                hbm.at[pl.ds(pl.multiple_of(start, walk.align), walk.window)],
+                vmem.at[slot, pl.ds(0, walk.window)],
+                in_sems.at[slot],
+            )
+        for tail, (_, vmem) in zip(tail_refs, pairs, strict=False):
+            yield start == walk.whole - walk.window, pltpu.make_async_copy(
+                tail, vmem.at[slot, pl.ds(walk.window, walk.align)], in_sems.at[slot]
+            )
+
+    def start_loads(start, slot):
+        for condition, copy in loads(start, slot):
+            _when(condition, copy.start)
+
+    def wait_loads(start, slot):
+        for condition, copy in loads(start, slot):
+            _when(condition, copy.wait)
+
+    def issue(first, last, start, slot):
+        """One DMA for each live entry; returns how many tokens are on their way."""
+
+        def entry(i, base, offset):
+            """Entry i, whose tokens start at row `base + offset` of the window if evenly spaced."""
+            row = source(i) - start if entries.has_sources else base + offset
+            length = end(i) - source(i) if entries.has_ends else entries.max_len
+            live = is_live(i)
+
+            @pl.when(live)
+            def _start():
+                size = length * rows_per_slot
+                to = target_ref[i] * (target_slots * rows_per_slot)
+                pltpu.make_async_copy(
+                    rows_vmem.at[slot, pl.ds(_aligned(row * rows_per_slot), size)],
+                    pool_words.at[pl.ds(_aligned(to), size)],
+                    out_sems.at[slot],
+                ).start()
+
+            return jnp.where(live, length, 0)
+
+        def chunk(c, sent):
+            i = first + c * walk.unroll
+            base = source(i) - start
+            for u in range(walk.unroll):
+                sent += entry(i + u, base, u * entries.max_len)
+            return sent
+
+        def single(i, sent):
+            return sent + entry(i, source(i) - start, 0)
+
+        num_chunks = (last - first) // walk.unroll
+        sent = lax.fori_loop(0, num_chunks, chunk, jnp.int32(0))
+        return lax.fori_loop(first + num_chunks * walk.unroll, last, single, sent)
+
+    def _aligned(row):
+        return pl.multiple_of(row, rows_per_slot) if walk.rows_are_flat else row
+
+    def wait_sent(sent, slot):
+        """Waits for a group's bytes: one wait, unless entries overlap and outnumber the window."""
+
+        def wait(sent):
+            size = jnp.minimum(sent, min(walk.window, num_slots))
+            view = pool_words.at[pl.ds(0, _aligned(size * rows_per_slot))]
+            pltpu.make_async_copy(view, view, out_sems.at[slot]).wait()
+            return sent - size
+
+        lax.while_loop(lambda sent: sent > 0, wait, sent)
+
+    @pl.when(first_entry == 0)
+    def _clear_padding():
+        if slots.has_padding:
+            rows_vmem[...] = jnp.zeros_like(rows_vmem)
+
+    def scales(which, head):
+        return scale_ref[which * slots.num_kv_heads + head]
+
+    def group(carry):
+        (first, start, last, needed), slot, sent, sent_before = carry
+        ahead = plan(last)
+
+        @pl.when(ahead[0] < num_entries)
+        def _prefetch():
+            start_loads(ahead[1], 1 - slot)
+
+        wait_loads(start, slot)
+        wait_sent(sent_before, slot)
+        interleave(
+            slots,
+            k_vmem.at[slot],
+            v_vmem.at[slot],
+            rows_vmem.at[slot],
+            num_tiles=pl.cdiv(needed - start, walk.tile),
+            tile=walk.tile,
+            scales=scales if walk.has_scales else None,
+            rows_are_flat=walk.rows_are_flat,
+        )
+        return ahead, 1 - slot, issue(first, last, start, slot), sent
+
+    opening = plan(jnp.int32(0))
+
+    @pl.when(opening[0] < num_entries)
+    def _open():
+        start_loads(opening[1], 0)
+
+    zero = jnp.int32(0)
+    _, slot, sent, sent_before = lax.while_loop(
+        lambda carry: carry[0][0] < num_entries, group, (opening, zero, zero, zero)
+    )
+    wait_sent(sent_before, slot)
+    wait_sent(sent, 1 - slot)
+
+
+def _when(condition, action):
+    if condition is None:
+        action()
+    else:
+        pl.when(condition)(action)
+
+
+def copy_pages(kv_pages, src_ids, dst_ids, *, config):
+    """See api.copy_pages. One DMA a page from HBM to HBM, all of a step in flight."""
+    del config
+    num_ids = src_ids.shape[0]
+    if num_ids == 0:
+        return kv_pages
+    step = min(num_ids, _ENTRIES_PER_STEP)
+    if num_ids % step:
+        size = -(-num_ids // step) * step
+        src_ids, dst_ids = (_pad_to(x, size, -1) for x in (src_ids, dst_ids))
+    spec = pl.BlockSpec((step,), lambda i: (i,), memory_space=pltpu.SMEM)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    return pl.pallas_call(
+        functools.partial(_copy_kernel, step),
+        out_shape=jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype),
+        grid=(src_ids.shape[0] // step,),
+        in_specs=[spec, spec, hbm],
+        out_specs=hbm,
+        input_output_aliases={2: 0},
+        scratch_shapes=[pltpu.SemaphoreType.DMA],
+        # _copy_kernel checks both ids of every pair.
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
+        name=f"copy_pages_{kv_pages.shape[1]}",
+    )(src_ids, dst_ids, kv_pages)
+
+
+def _copy_kernel(
+    step,
+    # scalar inputs, in SMEM
+    src_ref,  # int32[step]
+    dst_ref,  # int32[step]
+    # the pool, aliased
+    _,
+    pool_ref,  # [P, page_size, R, C]
+    # scratch
+    sem,
+):
+    num_pages = jnp.uint32(pool_ref.shape[0])
+
+    def start(i, copied):
+        src, dst = src_ref[i], dst_ref[i]
+        live = (src.astype(jnp.uint32) < num_pages) & (dst.astype(jnp.uint32) < num_pages)
+
+        @pl.when(live)
+        def _start():
+            pltpu.make_async_copy(pool_ref.at[src], pool_ref.at[dst], sem).start()
+
+        return copied + live.astype(jnp.int32)
+
+    unroll = min(8, step)
+
+    def chunk(c, copied):
+        for u in range(unroll):
+            copied = start(c * unroll + u, copied)
+        return copied
+
+    copied = lax.fori_loop(0, step // unroll, chunk, jnp.int32(0))
+    copied = lax.fori_loop(step // unroll * unroll, step, start, copied)
+
+    def wait(copied):
+        size = jnp.minimum(copied, pool_ref.shape[0])
+        view = pool_ref.at[pl.ds(0, size)]
+        pltpu.make_async_copy(view, view, sem).wait()
+        return copied - size
+
+    lax.while_loop(lambda copied: copied > 0, wait, copied)

@@ -1,0 +1,214 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""New k and v to pool rows in registers: convert or quantise, pack to 32-bit words, store strided.
+
+A row of tokens by lanes, as a projection leaves it, holds one head of many tokens; a pool slot
+holds all heads of one token. Packing several rows of a slot into 32-bit words makes that turn a
+plain strided store of words, so nothing is shuffled in registers: bf16 K and V of a head are the
+low and the high half of one word.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_paged import layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """What the interleaving needs to know of k, v and the pool; all static."""
+
+    num_kv_heads: int
+    head_dim: int
+    pool_dtype: jnp.dtype
+    num_rows: int  # R
+    is_flat: bool  # k and v are [T, K*H] rather than [T, K, H]
+
+    @property
+    def rows_per_word(self) -> int:
+        """Pool rows that one 32-bit word holds."""
+        return 4 // self.pool_dtype.itemsize
+
+    @property
+    def num_words(self) -> int:
+        """Rows of 32-bit words in a slot."""
+        return self.num_rows // self.rows_per_word
+
+    @property
+    def num_lanes(self) -> int:
+        """C."""
+        return layout.num_lanes(self.head_dim)
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether some words are never stored, because all their rows are padding."""
+        used = layout.num_rows_used(self.num_kv_heads, self.head_dim)
+        return used <= self.num_rows - self.rows_per_word
+
+
+def interleave(slots, k_ref, v_ref, rows_ref, *, num_tiles, tile, scales, rows_are_flat):
+    """Fills the pool rows of the first `num_tiles` tiles of `tile` tokens.
+
+    Args:
+      slots: the static description.
+      k_ref, v_ref: VMEM, [tokens, K*H] or [tokens, K, H].
+      rows_ref: VMEM words, [tokens * words, 128] if `rows_are_flat`, else [tokens, words, C].
+      num_tiles: int32, how many tiles to fill.
+      tile: tokens in a tile.
+      scales: None, or `scales(which, head)`, the float32 inverse scale of K (0) or V (1).
+      rows_are_flat: the form of `rows_ref`.
+    """
+
+    def fill(i, _):
+        first = pl.multiple_of(i * tile, tile)
+
+        def loader(ref):
+            return functools.partial(_load, slots, ref, pl.ds(first, tile))
+
+        for w, lane_tiles in enumerate(row_words(slots, loader(k_ref), loader(v_ref), scales)):
+            for c, word in enumerate(lane_tiles):
+                if word is None:
+                    continue
+                if rows_ref.dtype == jnp.float32:
+                    word = lax.bitcast_convert_type(word, jnp.float32)
+                if rows_are_flat:
+                    stride = pl.ds(first * slots.num_words + w, tile, stride=slots.num_words)
+                    rows_ref[stride, :] = word
+                else:
+                    lanes = pl.ds(c * layout.LANES, layout.LANES)
+                    rows_ref[pl.ds(first, tile), w, lanes] = word
+        return 0
+
+    lax.fori_loop(0, num_tiles, fill, 0)
+
+
+def _load(slots, ref, tokens, first_lane, num_lanes, head):
+    """float32[n, 128]: lanes `first_lane .. + num_lanes` of a head, zeros behind them."""
+    if not slots.is_flat:
+        x = ref[tokens, head, pl.ds(first_lane, num_lanes)].astype(jnp.float32)
+        return _pad_lanes(x)
+    start = head * slots.head_dim + first_lane
+    base, shift = start // layout.LANES * layout.LANES, start % layout.LANES
+    width = ref.shape[1]
+
+    def tile_at(lane):
+        return _pad_lanes(ref[tokens, lane : min(lane + layout.LANES, width)].astype(jnp.float32))
+
+    x = tile_at(base)
+    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    if shift:
+        x = pltpu.roll(x, layout.LANES - shift, 1)
+    if shift + num_lanes > layout.LANES:
+        rest = pltpu.roll(tile_at(base + layout.LANES), layout.LANES - shift, 1)
+        x = jnp.where(lane < layout.LANES - shift, x, rest)
+    return x if num_lanes == layout.LANES else jnp.where(lane < num_lanes, x, 0.0)
+
+
+def _pad_lanes(x):
+    missing = layout.LANES - x.shape[1]
+    return jnp.pad(x, ((0, 0), (0, missing))) if missing else x
+
+
+def row_words(slots: Slots, load_k, load_v, scales) -> list[list[jax.Array]]:
+    """The words of a block of tokens: `[word row][lane tile]` of uint32[n, 128].
+
+    Args:
+      slots: the static description.
+      load_k, load_v: `load(first_lane, num_lanes, head)` gives float32[n, 128], the lanes of one
+        head from `first_lane` moved to lane 0 and zeros after `num_lanes`.
+      scales: None, or `scales(which, head)`, the float32 inverse scale of K (0) or V (1).
+    """
+
+    def codes(which, head, first_lane, num_lanes):
+        x = (load_k, load_v)[which](first_lane, num_lanes, head)
+        if scales is not None:
+            x = x * scales(which, head)
+        return encode(x, slots.pool_dtype)
+
+    def row(r, lane_tile):
+        """Pool row r, one tile of 128 lanes, as codes in 32 bits; None is a row of zeros."""
+        if r >= layout.num_rows_used(slots.num_kv_heads, slots.head_dim):
+            return None
+        if layout.packs_kv_in_row(slots.head_dim):
+            k = codes(0, r, 0, slots.head_dim)
+            v = codes(1, r, 0, slots.head_dim)
+            return k | _roll(v, layout.HALF_LANES)
+        first = lane_tile * layout.LANES
+        return codes(r % 2, r // 2, first, min(slots.head_dim - first, layout.LANES))
+
+    num_tiles = slots.num_lanes // layout.LANES
+    per_word = slots.rows_per_word
+    return [
+        [
+            _pack([row(w * per_word + i, tile) for i in range(per_word)], slots.pool_dtype)
+            for tile in range(num_tiles)
+        ]
+        for w in range(slots.num_words)
+    ]
+
+
+def _roll(codes, shift):
+    """Rolls lanes of uint32 codes (the rotate unit takes int32)."""
+    rolled = pltpu.roll(lax.bitcast_convert_type(codes, jnp.int32), shift, 1)
+    return lax.bitcast_convert_type(rolled, jnp.uint32)
+
+
+def _pack(rows, dtype):
+    """Words of several rows of codes, the first row in the low bits; None if all are padding."""
+    bits = 8 * dtype.itemsize
+    word = None
+    for i, row in enumerate(rows):
+        if row is None:
+            continue
+        row = row << (bits * i) if i else row
+        word = row if word is None else word | row
+    return word
+
+
+def encode(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """float32 values as the pool's bit patterns in the low bits of uint32 (oracle.quantize)."""
+    if dtype == jnp.float32:
+        return lax.bitcast_convert_type(x, jnp.uint32)
+    if dtype == jnp.bfloat16:
+        rounded = x.astype(jnp.bfloat16).astype(jnp.float32)
+        return lax.bitcast_convert_type(rounded, jnp.uint32) >> 16
+    if dtype == jnp.int8:
+        return _encode_int8(x)
+    return _encode_fp8(x, dtype)
+
+
+def _encode_int8(x):
+    y = jnp.where(x != x, 0.0, jnp.clip(x, -128.0, 127.0))
+    # Adding 1.5 * 2**23 leaves the integer, rounded half to even, in the low mantissa bits.
+    magic = jnp.float32(3 << 22)
+    return lax.bitcast_convert_type(y + magic, jnp.uint32) & 0xFF
+
+
+def _encode_fp8(x, dtype):
+    """Round to nearest even in integers: the same bits on every generation and in a CPU's oracle."""
+    info = jnp.finfo(dtype)
+    num_mantissa, min_exponent = info.nmant, int(info.minexp)
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    sign = (bits >> 24) & 0x80
+    magnitude = bits & 0x7FFFFFFF
+    largest = lax.bitcast_convert_type(jnp.float32(info.max), jnp.uint32)
+    clipped = jnp.minimum(magnitude, largest)  # infinities too; NaN is put back below
+    # Normal range: rebias the exponent, then round away the surplus mantissa bits.
+    shift = 23 - num_mantissa
+    rebias = (127 + min_exponent - 1) << 23
+    odd = (clipped >> shift) & 1
+    normal = (clipped - rebias + ((1 << (shift - 1)) - 1) + odd) >> shift
+    # Subnormals: adding this power of two makes the float32 adder round at their spacing.
+    magic = jnp.float32(2.0 ** (min_exponent - num_mantissa + 23))
+    magic_bits = lax.bitcast_convert_type(magic, jnp.uint32)
+    value = lax.bitcast_convert_type(clipped, jnp.float32)
+    subnormal = lax.bitcast_convert_type(value + magic, jnp.uint32) - magic_bits
+    smallest_normal = (127 + min_exponent) << 23
+    code = jnp.where(clipped < smallest_normal, subnormal, normal)
+    nan_code = 0x7F if dtype == jnp.float8_e4m3fn else 0x7E
+    return sign | jnp.where(magnitude > 0x7F800000, nan_code, code)

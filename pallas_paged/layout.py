@@ -1,0 +1,179 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""The pool's layout: shapes, slots, and where K and V of a head lie. Nothing else knows it.
+
+A pool is ``kv_pages[P, page_size, R, C]``. One *slot* is the ``[R, C]`` of one token.
+
+- head_dim > 64: ``C`` is head_dim rounded up to 128; K of head i in row ``2i``, V in row ``2i + 1``
+  (for multiples of 128 the layout of JAX's own TPU kernel).
+- head_dim <= 64: ``C = 128``; row i holds head i, K from lane 0 and V from lane 64.
+
+Rows and lanes beyond those in use are padding: a write sets them to zero.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LANES = 128  # the minor dimension of a TPU register, and of the pool's rows
+HALF_LANES = LANES // 2
+
+POOL_DTYPES = tuple(
+    jnp.dtype(d)
+    for d in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8)
+)
+
+
+def is_quantized(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether a pool of `dtype` holds scaled values (8 bits) rather than the values themselves."""
+    return jnp.dtype(dtype).itemsize == 1
+
+
+def packs_kv_in_row(head_dim: int) -> bool:
+    """Whether K and V of a head share one row (head_dim <= 64) instead of taking two."""
+    return head_dim <= HALF_LANES
+
+
+def num_lanes(head_dim: int) -> int:
+    """The pool's minor dimension C for a head dimension."""
+    return LANES if packs_kv_in_row(head_dim) else -(-head_dim // LANES) * LANES
+
+
+def num_rows_used(num_kv_heads: int, head_dim: int) -> int:
+    """Rows of a slot that hold data."""
+    return num_kv_heads if packs_kv_in_row(head_dim) else 2 * num_kv_heads
+
+
+def num_rows(num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike) -> int:
+    """The smallest row count R for which XLA on TPU keeps the pool where it is.
+
+    XLA lays out a `[..., R, 128]` array in tiles of up to 8 rows of 32-bit words. Row counts that
+    are one such tile (a power of two of words, up to 8 rows) or whole tiles of 8 rows stay in
+    row-major order; others are laid out transposed and copied whole at every call
+    (tests/test_compiled.py reads this off the compiled HLO).
+    """
+    used = num_rows_used(num_kv_heads, head_dim)
+    smallest = max(2, 4 // jnp.dtype(dtype).itemsize)
+    for rows in (smallest, 4, 8):
+        if used <= rows:
+            return rows
+    return -(-used // 8) * 8
+
+
+def pool_shape(
+    num_pages: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+) -> tuple[int, int, int, int]:
+    """Shape `[P, page_size, R, C]` of the pool that `make_kv_pages` makes."""
+    return (
+        num_pages,
+        page_size,
+        num_rows(num_kv_heads, head_dim, dtype),
+        num_lanes(head_dim),
+    )
+
+
+def make_kv_pages(
+    num_pages: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> jax.Array:
+    """Makes an empty pool of `num_pages` pages of `page_size` tokens.
+
+    Args:
+      num_pages: P; for a model with L layers one flat pool of `L * P` pages keeps `lax.scan` over
+        the layers free of copies.
+      page_size: tokens in a page, >= 1.
+      num_kv_heads: K, >= 1.
+      head_dim: H, 1 to 256.
+      dtype: float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8.
+
+    Returns:
+      zeros, `kv_pages[P, page_size, R, C]`.
+
+    Raises:
+      ValueError: a size or the dtype is outside these bounds.
+
+    >>> make_kv_pages(10, 16, num_kv_heads=8, head_dim=128).shape
+    (10, 16, 16, 128)
+    >>> make_kv_pages(10, 16, num_kv_heads=8, head_dim=64).shape
+    (10, 16, 8, 128)
+    """
+    for name, value in (
+        ("num_pages", num_pages),
+        ("page_size", page_size),
+        ("num_kv_heads", num_kv_heads),
+        ("head_dim", head_dim),
+    ):
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(
+                f"make_kv_pages: {name} is {value!r}; wanted an integer >= 1"
+            )
+    if head_dim > 2 * LANES:
+        raise ValueError(
+            f"make_kv_pages: head_dim is {head_dim}; wanted at most {2 * LANES}: split the head"
+        )
+    if jnp.dtype(dtype) not in POOL_DTYPES:
+        raise ValueError(
+            f"make_kv_pages: dtype is {jnp.dtype(dtype)}; "
+            f"wanted one of {', '.join(map(str, POOL_DTYPES))}"
+        )
+    if num_pages * page_size >= 2**31:
+        raise ValueError(
+            f"make_kv_pages: num_pages * page_size is {num_pages * page_size}; wanted below 2**31, "
+            "because a slot is an int32: use fewer pages or several pools"
+        )
+    return jnp.zeros(pool_shape(num_pages, page_size, num_kv_heads, head_dim, dtype), dtype)
+
+
+def split_heads(x: jax.Array, num_kv_heads: int) -> jax.Array:
+    """`[T, K, H]` of k or v in either of its forms, `[T, K, H]` or `[T, K*H]`."""
+    return x.reshape(x.shape[0], num_kv_heads, -1)
+
+
+def merge_kv(k: jax.Array, v: jax.Array, num_rows: int) -> jax.Array:
+    """Slots `[T, R, C]` of k and v `[T, K, H]`, padding rows and lanes zero."""
+    num_tokens, num_kv_heads, head_dim = k.shape
+    if packs_kv_in_row(head_dim):
+        pad = ((0, 0), (0, 0), (0, HALF_LANES - head_dim))
+        slots = jnp.concatenate([jnp.pad(k, pad), jnp.pad(v, pad)], axis=-1)
+    else:
+        slots = jnp.stack([k, v], axis=2).reshape(num_tokens, 2 * num_kv_heads, head_dim)
+        slots = jnp.pad(slots, ((0, 0), (0, 0), (0, num_lanes(head_dim) - head_dim)))
+    return jnp.pad(slots, ((0, 0), (0, num_rows - slots.shape[1]), (0, 0)))
+
+
+def split_kv(slots: jax.Array, num_kv_heads: int, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """k and v `[..., K, H]` of slots `[..., R, C]`: the inverse of `merge_kv`."""
+    if packs_kv_in_row(head_dim):
+        rows = slots[..., :num_kv_heads, :]
+        return rows[..., :head_dim], rows[..., HALF_LANES : HALF_LANES + head_dim]
+    rows = slots[..., : 2 * num_kv_heads, :head_dim]
+    return rows[..., 0::2, :], rows[..., 1::2, :]
+
+
+def flatten_slots(kv_pages: jax.Array) -> jax.Array:
+    """The pool by slot, `[P * page_size, R, C]`: slot = page * page_size + row (no copy)."""
+    return kv_pages.reshape(-1, *kv_pages.shape[2:])
+
+
+def to_words(slots: jax.Array) -> jax.Array:
+    """Slots `[..., R, C]` of a 16- or 8-bit dtype as uint32 words `[..., words, C]`.
+
+    Several rows share a word, the first in the low bits: what a TPU's tiling does in memory.
+    """
+    per_word = 4 // slots.dtype.itemsize
+    *rest, num_rows, num_lanes = slots.shape
+    rows = slots.reshape(*rest, num_rows // per_word, per_word, num_lanes)
+    return jax.lax.bitcast_convert_type(jnp.moveaxis(rows, -2, -1), jnp.uint32)
+
+
+def from_words(words: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The inverse of `to_words`."""
+    rows = jnp.moveaxis(jax.lax.bitcast_convert_type(words, dtype), -1, -2)
+    *rest, num_words, per_word, num_lanes = rows.shape
+    return rows.reshape(*rest, num_words * per_word, num_lanes)

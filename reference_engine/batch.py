@@ -1,0 +1,144 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""From segments to padded device arrays: the only such place, and the closed set of their shapes.
+
+The batch is dense: segment after segment, no gap between them, padding at the end alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from reference_engine.config import EngineConfig
+from reference_engine.scheduler import Segment
+from reference_engine.write_plan import plan_writes
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class BatchShape:
+    """One allowed set of static sizes; a step runs in the smallest that holds it.
+
+    Attributes:
+      num_tokens: T, length of the packed batch.
+      num_seqs: S, sequence slots.
+      num_page_writes: capacity of `page_ids`.
+      num_slices: capacity of `slices`.
+      num_slots: capacity of `slots`.
+    """
+
+    num_tokens: int
+    num_seqs: int
+    num_page_writes: int
+    num_slices: int
+    num_slots: int
+
+
+class Batch(NamedTuple):
+    """What the model takes. Writes are given in the form that EngineConfig.kv_write names; the
+    arrays of the other forms have length 0."""
+
+    token_ids: jax.Array  # i32[T]
+    positions: jax.Array  # i32[T]
+    kv_lens: jax.Array  # i32[S], new tokens included
+    page_indices: jax.Array  # i32[S, M], -1 past a sequence's pages
+    cu_q_lens: jax.Array  # i32[S + 1], the total past the last sequence
+    num_seqs: jax.Array  # i32[1]
+    page_ids: jax.Array  # i32[W], -1 past the whole pages
+    token_starts: jax.Array  # i32[W]
+    slices: jax.Array  # i32[3, X]
+    num_slices: jax.Array  # i32[1]
+    slots: jax.Array  # i32[T or 0], -1 on padding
+
+
+def batch_shapes(config: EngineConfig) -> list[BatchShape]:
+    """Every shape that a step can have: no other is ever compiled.
+
+    >>> config = EngineConfig(max_num_batched_tokens=48, max_num_seqs=2, page_size=16)
+    >>> [(s.num_tokens, s.num_seqs) for s in batch_shapes(config)]
+    [(16, 1), (16, 2), (32, 1), (32, 2), (48, 1), (48, 2)]
+    """
+    token_buckets = config.token_buckets or _powers_of_two(16, config.max_num_batched_tokens)
+    seq_buckets = config.seq_buckets or _powers_of_two(1, config.max_num_seqs)
+    return [_shape(t, s, config) for t in token_buckets for s in seq_buckets]
+
+
+def choose_shape(num_tokens: int, num_seqs: int, config: EngineConfig) -> BatchShape:
+    """The smallest shape that holds a step."""
+    return min(
+        shape for shape in batch_shapes(config)
+        if shape.num_tokens >= num_tokens and shape.num_seqs >= num_seqs
+    )
+
+
+def make_batch(segments: Sequence[Segment], config: EngineConfig) -> Batch:
+    """Packs the segments, in order, and plans their writes.
+
+    Args:
+      segments: one step's, as the scheduler planned them; at least one.
+      config: gives page size, shapes and the form of the writes.
+    """
+    lengths = [len(segment.token_ids) for segment in segments]
+    shape = choose_shape(sum(lengths), len(segments), config)
+    positions = [np.arange(segment.start, segment.end) for segment in segments]
+    page_indices = np.full((shape.num_seqs, config.max_pages_per_seq), -1, np.int32)
+    for row, segment in zip(page_indices, segments, strict=False):
+        row[: len(segment.page_ids)] = segment.page_ids
+    cu_q_lens = np.concatenate([[0], np.cumsum(lengths)])
+
+    def padded(values, size, fill):
+        return jnp.asarray(_pad(values, size, fill))
+
+    writes = plan_writes(segments, config.page_size)
+    nothing = np.empty(0, np.int32)
+    pages = config.kv_write == "pages"
+    slices = writes.slices if pages else writes.all_slices(config.page_size)
+    if config.kv_write == "tokens":
+        slices = np.empty((3, 0), np.int32)
+    return Batch(
+        token_ids=padded(np.concatenate([s.token_ids for s in segments]), shape.num_tokens, 0),
+        positions=padded(np.concatenate(positions), shape.num_tokens, 0),
+        kv_lens=padded([segment.end for segment in segments], shape.num_seqs, 0),
+        page_indices=jnp.asarray(page_indices),
+        cu_q_lens=padded(cu_q_lens, shape.num_seqs + 1, cu_q_lens[-1]),
+        num_seqs=jnp.array([len(segments)], jnp.int32),
+        page_ids=padded(writes.page_ids if pages else nothing, shape.num_page_writes, -1),
+        token_starts=padded(writes.token_starts if pages else nothing, shape.num_page_writes, -1),
+        slices=jnp.stack([padded(row, shape.num_slices, 0) for row in slices]),
+        num_slices=jnp.array([slices.shape[1]], jnp.int32),
+        slots=padded(writes.slots if shape.num_slots else nothing, shape.num_slots, -1),
+    )
+
+
+def _shape(num_tokens: int, num_seqs: int, config: EngineConfig) -> BatchShape:
+    whole = num_tokens // config.page_size
+    # A segment is inside a page at most at its two ends.
+    ends = min(num_tokens, 2 * num_seqs)
+    return BatchShape(
+        num_tokens,
+        num_seqs,
+        num_page_writes=whole if config.kv_write == "pages" else 0,
+        num_slices={"pages": ends, "slices": min(num_tokens, whole + ends), "tokens": 0}[
+            config.kv_write
+        ],
+        num_slots=num_tokens if config.kv_write == "tokens" else 0,
+    )
+
+
+def _powers_of_two(smallest: int, largest: int) -> tuple[int, ...]:
+    """Doubling sizes from `smallest`, ending in `largest`."""
+    sizes = []
+    while smallest < largest:
+        sizes.append(smallest)
+        smallest *= 2
+    return (*sizes, largest)
+
+
+def _pad(values, size: int, fill: int) -> np.ndarray:
+    array = np.full(size, fill, np.int32)
+    array[: len(values)] = values
+    return array

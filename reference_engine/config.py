@@ -1,0 +1,177 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""What a model looks like and what an engine may do: frozen, and checked where they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+from pallas_paged.checks import require
+
+KV_WRITES = ("tokens", "slices", "pages")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a dense Llama-like decoder.
+
+    Attributes:
+      vocab_size: number of token ids; an id is in [0, vocab_size).
+      hidden_size: width of the residual stream.
+      intermediate_size: width of the gated MLP.
+      num_layers: number of decoder layers.
+      num_heads: query heads, a multiple of `num_kv_heads`.
+      num_kv_heads: key and value heads.
+      head_dim: width of one head, even (RoPE rotates its two halves).
+      rope_theta: base of the rotary frequencies.
+      rms_norm_eps: added to the mean square in every norm.
+      dtype: dtype name of parameters, activations and pool.
+
+    Raises:
+      ValueError: a size is below 1, heads do not divide, or head_dim is odd.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
+            "num_kv_heads", "head_dim",
+        ):
+            _at_least_one("ModelConfig", name, getattr(self, name))
+        require(
+            self.num_heads % self.num_kv_heads == 0, "ModelConfig", "num_heads",
+            got=f"{self.num_heads}", wanted=f"a multiple of num_kv_heads={self.num_kv_heads}",
+            hint="give every KV head the same number of query heads",
+        )
+        require(
+            self.head_dim % 2 == 0, "ModelConfig", "head_dim", got=f"{self.head_dim}",
+            wanted="an even number", hint="RoPE rotates the two halves of a head",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Limits and choices of one engine.
+
+    Attributes:
+      page_size: tokens in a page.
+      num_pages: pages in the pool, per layer.
+      max_model_len: most tokens, prompt and output together, of one request.
+      max_num_batched_tokens: most new tokens in one step (the step's budget).
+      max_num_seqs: most requests that run at a time.
+      page_aligned_scheduling: end every chunk of a prefill but the last on a page boundary.
+      long_prefill_token_threshold: most new tokens that one request gets in a step while another
+        request competes with it; 0 for no such limit.
+      max_deferrals: most steps in a row that alignment may make a request wait; after that it
+        takes a chunk that ends inside a page, and the next chunk returns to the boundary.
+      kv_write: how new keys and values reach the pool. "tokens": one index a token; "slices": one
+        slice a page touched; "pages": whole pages by page id, and slices for the rest.
+      backend: backend of every kernel, see `pallas_paged.dispatch`.
+      token_buckets: allowed padded lengths of the packed batch; None for powers of two.
+      seq_buckets: allowed padded numbers of sequences; None for powers of two. With one token
+        bucket and one sequence bucket a request's numbers do not depend on how it is chunked.
+      return_logits: hand back, with every token, the logits that it was taken from.
+
+    Raises:
+      ValueError: a value that cannot work, by a sentence.
+    """
+
+    page_size: int = 16
+    num_pages: int = 1024
+    max_model_len: int = 1024
+    max_num_batched_tokens: int = 256
+    max_num_seqs: int = 16
+    page_aligned_scheduling: bool = True
+    long_prefill_token_threshold: int = 0
+    max_deferrals: int = 4
+    kv_write: str = "pages"
+    backend: str = "auto"
+    token_buckets: tuple[int, ...] | None = None
+    seq_buckets: tuple[int, ...] | None = None
+    return_logits: bool = False
+
+    def __post_init__(self):
+        for name in (
+            "page_size", "num_pages", "max_model_len", "max_num_batched_tokens", "max_num_seqs",
+        ):
+            _at_least_one("EngineConfig", name, getattr(self, name))
+        for name in ("long_prefill_token_threshold", "max_deferrals"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int) and value >= 0, "EngineConfig", name, got=f"{value!r}",
+                wanted="an int >= 0", hint="pass 0 to turn it off",
+            )
+        require(
+            self.kv_write in KV_WRITES, "EngineConfig", "kv_write", got=f"{self.kv_write!r}",
+            wanted=f"one of {KV_WRITES}", hint="pages is the page-granular form",
+        )
+        self._check_buckets("token_buckets", self.max_num_batched_tokens)
+        self._check_buckets("seq_buckets", self.max_num_seqs)
+        if self.page_aligned_scheduling:
+            self._check_alignment()
+
+    def _check_buckets(self, name: str, largest: int):
+        buckets = getattr(self, name)
+        if buckets is None:
+            return
+        require(
+            bool(buckets) and min(buckets) >= 1 and tuple(sorted(set(buckets))) == tuple(buckets)
+            and buckets[-1] == largest,
+            "EngineConfig", name, got=f"{buckets!r}",
+            wanted=f"a rising tuple of positive sizes that ends in {largest}",
+            hint=f"({largest},) is the smallest such tuple",
+        )
+
+    def _check_alignment(self):
+        budget, page_size = self.max_num_batched_tokens, self.page_size
+        threshold = self.long_prefill_token_threshold
+        require(
+            budget >= page_size, "EngineConfig", "max_num_batched_tokens", got=f"{budget}",
+            wanted=f"at least page_size={page_size}",
+            hint="no step could ever fill a page: raise it, or turn page_aligned_scheduling off",
+        )
+        require(
+            threshold == 0 or threshold >= page_size, "EngineConfig",
+            "long_prefill_token_threshold", got=f"{threshold}",
+            wanted=f"0 or at least page_size={page_size}",
+            hint="a chunk below a page can never end on its boundary",
+        )
+        if budget < self.max_num_seqs + page_size:
+            warnings.warn(
+                f"EngineConfig: max_num_batched_tokens={budget} is below max_num_seqs + page_size ="
+                f" {self.max_num_seqs} + {page_size}: with all sequences decoding, less than a page"
+                f" is left for a prefill, which then waits up to max_deferrals={self.max_deferrals}"
+                " steps for each chunk that ends inside a page",
+                stacklevel=3,
+            )
+
+    @property
+    def max_pages_per_seq(self) -> int:
+        """Width of the page table."""
+        return num_pages_for(self.max_model_len, self.page_size)
+
+
+def num_pages_for(num_tokens: int, page_size: int) -> int:
+    """Pages that hold `num_tokens` tokens.
+
+    >>> [num_pages_for(n, 16) for n in (0, 1, 16, 17)]
+    [0, 1, 1, 2]
+    """
+    return -(-num_tokens // page_size)
+
+
+def _at_least_one(where: str, name: str, value: object):
+    require(
+        isinstance(value, int) and value >= 1, where, name, got=f"{value!r}",
+        wanted="an int >= 1", hint="pass a positive whole number",
+    )

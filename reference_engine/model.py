@@ -1,0 +1,145 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""A dense Llama-shaped decoder over a paged pool.
+
+All layers share one flat pool of L * P pages, carried through `lax.scan`: layer l has pages
+[l*P, (l+1)*P). A pool stacked as the scan's xs and ys would cost a temporary of its own size.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import pallas_paged
+from pallas_paged.ragged_paged_attention.api import ragged_paged_attention
+from reference_engine.batch import Batch
+from reference_engine.config import ModelConfig
+from reference_engine.weights import Params
+
+
+def make_pool(config: ModelConfig, num_pages: int, page_size: int) -> jax.Array:
+    """An empty pool with `num_pages` pages for each layer, [L*P, page_size, R, C]."""
+    return pallas_paged.make_kv_pages(
+        config.num_layers * num_pages, page_size, config.num_kv_heads, config.head_dim,
+        jnp.dtype(config.dtype),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "backend"), donate_argnames=("kv_pages",))
+def forward(
+    params: Params, kv_pages: jax.Array, batch: Batch, *, config: ModelConfig, backend: str
+) -> tuple[jax.Array, jax.Array]:
+    """Runs one step.
+
+    Args:
+      params: see weights.random_params.
+      kv_pages: [L*P, page_size, R, C]; donated.
+      batch: see batch.Batch.
+      config: the parameters' shape.
+      backend: of every kernel.
+
+    Returns:
+      Logits of each sequence's last new token, f32[S, vocab_size], and the pool.
+    """
+    pages_per_layer = kv_pages.shape[0] // config.num_layers
+    rotation = _rotation(batch.positions, config)
+
+    def layer(carry, xs):
+        x, kv_pages = carry
+        weights, index = xs
+        first_page = index * pages_per_layer
+        attended, kv_pages = _attention(
+            _rms_norm(x, weights["attention_norm"], config), weights, kv_pages,
+            _in_layer(batch, first_page, kv_pages.shape[1]), rotation, config, backend,
+        )
+        x += attended
+        x += _mlp(_rms_norm(x, weights["mlp_norm"], config), weights)
+        return (x, kv_pages), None
+
+    x = params["embedding"][batch.token_ids]
+    layers = (params["layers"], jnp.arange(config.num_layers, dtype=jnp.int32))
+    (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), layers)
+    last_rows = jnp.maximum(batch.cu_q_lens[1:] - 1, 0)  # [S]
+    x = _rms_norm(x[last_rows], params["norm"], config)
+    return _matmul(x, params["unembedding"]).astype(jnp.float32), kv_pages
+
+
+def _in_layer(batch: Batch, first_page: jax.Array, page_size: int) -> Batch:
+    """The batch with the ids of the pages that one layer has; what is skipped stays skipped."""
+
+    def shift(ids, by):
+        return jnp.where(ids >= 0, ids + by, ids)
+
+    first_slot = first_page * page_size
+    return batch._replace(
+        page_indices=shift(batch.page_indices, first_page),
+        page_ids=shift(batch.page_ids, first_page),
+        slices=batch.slices.at[0].set(shift(batch.slices[0], first_slot)),
+        slots=shift(batch.slots, first_slot),
+    )
+
+
+def _attention(x, weights, kv_pages, batch, rotation, config, backend):
+    """Writes the new keys and values, then attends; x [T, D] -> [T, D], and the pool."""
+    num_tokens = x.shape[0]
+    q = _rotate(_matmul(x, weights["q"]).reshape(num_tokens, config.num_heads, -1), rotation)
+    k = _rotate(_matmul(x, weights["k"]).reshape(num_tokens, config.num_kv_heads, -1), rotation)
+    v = _matmul(x, weights["v"])  # [T, K*H]
+    kv_pages = _write(kv_pages, k.reshape(v.shape), v, batch, config, backend)
+    out = ragged_paged_attention(
+        q, kv_pages, batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.num_seqs,
+        sm_scale=config.head_dim**-0.5, num_kv_heads=config.num_kv_heads, backend=backend,
+    )
+    return _matmul(out.reshape(num_tokens, -1), weights["o"]), kv_pages
+
+
+def _write(kv_pages, k, v, batch, config, backend):
+    """Every form of write that the batch brings; k, v [T, K*H]."""
+    options = {"num_kv_heads": config.num_kv_heads, "backend": backend}
+    if batch.page_ids.size:
+        kv_pages = pallas_paged.page_write(
+            kv_pages, k, v, batch.page_ids, batch.token_starts, **options
+        )
+    if batch.slices.size:
+        kv_pages = pallas_paged.slice_write(
+            kv_pages, k, v, batch.slices, batch.num_slices, **options
+        )
+    if batch.slots.size:
+        kv_pages = pallas_paged.token_write(kv_pages, k, v, batch.slots, **options)
+    return kv_pages
+
+
+def _mlp(x, weights):
+    """SwiGLU; x [T, D] -> [T, D]."""
+    gate = jax.nn.silu(_matmul(x, weights["gate"]))
+    return _matmul(gate * _matmul(x, weights["up"]), weights["down"])
+
+
+def _matmul(x, matrix):
+    # Full precision where the operands are float32, as the attention has it.
+    return jnp.dot(x, matrix, precision=lax.Precision.HIGHEST)
+
+
+def _rms_norm(x, scale, config):
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    return (x32 * lax.rsqrt(mean_square + config.rms_norm_eps)).astype(x.dtype) * scale
+
+
+def _rotation(positions, config):
+    """cos and sin of the rotary angles, f32[T, 1, H/2] each."""
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[:, None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x, rotation):
+    """Rotates the two halves of every head against each other; x [T, heads, H]."""
+    cos, sin = rotation
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -1,0 +1,209 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Runs traffic through an engine and keeps what two runs of it are compared by."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from reference_engine.config import EngineConfig, ModelConfig
+from reference_engine.engine import Engine, Output
+from reference_engine.request import Request, SamplingParams
+from reference_engine.scheduler import Segment, StepPlan
+from reference_engine.traffic import Arrival
+from reference_engine.weights import Params
+from reference_engine.write_plan import plan_writes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Job:
+    """A request to replay: its prompt, how many tokens to generate, and the step it arrives at."""
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    arrival_step: int
+
+
+@dataclasses.dataclass
+class Result:
+    """One run's counts, and what its requests came to, by request id (jobs in order: 0, 1, ...).
+
+    Attributes:
+      num_steps: steps that computed something.
+      num_tokens: tokens computed, recomputed ones included.
+      num_whole_pages: pages that one step filled from first row to last.
+      num_prefill_partials: other pieces of pages that prefills wrote.
+      num_decode_partials: those that decodes wrote (one token each).
+      num_deferrals: times that alignment made a request wait a step.
+      num_preemptions: times that a request lost its pages.
+      ttft: steps from arrival to first token, both ends included.
+      outputs: tokens generated.
+      logits: f32[vocab_size] of each of them.
+      kv_digests: digest of the keys and values in the pool when the request ended.
+    """
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    num_whole_pages: int = 0
+    num_prefill_partials: int = 0
+    num_decode_partials: int = 0
+    num_deferrals: int = 0
+    num_preemptions: int = 0
+    ttft: dict[int, int] = dataclasses.field(default_factory=dict)
+    outputs: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+    logits: dict[int, list[np.ndarray]] = dataclasses.field(default_factory=dict)
+    kv_digests: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_slices(self) -> int:
+        """Pieces of pages, whole ones included: what writing by slices alone would issue."""
+        return self.num_whole_pages + self.num_prefill_partials + self.num_decode_partials
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """How two runs of the same jobs differ.
+
+    Attributes:
+      num_outputs: generated tokens compared.
+      num_equal_tokens: those that are the same.
+      num_equal_logits: rows of logits that are the same to the last bit.
+      max_logit_difference: over all rows; infinite where NaN or a missing row is met.
+      num_requests: requests compared.
+      num_equal_pools: those whose keys and values in the pool were the same to the last bit.
+      num_distinct_tokens: different tokens in the first run's outputs.
+      num_distinct_outputs: different outputs among the first run's requests.
+    """
+
+    num_outputs: int
+    num_equal_tokens: int
+    num_equal_logits: int
+    max_logit_difference: float
+    num_requests: int
+    num_equal_pools: int
+    num_distinct_tokens: int
+    num_distinct_outputs: int
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether nothing differs, to the last bit."""
+        return (
+            self.num_equal_tokens == self.num_equal_logits == self.num_outputs
+            and self.num_equal_pools == self.num_requests
+        )
+
+
+def make_jobs(
+    arrivals: Sequence[Arrival], *, vocab_size: int, steps_per_second: float, seed: int
+) -> list[Job]:
+    """Gives every arrival a random prompt and a step."""
+    rng = np.random.default_rng(seed)
+    return [
+        Job(
+            tuple(rng.integers(vocab_size, size=arrival.num_prompt).tolist()),
+            arrival.num_output,
+            int(arrival.seconds * steps_per_second),
+        )
+        for arrival in arrivals
+    ]
+
+
+def replay(
+    jobs: Sequence[Job],
+    params: Params,
+    model_config: ModelConfig,
+    config: EngineConfig,
+    *,
+    observe: Callable[[int, Engine, list[Output]], None] | None = None,
+) -> Result:
+    """Runs the jobs to their end.
+
+    Time is counted in steps. Where nothing is left to do, it jumps to the next arrival.
+
+    Args:
+      jobs: in order of arrival.
+      params: the model's.
+      model_config: the model's.
+      config: the engine's; logits are recorded if it returns them.
+      observe: called after every step with its number, the engine, and the step's outputs.
+    """
+    result = Result()
+
+    def keep_digest(request: Request) -> None:
+        kv = np.ascontiguousarray(engine.read_kv(request))
+        result.kv_digests[request.request_id] = hashlib.sha256(kv.tobytes()).hexdigest()
+
+    engine = Engine(params, model_config, config, on_finish=keep_digest)
+    arrived = now = 0
+    while arrived < len(jobs) or engine.has_work:
+        if not engine.has_work:
+            now = max(now, jobs[arrived].arrival_step)
+        while arrived < len(jobs) and jobs[arrived].arrival_step <= now:
+            job = jobs[arrived]
+            engine.add_request(job.prompt_ids, SamplingParams(max_tokens=job.max_tokens))
+            arrived += 1
+        outputs = engine.step()
+        assert engine.last_plan is not None
+        _count_plan(result, engine.last_plan, jobs, config.page_size)
+        for output in outputs:
+            request_id = output.request_id
+            result.ttft.setdefault(request_id, now - jobs[request_id].arrival_step + 1)
+            result.outputs.setdefault(request_id, []).append(output.token_id)
+            if output.logits is not None:
+                result.logits.setdefault(request_id, []).append(output.logits)
+        if observe is not None:
+            observe(now, engine, outputs)
+        now += 1
+    return result
+
+
+def compare(ours: Result, other: Result) -> Comparison:
+    """Compares tokens and logits position by position, and the pools' bytes request by request."""
+    num_outputs = equal_tokens = equal_logits = 0
+    largest = 0.0
+    for request_id in sorted(ours.outputs.keys() | other.outputs.keys()):
+        tokens = [run.outputs.get(request_id, []) for run in (ours, other)]
+        num_outputs += max(map(len, tokens))
+        equal_tokens += sum(a == b for a, b in zip(*tokens, strict=False))
+        rows = [run.logits.get(request_id, []) for run in (ours, other)]
+        if len(rows[0]) != len(rows[1]):
+            largest = np.inf
+        for a, b in zip(*rows, strict=False):
+            equal_logits += a.tobytes() == b.tobytes()
+            difference = float(np.max(np.abs(a - b)))
+            largest = max(largest, np.inf if np.isnan(difference) else difference)
+    return Comparison(
+        num_outputs=num_outputs,
+        num_equal_tokens=equal_tokens,
+        num_equal_logits=equal_logits,
+        max_logit_difference=largest,
+        num_requests=len(ours.outputs.keys() | other.outputs.keys()),
+        num_equal_pools=sum(
+            digest == other.kv_digests.get(request_id)
+            for request_id, digest in ours.kv_digests.items()
+        ),
+        num_distinct_tokens=len({token for tokens in ours.outputs.values() for token in tokens}),
+        num_distinct_outputs=len(set(map(tuple, ours.outputs.values()))),
+    )
+
+
+def is_decode(segment: Segment, num_prompt: int) -> bool:
+    """Whether a segment is one generated token and not part of a prompt or of its recomputation."""
+    return segment.start >= num_prompt and len(segment.token_ids) == 1 and segment.samples
+
+
+def _count_plan(result: Result, plan: StepPlan, jobs: Sequence[Job], page_size: int) -> None:
+    result.num_steps += bool(plan.segments)
+    result.num_tokens += plan.num_tokens
+    result.num_deferrals += len(plan.deferrals)
+    result.num_preemptions += len(plan.preempted)
+    for segment in plan.segments:
+        writes = plan_writes([segment], page_size)
+        result.num_whole_pages += len(writes.page_ids)
+        if is_decode(segment, len(jobs[segment.request_id].prompt_ids)):
+            result.num_decode_partials += writes.slices.shape[1]
+        else:
+            result.num_prefill_partials += writes.slices.shape[1]

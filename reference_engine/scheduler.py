@@ -1,0 +1,262 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Which tokens each step computes. Pure Python.
+
+A request has no phase: each step lets `num_computed` catch up with `num_tokens`. One function,
+`limit`, states every limit on a request's next chunk, for running and waiting requests alike.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+from reference_engine.config import EngineConfig, num_pages_for
+from reference_engine.page_pool import PagePool
+from reference_engine.request import FinishReason, Request
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Segment:
+    """The new tokens of one request in one step.
+
+    Attributes:
+      request_id: whose they are.
+      start: position of the first of them; also how many tokens are in the pool already.
+      token_ids: the tokens, at positions [start, end).
+      page_ids: the request's pages, in order, enough for `end` tokens.
+      samples: whether `end` is the last known token, so that the step yields a new one.
+    """
+
+    request_id: int
+    start: int
+    token_ids: tuple[int, ...]
+    page_ids: tuple[int, ...]
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Deferral:
+    """A request that alignment made wait: `budget` tokens did not reach the next page boundary."""
+
+    request_id: int
+    num_computed: int
+    budget: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: what to compute, who waits for a page boundary, whose pages were taken away."""
+
+    segments: tuple[Segment, ...]
+    deferrals: tuple[Deferral, ...] = ()
+    preempted: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+
+def charge(num_new_tokens: int) -> int:
+    """What a chunk costs of the step's budget.
+
+    The batch is packed densely, so a chunk costs its tokens and no more. Pages are the currency of
+    the pool: rounding the charge up to pages as well would stall a tail whose pages exceed what the
+    budget can ever hold.
+    """
+    return num_new_tokens
+
+
+def limit(
+    request: Request, computed: int, budget: int, contended: bool, config: EngineConfig
+) -> int:
+    """How many tokens of `request` the step may compute next, after `computed` of them.
+
+    Args:
+      request: read only.
+      computed: tokens already in the pool.
+      budget: what is left of the step's budget.
+      contended: whether another request competes for the step.
+      config: see EngineConfig.
+
+    Returns:
+      A count that fits every limit; 0 for "not in this step".
+    """
+    last = min(request.num_tokens, config.max_model_len)
+    n = min(last - computed, budget)
+    if contended and config.long_prefill_token_threshold:
+        n = min(n, config.long_prefill_token_threshold)
+    if n <= 0:
+        return 0
+    # A resumed request replays its outputs as a prefill, all but the newest.
+    is_decode = computed >= max(request.num_prompt, request.num_tokens - 1)
+    if is_decode or not config.page_aligned_scheduling:
+        return n
+    end = computed + n
+    if end == last and charge(n) <= budget:
+        return n
+    # The end is a position, not a length: a start inside a page returns to the boundary here.
+    aligned = end // config.page_size * config.page_size - computed
+    if aligned > 0:
+        return aligned
+    return 0 if request.num_deferrals < config.max_deferrals else n
+
+
+class Scheduler:
+    """Requests in arrival order, and the pages they hold.
+
+    Attributes:
+      waiting: requests without pages, first come first; a preempted one returns to the front.
+      running: requests with pages, in order of admission.
+    """
+
+    def __init__(self, config: EngineConfig, pool: PagePool):
+        self.config = config
+        self.pool = pool
+        self.waiting: collections.deque[Request] = collections.deque()
+        self.running: list[Request] = []
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def schedule(self) -> StepPlan:
+        """Plans one step. Pages are taken here; `commit` counts the tokens once they are computed.
+
+        A plan that is never committed costs nothing: the next one holds the same tokens again.
+        """
+        segments: list[Segment] = []
+        deferrals: list[Deferral] = []
+        preempted: list[int] = []
+        budget = self.config.max_num_batched_tokens
+        contended = len(self.running) + len(self.waiting) > 1
+
+        def take(request: Request) -> int:
+            n = limit(request, request.num_computed, budget, contended, self.config)
+            if n == 0:
+                request.num_deferrals += 1
+                deferrals.append(Deferral(request.request_id, request.num_computed, budget))
+            return n
+
+        def put(request: Request, n: int) -> int:
+            request.num_deferrals = 0
+            segments.append(_segment(request, n))
+            return budget - charge(n)
+
+        index = 0
+        while index < len(self.running) and budget > 0:
+            request = self.running[index]
+            index += 1
+            n = take(request)
+            # Whoever cannot use what is left must not stop those behind it, decodes above all.
+            if n > 0 and self._grow(request, request.num_computed + n, preempted):
+                budget = put(request, n)
+
+        # Whoever was preempted needs the pages that an admission would take.
+        while self.waiting and budget > 0 and not preempted:
+            request = self.waiting[0]
+            num_pages = num_pages_for(request.num_tokens, self.config.page_size)
+            if len(self.running) >= self.config.max_num_seqs or num_pages > self.pool.num_free:
+                break
+            n = take(request)
+            if n == 0:
+                break  # first come, first served
+            self._admit(request, num_pages)
+            budget = put(request, n)
+
+        return StepPlan(tuple(segments), tuple(deferrals), tuple(preempted))
+
+    def commit(self, plan: StepPlan, new_tokens: dict[int, int]) -> list[Request]:
+        """Counts the plan's tokens as computed and appends the tokens that the step yielded.
+
+        Args:
+          plan: what was computed.
+          new_tokens: request id -> token, for every segment that samples.
+
+        Returns:
+          The requests that finished. They hold their pages until `release`.
+        """
+        by_id = {request.request_id: request for request in self.running}
+        finished = []
+        for segment in plan.segments:
+            request = by_id[segment.request_id]
+            request.num_computed = segment.end
+            if not segment.samples:
+                continue
+            request.output_ids.append(new_tokens[request.request_id])
+            request.finish_reason = _finish_reason(request, self.config)
+            if request.finish_reason is not None:
+                finished.append(request)
+        return finished
+
+    def release(self, request: Request) -> None:
+        """Forgets a running request and gives its pages back."""
+        self.running.remove(request)
+        self._free_pages(request)
+
+    def abort(self, request_id: int) -> Request | None:
+        """Forgets a request, waiting or running, and returns it; None if there is none."""
+        for request in (*self.running, *self.waiting):
+            if request.request_id == request_id:
+                if request in self.waiting:
+                    self.waiting.remove(request)
+                else:
+                    self.release(request)
+                request.finish_reason = FinishReason.ABORT
+                return request
+        return None
+
+    def preempt_all(self) -> None:
+        """Sends every running request back to the front of the queue, in order, to be recomputed."""
+        while self.running:
+            self._preempt_last()
+
+    def _admit(self, request: Request, num_pages: int) -> None:
+        # Pages for all known tokens at once: a half-admitted prompt could only wait for pages that
+        # other half-admitted prompts hold.
+        page_ids = self.pool.allocate(num_pages)
+        assert page_ids is not None  # the caller has counted the free pages
+        self.waiting.popleft()
+        request.page_ids = page_ids
+        self.running.append(request)
+
+    def _grow(self, request: Request, num_tokens: int, preempted: list[int]) -> bool:
+        """Gives `request` pages for `num_tokens` tokens, taking those of the last admitted."""
+        missing = num_pages_for(num_tokens, self.config.page_size) - len(request.page_ids)
+        while (page_ids := self.pool.allocate(max(missing, 0))) is None:
+            victim = self._preempt_last()
+            preempted.append(victim.request_id)
+            if victim is request:
+                return False
+        request.page_ids += page_ids
+        return True
+
+    def _preempt_last(self) -> Request:
+        victim = self.running.pop()
+        self._free_pages(victim)
+        victim.num_computed = 0
+        victim.num_preemptions += 1
+        self.waiting.appendleft(victim)
+        return victim
+
+    def _free_pages(self, request: Request) -> None:
+        self.pool.release(request.page_ids)
+        request.page_ids = []
+
+
+def _segment(request: Request, n: int) -> Segment:
+    start, end = request.num_computed, request.num_computed + n
+    return Segment(
+        request.request_id, start, request.token_ids(start, end), tuple(request.page_ids),
+        samples=end == request.num_tokens,
+    )
+
+
+def _finish_reason(request: Request, config: EngineConfig) -> FinishReason | None:
+    if request.output_ids[-1] in request.params.stop_token_ids:
+        return FinishReason.STOP
+    if len(request.output_ids) >= request.params.max_tokens:
+        return FinishReason.LENGTH
+    return FinishReason.LENGTH if request.num_tokens >= config.max_model_len else None

@@ -1,0 +1,210 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""What a benchmark prints, and how it times."""
+
+import io
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bench import _clock, _report
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_table_aligns_numbers_right_and_words_left():
+    rows = [
+        {"op": "page_write", "us": "3.25", "x": "1.0x", "bound": "issue"},
+        {"op": "copy", "us": 12.5, "x": "-", "bound": "bandwidth"},
+    ]
+    assert _report.table(rows, indent=1) == (
+        " op            us     x  bound\n"
+        " ----------  ----  ----  ---------\n"
+        " page_write  3.25  1.0x  issue\n"
+        " copy        12.5     -  bandwidth"
+    )
+    assert _report.table([]) == ""
+
+
+def test_table_refuses_rows_that_differ():
+    with pytest.raises(ValueError, match=r"row 1 has columns \['b'\]; row 0 has \['a'\]"):
+        _report.table([{"a": 1}, {"b": 1}])
+
+
+def test_json_is_alone_on_stdout(capsys):
+    _report.write_json({"us": 1.5, "bound": None})
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"us": 1.5, "bound": None} and err == ""
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        _report.write_json({"us": float("nan")})
+
+
+def test_environment_can_be_written_as_json():
+    facts = _report.environment()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["jax"] == jax.__version__
+    assert facts["platform"] == jax.devices()[0].platform
+    assert facts["libtpu"] and facts["date"].endswith("+00:00")
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_commit_says_dirty(tmp_path):
+    def git(*args):
+        subprocess.run(
+            ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(tmp_path), *args],
+            check=True,
+            capture_output=True,
+        )
+
+    root = tmp_path.resolve()
+    assert _report._commit(root) is None
+    git("init", "-q")
+    assert _report._commit(root) is None  # no commit yet
+    (root / "file").write_text("one")
+    git("add", "file")
+    git("commit", "-q", "-m", "first")
+    clean = _report._commit(root)
+    assert clean is not None and len(clean) == 12
+    (root / "untracked").write_text("x")
+    assert _report._commit(root) == clean
+    (root / "file").write_text("two")
+    assert _report._commit(root) == clean + "-dirty"
+    (root / "inside").mkdir()
+    assert _report._commit(root / "inside") is None
+
+
+def test_progress_is_for_terminals_only():
+    file = io.StringIO()
+    with _report.Progress(2, "compiling", file) as progress:
+        progress.step("a")
+    assert file.getvalue() == ""
+    terminal = _Terminal()
+    with _report.Progress(2, "compiling", terminal) as progress:
+        progress.step("page_write v5e")
+    lines = terminal.getvalue().split("\r\x1b[K")
+    assert lines == ["", "compiling 0/2 ", "compiling 1/2 page_write v5e", ""]
+
+
+def test_progress_is_cleared_when_the_work_fails():
+    terminal = _Terminal()
+    with pytest.raises(OSError), _report.Progress(2, "compiling", terminal):
+        raise OSError
+    assert terminal.getvalue().endswith("\r\x1b[K")
+
+
+def test_plot_writes_a_png(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plot.png"
+    lines = {"page": [(16, 1.0), (32, 2.0)], "token": [(16, 8.0), (32, 16.0)]}
+    _report.save_plot(
+        path, {"v5e": lines, "v6e": lines}, xlabel="page size", ylabel="us", title="predicted"
+    )
+    assert path.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_without_matplotlib_one_sentence_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r"pip install 'pallas-paged\[plot\]'"):
+        _report.save_plot(tmp_path / "p.png", {"a": {}}, xlabel="x", ylabel="y")
+    assert not pathlib.Path(tmp_path / "p.png").exists()
+
+
+# --- the clock --------------------------------------------------------------------------------
+
+
+class _Clock:
+    """A clock that goes on by the next of `seconds` between its first and second reading."""
+
+    def __init__(self, seconds):
+        self._seconds, self._now, self._running = iter(seconds), 0.0, False
+
+    def perf_counter(self):
+        if self._running:
+            self._now += next(self._seconds)
+        self._running = not self._running
+        return self._now
+
+
+def test_percentiles():
+    timing = _clock.summarise([float(x) for x in range(1, 12)], "wall clock")
+    assert (timing.p20_us, timing.median_us, timing.p80_us, timing.repeats) == (3, 6, 9, 11)
+    one = _clock.summarise([2.0], "wall clock")
+    assert (one.p20_us, one.median_us, one.p80_us) == (2, 2, 2)
+    assert one.gb_per_s(4000) == 2.0
+    with pytest.raises(ValueError, match="empty"):
+        _clock.summarise([], "wall clock")
+
+
+def test_calls_are_timed_after_the_warmup(monkeypatch):
+    # 3 warm-up calls, then 1, 2, 3 milliseconds.
+    monkeypatch.setattr(_clock, "time", _Clock([9, 9, 9, 1e-3, 2e-3, 3e-3]))
+    timing = _clock.time_calls(lambda s, x: s + x, [jnp.zeros(4)], [jnp.ones(4)], repeats=3)
+    assert timing.median_us == pytest.approx(2000) and timing.method == "wall clock"
+
+
+def test_states_are_donated_and_take_turns():
+    states = [jnp.full((256,), float(i)) for i in range(2)]
+    seen = []
+
+    def step(state, delta):
+        jax.debug.callback(lambda value: seen.append(float(value)), state[0])
+        return state + delta
+
+    _clock.time_calls(step, states, [jnp.full((256,), 10.0)], repeats=4, warmup=2)
+    jax.effects_barrier()
+    assert seen == [0, 1, 10, 11, 20, 21]
+    assert all(state.is_deleted() for state in states)
+
+
+def test_the_loop_divides_the_difference(monkeypatch):
+    # Two compiling runs, then n and 2n rounds: 5 ms of dispatch and 8 rounds x 2 states x 100 us.
+    short, long = 5e-3 + 1.6e-3, 5e-3 + 3.2e-3
+    monkeypatch.setattr(_clock, "time", _Clock([9, 9, *[short, long] * 3]))
+    states = [jnp.zeros(4), jnp.ones(4)]
+    timing = _clock.time_loop(lambda s, x: s + x, states, [jnp.ones(4)], repeats=3, iterations=8)
+    assert timing.median_us == pytest.approx(100) and timing.method == "in-jit loop"
+
+
+def test_the_loop_runs_every_round_on_every_state():
+    calls = []
+
+    def step(state):
+        jax.debug.callback(lambda value: calls.append(int(value)), state)
+        return state + 1
+
+    # The count of rounds is what is asked; whether noise hides the difference is not.
+    try:
+        _clock.time_loop(step, [jnp.int32(0), jnp.int32(1000)], repeats=1, iterations=3)
+    except ValueError as e:
+        assert "raise iterations" in str(e)
+    jax.effects_barrier()
+    rounds = 2 * (3 + 6)
+    assert sorted(calls) == [*range(rounds), *range(1000, 1000 + rounds)]
+
+
+def test_a_loop_without_a_difference_is_refused(monkeypatch):
+    monkeypatch.setattr(_clock, "time", _Clock([1.0] * 8))
+    with pytest.raises(ValueError, match="8 rounds took no longer than 4; raise iterations"):
+        _clock.time_loop(lambda s: s, [jnp.zeros(4)], repeats=3, iterations=4)
+
+
+def test_a_cpu_is_timed_by_the_wall_clock():
+    timing = _clock.time_step(lambda s: s + 1, [jnp.zeros(4)], repeats=2)
+    assert timing.method == "wall clock" and timing.median_us > 0
+
+
+@pytest.mark.parametrize("name", ["repeats", "iterations", "states"])
+def test_counts_are_checked(name):
+    values = {"repeats": 1, "iterations": 1, "states": [jnp.zeros(4)]}
+    values |= {name: [] if name == "states" else 0}
+    states = values.pop("states")
+    with pytest.raises(ValueError, match=f"{name} is 0; want 1 or more"):
+        _clock.time_loop(lambda s: s, states, **values)
