@@ -238,6 +238,7 @@ def _collect(process, jobs, root, on_done) -> list[Dump]:
 
 def _child_env(dump: pathlib.Path) -> dict[str, str]:
     """This process's environment, with what the child must see before libtpu loads."""
+    # sys.path need not name it: an editable install may find this package by an import hook.
     here = str(pathlib.Path(__file__).resolve().parent.parent)
     return (
         dict(os.environ)

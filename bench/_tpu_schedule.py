@@ -134,8 +134,8 @@ def weighted_sum(parts: Iterable[tuple[Counts, float]]) -> Counts:
 class Node:
     """A kernel, a loop in it, or a region that a branch can skip.
 
-    An `if` with an `else` is two regions side by side. The two halves of the bundle range, `own`
-    and the children, never overlap.
+    An `if` with an `else` is two regions side by side. Every bundle from `first` to `last` is
+    counted once: in `own`, or in one of the children.
 
     Attributes:
       kind: "kernel", "loop" or "branch".

@@ -16,6 +16,7 @@ from bench._tpu_compile import Job, aot_compile, compile_jobs, mesh_of
 
 # Targets for the child process: an issue loop that is unrolled by hand, and a matrix product.
 _TARGETS = '''
+import os
 import jax, jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -68,6 +69,9 @@ def matmul(m, k, n):
 
 
 def broken():
+    os.write(1, b"noise on stdout\\n")
+    os.write(2, b"noise on stderr\\n")
+    print("noise from print", flush=True)
     raise OSError("no such kernel")
 '''
 _MATMUL = (1024, 512, 512)
@@ -190,6 +194,11 @@ def test_a_guarded_loop_lies_inside_its_guard_and_an_early_exit_is_cut():
     ]
     expected = [("branch", 2, 6, [("loop", 2, 6, [("branch", 5, 6, [])])])]
     assert _shape(_kernel(lines).tree)[3] == expected
+
+
+def test_a_loop_of_one_bundle():
+    lines = ["", "%1 = sbr.rel (%p1) target bundleno = 1 (0x1), region = 1", "", ""]
+    assert _shape(_kernel(lines, delay_slots=1).tree)[3] == [("loop", 1, 2, [])]
 
 
 def test_two_back_edges_to_one_header_are_one_loop():
@@ -356,9 +365,13 @@ def test_a_kernel_that_is_not_there_is_named(dumps):
 def test_a_failing_job_says_which_and_why(tmp_path, monkeypatch, capfd):
     (tmp_path / "broken_targets.py").write_text(_TARGETS)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"compiling bad for v6e failed:\nOSError: no such kern"):
+    with pytest.raises(RuntimeError) as caught:
         compile_jobs([Job("bad", "broken_targets:broken", "v6e")])
-    assert capfd.readouterr() == ("", "")  # libtpu logs to neither
+    message = str(caught.value)
+    assert message.startswith("compiling bad for v6e failed:\nOSError: no such kernel\n")
+    for noise in ("noise on stdout", "noise on stderr", "noise from print"):
+        assert noise in message
+    assert capfd.readouterr() == ("", "")
 
 
 def test_jobs_are_checked():

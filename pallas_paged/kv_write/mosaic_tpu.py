@@ -456,33 +456,41 @@ def _kernel(walk, *refs):
     def issue(first, last, start, slot):
         """One DMA for each live entry; returns how many tokens are on their way."""
 
-        def entry(i, base, offset):
-            """Entry i, whose tokens start at row `base + offset` of the window if evenly spaced."""
-            row = source(i) - start if entries.has_sources else base + offset
+        def send(i, target, row):
+            """Starts entry i, whose tokens are in the window from `row` on; returns its length."""
             length = end(i) - source(i) if entries.has_ends else entries.max_len
-            live = is_live(i)
+            size = length * rows_per_slot
+            to = target * (target_slots * rows_per_slot)
+            pltpu.make_async_copy(
+                rows_vmem.at[slot, pl.ds(_aligned(row * rows_per_slot), size)],
+                pool_words.at[pl.ds(_aligned(to), size)],
+                out_sems.at[slot],
+            ).start()
+            return length
 
-            @pl.when(live)
-            def _start():
-                size = length * rows_per_slot
-                to = target_ref[i] * (target_slots * rows_per_slot)
-                pltpu.make_async_copy(
-                    rows_vmem.at[slot, pl.ds(_aligned(row * rows_per_slot), size)],
-                    pool_words.at[pl.ds(_aligned(to), size)],
-                    out_sems.at[slot],
-                ).start()
-
-            return jnp.where(live, length, 0)
+        def single(i, sent):
+            def go():
+                return sent + send(i, target_ref[i], source(i) - start)
+            return lax.cond(is_live(i), go, lambda: sent)
 
         def chunk(c, sent):
             i = first + c * walk.unroll
-            base = source(i) - start
-            for u in range(walk.unroll):
-                sent += entry(i + u, base, u * entries.max_len)
-            return sent
+            targets = [target_ref[i + u] for u in range(walk.unroll)]
+            # As unsigned numbers the largest target is in the pool only if all of them are.
+            largest = functools.reduce(jnp.maximum, (t.astype(jnp.uint32) for t in targets))
 
-        def single(i, sent):
-            return sent + entry(i, source(i) - start, 0)
+            def all_live():
+                base = source(i) - start
+                total = sent
+                for u, target in enumerate(targets):
+                    row = source(i + u) - start if entries.has_sources else base + u * entries.max_len
+                    total += send(i + u, target, row)
+                return total
+
+            def some_live():
+                return lax.fori_loop(i, i + walk.unroll, single, sent)
+
+            return lax.cond(largest < num_targets, all_live, some_live)
 
         num_chunks = (last - first) // walk.unroll
         sent = lax.fori_loop(0, num_chunks, chunk, jnp.int32(0))
