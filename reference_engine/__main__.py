@@ -78,10 +78,12 @@ def main(argv: Sequence[str]) -> None:
         for message in dict.fromkeys(str(warning.message) for warning in caught):
             print(f"warning: {message}", file=sys.stderr)
         commands[argv[1]](jobs, config)
-    except (ValueError, NotImplementedError, OSError) as error:
-        _exit(2, str(error))
     except BrokenPipeError:  # the reader of our output has gone, as in `explain | head`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        _exit(2, f"cannot read {error.filename}: {error.strerror}")
+    except (ValueError, NotImplementedError) as error:
+        _exit(2, str(error))
 
 
 def _replay(jobs: list[Job], config: EngineConfig) -> None:
@@ -90,13 +92,10 @@ def _replay(jobs: list[Job], config: EngineConfig) -> None:
     results, seconds = [], []
     for aligned in (True, False):
         progress = _Progress(f"page_aligned_scheduling={'on' if aligned else 'off'}", len(jobs))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # said once, by main
-            run_config = dataclasses.replace(config, page_aligned_scheduling=aligned)
         start = time.perf_counter()
-        results.append(
-            replay_lib.replay(jobs, params, MODEL, run_config, observe=progress.observe)
-        )
+        results.append(replay_lib.replay(
+            jobs, params, MODEL, _with_alignment(config, aligned), observe=progress.observe
+        ))
         seconds.append(time.perf_counter() - start)
         progress.close()
     print(_table(results, seconds))
@@ -108,7 +107,7 @@ def _replay(jobs: list[Job], config: EngineConfig) -> None:
 
 def _explain(jobs: list[Job], config: EngineConfig) -> None:
     print(_describe(jobs, config))
-    config = dataclasses.replace(config, page_aligned_scheduling=FLAGS.page_aligned_scheduling)
+    config = _with_alignment(config, FLAGS.page_aligned_scheduling)
     print(f"page_aligned_scheduling {'on' if config.page_aligned_scheduling else 'off'}")
 
     def print_step(step: int, engine: Engine, outputs: list[Output]) -> None:
@@ -122,9 +121,11 @@ def _explain(jobs: list[Job], config: EngineConfig) -> None:
 def _make_jobs() -> list[Job]:
     if FLAGS.num_requests < 1:
         raise ValueError(f"--num_requests is {FLAGS.num_requests}; wanted at least 1")
-    for name in ("length_scale", "steps_per_second"):
-        if not 0 < FLAGS[name].value < float("inf"):
-            raise ValueError(f"--{name} is {FLAGS[name].value}; wanted a number above 0")
+    for name, value in (
+        ("length_scale", FLAGS.length_scale), ("steps_per_second", FLAGS.steps_per_second),
+    ):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"--{name} is {value}; wanted a number above 0")
     if FLAGS.trace is None:
         arrivals = traffic.generate(FLAGS.num_requests, seed=FLAGS.seed)
     else:
@@ -155,6 +156,12 @@ def _make_config(jobs: list[Job]) -> EngineConfig:
         seq_buckets=(FLAGS.max_num_seqs,),
         return_logits=True,
     )
+
+
+def _with_alignment(config: EngineConfig, aligned: bool) -> EngineConfig:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # main has said it
+        return dataclasses.replace(config, page_aligned_scheduling=aligned)
 
 
 def _describe(jobs: list[Job], config: EngineConfig) -> str:

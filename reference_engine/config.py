@@ -126,9 +126,9 @@ class EngineConfig:
             return
         require(
             bool(buckets) and min(buckets) >= 1 and tuple(sorted(set(buckets))) == tuple(buckets)
-            and buckets[-1] == largest,
+            and buckets[-1] >= largest,
             "EngineConfig", name, got=f"{buckets!r}",
-            wanted=f"a rising tuple of positive sizes that ends in {largest}",
+            wanted=f"a rising tuple of positive sizes, the last of them at least {largest}",
             hint=f"({largest},) is the smallest such tuple",
         )
 

@@ -94,9 +94,8 @@ class Engine:
             token below max_model_len, or could outgrow the pool. Nothing else is changed.
         """
         params = params or SamplingParams()
-        prompt = tuple(map(int, prompt_ids))
-        self._check_prompt(prompt, params)
-        request = Request(self._next_id, prompt, params)
+        self._check_prompt(prompt_ids, params)
+        request = Request(self._next_id, tuple(map(int, prompt_ids)), params)
         self._next_id += 1
         self.scheduler.add(request)
         return request.request_id
@@ -156,9 +155,10 @@ class Engine:
         table = np.zeros(self.config.max_pages_per_seq, int)  # one shape, so compiled once
         table[: len(request.page_ids)] = request.page_ids
         first_pages = np.arange(config.num_layers)[:, None] * self.config.num_pages
-        slots = np.asarray(self._kv_pages[first_pages + table])  # [L, M, page_size, R, C]
-        slots = slots.reshape(config.num_layers, -1, *slots.shape[3:])[:, : request.num_computed]
-        return np.stack(layout.split_kv(slots, config.num_kv_heads, config.head_dim))
+        slots = self._kv_pages[first_pages + table]  # [L, M, page_size, R, C]
+        kv = np.stack(layout.split_kv(slots, config.num_kv_heads, config.head_dim))
+        kv = kv.reshape(2, config.num_layers, -1, config.num_kv_heads, config.head_dim)
+        return kv[:, :, : request.num_computed]
 
     def _run(self, plan: StepPlan) -> tuple[np.ndarray | None, list[int]]:
         batch = make_batch(plan.segments, self.config)
@@ -178,18 +178,21 @@ class Engine:
             )
             self.scheduler.preempt_all()
 
-    def _check_prompt(self, prompt: tuple[int, ...], params: SamplingParams) -> None:
+    def _check_prompt(self, prompt: Sequence[int], params: SamplingParams) -> None:
         op, config = "Engine.add_request", self.config
         require(
             len(prompt) > 0, op, "prompt_ids", got="empty", wanted="at least one token id",
             hint="start the prompt with the model's beginning-of-text token",
         )
         vocab_size = self.model_config.vocab_size
-        wrong = next((i for i, t in enumerate(prompt) if not 0 <= t < vocab_size), None)
+        wrong = [
+            f"{token!r} at index {i}" for i, token in enumerate(prompt)
+            if not isinstance(token, int | np.integer) or not 0 <= token < vocab_size
+        ]
         require(
-            wrong is None, op, "prompt_ids",
-            got="" if wrong is None else f"{prompt[wrong]} at index {wrong}",
-            wanted=f"ids in [0, {vocab_size})", hint="use the tokenizer that the model came with",
+            not wrong, op, "prompt_ids", got=", ".join(wrong[:1]),
+            wanted=f"whole numbers in [0, {vocab_size})",
+            hint="use the tokenizer that the model came with",
         )
         require(
             len(prompt) < config.max_model_len, op, "prompt_ids", got=f"{len(prompt)} tokens long",

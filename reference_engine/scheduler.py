@@ -209,7 +209,7 @@ class Scheduler:
         return None
 
     def preempt_all(self) -> None:
-        """Sends every running request back to the front of the queue, in order, to be recomputed."""
+        """Sends all running requests back to the front of the queue, in order, to be recomputed."""
         while self.running:
             self._preempt_last()
 

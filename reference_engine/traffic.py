@@ -8,10 +8,12 @@ import dataclasses
 import datetime
 import itertools
 from collections.abc import Iterator
+from typing import NoReturn
 
 import numpy as np
 
 _COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_MOST_TOKENS = 10_000_000  # of one request; a typing error beyond it would only exhaust memory
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,10 +62,14 @@ def read_azure_trace(path: str, num_requests: int) -> list[Arrival]:
       OSError: the file cannot be read.
       ValueError: the columns are others, there is no row, or a row is bad (named by its line).
     """
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        return list(itertools.islice(_parse(csv.reader(file), path), num_requests)) or _fail(
-            path, 2, "no request", "at least one row"
-        )
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            arrivals = list(itertools.islice(_parse(csv.reader(file), path), num_requests))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no CSV text file: {error}") from error
+    if not arrivals:
+        _fail(path, 2, "no request", "at least one row")
+    return arrivals
 
 
 def generate(
@@ -153,10 +159,12 @@ def _timestamp(text: str, path: str, line: int) -> datetime.datetime:
 
 
 def _count(text: str, name: str, path: str, line: int) -> int:
-    if not (text.strip().isascii() and text.strip().isdigit() and int(text) >= 1):
-        _fail(path, line, f"{name} {text!r}", "a whole number >= 1")
+    text = text.strip()
+    is_number = text.isascii() and text.isdigit() and len(text) <= len(str(_MOST_TOKENS))
+    if not (is_number and 1 <= int(text) <= _MOST_TOKENS):
+        _fail(path, line, f"{name} {text!r}", f"a whole number from 1 to {_MOST_TOKENS}")
     return int(text)
 
 
-def _fail(path: str, line: int, got: str, wanted: str):
+def _fail(path: str, line: int, got: str, wanted: str) -> NoReturn:
     raise ValueError(f"{path}, line {line}: {got}; wanted {wanted}")

@@ -35,6 +35,7 @@ class Scenario:
     config: EngineConfig
     jobs: tuple[Job, ...]
     seed: int = 0
+    can_stop: bool = False  # whether one token in a hundred is the stop token
 
 
 def make_config(**fields) -> EngineConfig:
@@ -67,6 +68,7 @@ class Simulation:
         self.config = scenario.config
         self.jobs = scenario.jobs
         self.rng = random.Random(scenario.seed)
+        self.lowest_token = STOP_TOKEN if scenario.can_stop else STOP_TOKEN + 1
         self.pool = PagePool(self.config.num_pages)
         self.scheduler = Scheduler(self.config, self.pool)
         self.requests: dict[int, Request] = {}
@@ -129,7 +131,7 @@ class Simulation:
             self.computed[request_id] = segment.end
             self.result.chunks.setdefault(request_id, []).append((segment.start, segment.end))
             if segment.end == len(self.tokens[request_id]):
-                token = self.rng.randrange(100)
+                token = self.rng.randrange(self.lowest_token, 100)
                 new_tokens[request_id] = token
                 self.tokens[request_id].append(token)
                 self.result.first_token_step.setdefault(request_id, step)
@@ -150,7 +152,8 @@ class Simulation:
         assert not (plan.preempted and admitted)
         queue = [*reversed(plan.preempted), *waiting]
         assert admitted == queue[:len(admitted)]
-        assert [r.request_id for r in self.scheduler.waiting] == queue[len(admitted):]
+        now_waiting = [r.request_id for r in self.scheduler.waiting]
+        assert now_waiting == queue[len(admitted):], "the queue was reordered"
 
     def _check_segments(self, plan):
         config = self.config
@@ -164,9 +167,9 @@ class Simulation:
             assert segment.start == self.computed[segment.request_id], "a gap or an overlap"
             assert list(segment.token_ids) == tokens[segment.start:segment.end]
             assert segment.end <= len(tokens) <= config.max_model_len
-            assert segment.samples == (segment.end == len(tokens))
+            assert segment.samples == (segment.end == len(tokens)), "a token too many or too few"
             if config.long_prefill_token_threshold and len(self.requests) > 1:
-                assert length <= config.long_prefill_token_threshold
+                assert length <= config.long_prefill_token_threshold, "above the threshold"
             if config.page_aligned_scheduling and not segment.samples:
                 # Whoever samples ends where the tokens end; every other end is a boundary.
                 on_boundary = segment.end % config.page_size == 0
@@ -212,7 +215,7 @@ class Simulation:
                 assert self.pool.references(page_id) == 1, "two holders of an unshared page"
         assert all(not request.page_ids for request in self.scheduler.waiting)
         assert len(owner) == sum(len(r.page_ids) for r in self.scheduler.running)
-        assert len(owner) + self.pool.num_free == self.config.num_pages
+        assert len(owner) + self.pool.num_free == self.config.num_pages, "pages do not add up"
         slots = plan_writes(plan.segments, page_size).slots.tolist()
         assert len(set(slots)) == len(slots), "a slot is written twice"
         writers = [s.request_id for s in plan.segments for _ in s.token_ids]
@@ -251,7 +254,19 @@ def random_scenario(rng) -> Scenario:
         max_deferrals=rng.randint(0, 3),
     )
     jobs = tuple(job for job in jobs if job.num_prompt < config.max_model_len)
-    return Scenario(config, jobs, seed=rng.randint(0, 1000))
+    return Scenario(config, jobs, seed=rng.randint(0, 1000), can_stop=True)
+
+
+def some_scenarios() -> list[Scenario]:
+    return [random_scenario(random.Random(seed)) for seed in range(300)]
+
+
+def resumed_past_its_prompt() -> Scenario:
+    """Request 1 loses its pages with 30 tokens generated and computes them again in chunks."""
+    config = make_config(
+        page_size=8, max_num_batched_tokens=11, num_pages=8, max_num_seqs=2, max_model_len=60
+    )
+    return Scenario(config, (Job(0, 3, 40), Job(0, 3, 40)))
 
 
 class _Drawn:
@@ -279,7 +294,7 @@ def test_every_promise_holds(scenario):
 
 
 def test_the_random_scenarios_reach_preemption_deferral_and_every_end():
-    runs = [Simulation(random_scenario(random.Random(seed))).run() for seed in range(300)]
+    runs = [Simulation(scenario).run() for scenario in some_scenarios()]
     assert sum(run.num_preemptions for run in runs) > 100
     assert sum(run.num_deferrals for run in runs) > 100
     assert {reason for run in runs for reason in run.finish.values()} == set(FinishReason)
@@ -372,18 +387,18 @@ _real_segment = scheduler_lib._segment
 
 PLANTED = [
     (scheduler_lib, "limit", _floor_the_length, "ends inside a page"),
-    (scheduler_lib, "limit", _page_rounded_charge_that_stalls, ""),
+    (scheduler_lib, "limit", _page_rounded_charge_that_stalls, "without progress"),
     (scheduler_lib, "limit", _one_token_is_exempt, "ends inside a page"),
     (scheduler_lib, "limit", _defer_for_ever, "deferred for ever"),
     (scheduler_lib, "limit", _resumed_counts_as_decode, "ends inside a page"),
-    (scheduler_lib, "limit", _decodes_are_aligned, ""),
+    (scheduler_lib, "limit", _decodes_are_aligned, "a decode waits"),
     (scheduler_lib, "limit", _budget_ignored, "budget overdrawn"),
-    (scheduler_lib, "limit", _threshold_ignored, ""),
-    (scheduler_lib, "_segment", _sample_from_every_chunk, ""),
-    (PagePool, "allocate", _allocate_twice, ""),
-    (Scheduler, "_preempt_last", _preempt_and_keep_the_count, ""),
-    (Scheduler, "_preempt_last", _preempt_to_the_back, ""),
-    (Scheduler, "_free_pages", _free_nothing, ""),
+    (scheduler_lib, "limit", _threshold_ignored, "above the threshold"),
+    (scheduler_lib, "_segment", _sample_from_every_chunk, "a token too many"),
+    (PagePool, "allocate", _allocate_twice, "pages do not add up"),
+    (Scheduler, "_preempt_last", _preempt_and_keep_the_count, "a gap or an overlap"),
+    (Scheduler, "_preempt_last", _preempt_to_the_back, "the queue was reordered"),
+    (Scheduler, "_free_pages", _free_nothing, "pages do not add up"),
 ]
 
 
@@ -393,10 +408,10 @@ PLANTED = [
 def test_the_check_finds_planted_faults(monkeypatch, owner, name, fault, message):
     monkeypatch.setattr(owner, name, fault)
     found = []
-    for seed in range(300):
+    for scenario in [resumed_past_its_prompt(), *some_scenarios()]:
         with contextlib.suppress(KeyError, ValueError):  # a fault may also trip over itself
             try:
-                Simulation(random_scenario(random.Random(seed))).run()
+                Simulation(scenario).run()
             except AssertionError as error:
                 found.append(str(error))
     assert any(message in text for text in found), found[:3]
@@ -418,6 +433,13 @@ def test_the_check_finds_a_break_in_the_running_loop(monkeypatch):
     monkeypatch.setattr(scheduler_lib, "limit", limit_then_break)
     with pytest.raises(AssertionError, match="a decode waits for a page boundary"):
         Simulation(decode_behind_a_deferred_prefill()).run()
+
+
+def test_a_resumed_request_is_aligned_past_its_prompt():
+    run = Simulation(resumed_past_its_prompt()).run()
+    assert run.num_preemptions == 1
+    resumed = run.chunks[1][run.chunks[1].index((0, 8)):]
+    assert resumed[:3] == [(0, 8), (8, 16), (16, 24)]
 
 
 # The faults that vLLM PR #19878 had as printed, one by one.
@@ -500,8 +522,8 @@ def test_a_long_prompt_waits_boundedly_while_decodes_leave_less_than_a_page():
     )
     decodes = [Job(0, 1, 400)] * 60
     run = Simulation(Scenario(config, (*decodes, Job(1, 32, 2)))).run()
-    # The random stop token ends some decodes early; without it the wait below is the longest.
     assert run.first_token_step[60] <= 1 + 3 * (32 // 4)
+    assert len(run.chunks[60]) > 32 // 8
 
 
 # The rule itself, and the configurations that cannot work.
@@ -563,7 +585,8 @@ def test_preemption_takes_the_last_admitted_and_recomputes_it():
     while scheduler.running or scheduler.waiting:
         plan = scheduler.schedule()
         preempted += plan.preempted
-        for request in scheduler.commit(plan, {s.request_id: 9 for s in plan.segments if s.samples}):
+        new_tokens = {segment.request_id: 9 for segment in plan.segments if segment.samples}
+        for request in scheduler.commit(plan, new_tokens):
             scheduler.release(request)
         num_steps += 1
     assert preempted == [1]
@@ -594,7 +617,7 @@ def test_a_plan_that_is_not_committed_is_planned_again():
         ({"max_deferrals": -1}, "argument `max_deferrals` is -1"),
         ({"kv_write": "rows"}, "is 'rows'; wanted one of"),
         ({"token_buckets": (64, 32)}, "argument `token_buckets` is \\(64, 32\\)"),
-        ({"seq_buckets": (4,)}, "ends in 16"),
+        ({"seq_buckets": (4,)}, "the last of them at least 16"),
     ],
 )
 def test_what_cannot_work_is_refused_at_the_start(fields, message):

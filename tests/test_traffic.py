@@ -50,12 +50,20 @@ def test_time_zones_line_ends_and_byte_order_marks(tmp_path):
         (HEADER + "2023-11-16 18:17:05,twelve,3\n", "line 2: ContextTokens 'twelve'; wanted"),
         (HEADER + "2023-11-16 18:17:05,12,0\n", "line 2: GeneratedTokens '0'; wanted"),
         (HEADER + "2023-11-16 18:17:05,-12,1\n", "line 2: ContextTokens '-12'"),
+        (HEADER + "2023-11-16 18:17:05,99999999999,1\n", "line 2: ContextTokens '9+'; .* to 10000"),
         (HEADER + FIRST + "2023-11-16 18:17:01,12,3\n", "line 3: TIMESTAMP .* do not go back"),
     ],
 )
 def test_bad_rows_are_refused_by_line(tmp_path, text, message):
     with pytest.raises(ValueError, match=f"trace.csv, {message}"):
         read_azure_trace(write(tmp_path, text), 10)
+
+
+def test_what_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="trace.csv: no CSV text file"):
+        read_azure_trace(str(path), 1)
 
 
 def test_generated_lengths_and_gaps_follow_their_distributions():

@@ -19,13 +19,22 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_paged import layout
 from pallas_paged.kv_write import oracle
-from pallas_paged.kv_write.mosaic_tpu_interleave import Slots, interleave
+from pallas_paged.kv_write.mosaic_tpu_interleave import (
+    Slots,
+    Tiling,
+    interleave,
+    scratch_shape,
+    tiling,
+)
 
 # A quarter of the smallest VMEM among the generations (v4: 16 MiB), so that a caller's own kernels
 # and XLA's prefetches keep their room.
 _VMEM_BUDGET = 4 * 2**20
 # Entries whose metadata is in SMEM at a time; two such windows of three words are 192 KiB of 1 MiB.
 _ENTRIES_PER_STEP = 8192
+# What is known of a call's entries, each with what stands before it: nothing; that each starts
+# after the one before; that none is to be skipped; that all are equally long.
+ANY_ORDER, ASCENDING, ALL_LIVE, EQUAL_LENGTHS = 0, 1, 2, 3
 # At most this many DMAs in one unrolled body: past it the issue cost no longer falls.
 _MAX_UNROLL = 16
 
@@ -83,15 +92,15 @@ class Entries:
 
     Attributes:
       kind: "pages", "slices" or "tokens", for the kernel's name.
-      max_len: tokens of an entry; of the longest possible one if `has_ends`.
+      max_len: tokens of an entry; of the longest possible one if `has_lengths`.
       has_sources: each entry has its own first token; else entry i starts at token i * max_len.
-      has_ends: each entry has its own end; else it has max_len tokens.
+      has_lengths: each entry has its own length; else it has max_len tokens.
     """
 
     kind: str
     max_len: int
     has_sources: bool
-    has_ends: bool
+    has_lengths: bool
 
 
 def page_write(
@@ -109,7 +118,7 @@ def page_write(
     if token_starts is None:
         page_ids = page_ids[: num_tokens // page_size]
     ids = _split(page_ids, num_pages, parts)
-    entries = Entries("pages", part, has_sources=token_starts is not None, has_ends=False)
+    entries = Entries("pages", part, has_sources=token_starts is not None, has_lengths=False)
     metadata = (ids,)
     if token_starts is not None:
         starts = (token_starts[:, None] + jnp.arange(parts, dtype=jnp.int32) * part).reshape(-1)
@@ -151,8 +160,8 @@ def slice_write(
         length = jnp.minimum(length[:, None] - offset, config.block_tokens).reshape(-1)
         slot, token = ((x[:, None] + offset).reshape(-1) for x in (slot, token))
         max_len = config.block_tokens
-    metadata = (jnp.where(is_live, slot, -1), token, jnp.where(is_live, token + length, token))
-    entries = Entries("slices", max_len, has_sources=True, has_ends=True)
+    metadata = (jnp.where(is_live, slot, -1), token, jnp.where(is_live, length, 0))
+    entries = Entries("slices", max_len, has_sources=True, has_lengths=True)
     return _write(
         kv_pages, k, v, metadata, k_scale, v_scale, slots=slots, entries=entries, config=config
     )
@@ -164,7 +173,7 @@ def token_write(kv_pages, k, v, slots, *, k_scale, v_scale, num_kv_heads, config
         return kv_pages
     static = _slots(kv_pages, k, num_kv_heads)
     config = config or default_config(kv_pages, k, num_kv_heads, static.head_dim)
-    entries = Entries("tokens", 1, has_sources=False, has_ends=False)
+    entries = Entries("tokens", 1, has_sources=False, has_lengths=False)
     return _write(
         kv_pages, k, v, (slots,), k_scale, v_scale, slots=static, entries=entries, config=config
     )
@@ -196,16 +205,24 @@ def _write(kv_pages, k, v, metadata, k_scale, v_scale, *, slots, entries, config
     step = min(num_entries, _ENTRIES_PER_STEP)
     if entries.has_sources:
         # How far to walk (past it there are only holes), and whether the walk may take whole
-        # chunks: it may where sources and ends ascend, which the first and last then speak for.
+        # chunks: it may where each entry starts after the one before, so that the first and the
+        # last speak for all.
         target, source = metadata[:2]
-        end = metadata[2] if entries.has_ends else source + entries.max_len
+        end = source + (metadata[2] if entries.has_lengths else entries.max_len)
         entry = jnp.arange(num_entries, dtype=jnp.int32)
         num_walked = jnp.max(jnp.where(target >= 0, entry + 1, 0))
-        ascends = (source[1:] >= source[:-1]) & (end[1:] >= end[:-1])
-        is_sorted = jnp.all(ascends | (entry[1:] >= num_walked))
-        walk = jnp.stack([num_walked, is_sorted.astype(jnp.int32)])
+        is_sorted = jnp.all((source[1:] >= end[:-1]) | (entry[1:] >= num_walked))
+        all_live = jnp.all((target >= 0) | (entry >= num_walked))
+        order = jnp.where(is_sorted, jnp.where(all_live, ALL_LIVE, ASCENDING), ANY_ORDER)
+        longest = jnp.int32(entries.max_len)
+        if entries.has_lengths:
+            longest = jnp.max(metadata[2])
+            is_equal = jnp.all((metadata[2] == longest) | (entry >= num_walked))
+            order = jnp.where((order == ALL_LIVE) & is_equal, EQUAL_LENGTHS, order)
+        walk = jnp.stack([num_walked, order, longest])
     else:
-        walk = jnp.array([min(num_entries, num_tokens // entries.max_len), 1], jnp.int32)
+        num_walked = min(num_entries, num_tokens // entries.max_len)
+        walk = jnp.array([num_walked, ASCENDING, entries.max_len], jnp.int32)
     if num_entries % step:
         size = -(-num_entries // step) * step
         metadata = tuple(_pad_to(x, size, -1) for x in metadata)
@@ -269,19 +286,11 @@ def _launch(pool, walk, metadata, k, v, tails, scales, *, slots, entries, config
     align = _row_alignment(k)
     whole = k.shape[0] // align * align
     window = min(config.block_tokens + (align if align > 1 else 0), whole)
-    tile = 32 // k.dtype.itemsize  # tokens interleaved at a time
-    buffer = -(-(window + (align if tails else 0)) // tile) * tile
+    turn = tiling(slots, k.dtype)
+    buffer = -(-(window + (align if tails else 0)) // turn.tokens) * turn.tokens
     step = min(metadata[0].shape[0], _ENTRIES_PER_STEP)
     group = max(1, config.block_tokens // entries.max_len)
-    rows_are_flat = slots.num_words % 8 == 0 and slots.num_lanes == layout.LANES
     word = jnp.float32 if slots.pool_dtype == jnp.float32 else jnp.uint32
-    if rows_are_flat:
-        shape = pool.shape
-        pool = pool.reshape(-1, layout.LANES)
-        buffer_shape = (2, buffer * slots.num_words, layout.LANES)
-    else:
-        shape = None
-        buffer_shape = (2, buffer, slots.num_words, slots.num_lanes)
 
     def smem(array):
         if array.shape[0] == step:
@@ -297,16 +306,16 @@ def _launch(pool, walk, metadata, k, v, tails, scales, *, slots, entries, config
         align=align,
         whole=whole,
         window=window,
-        tile=tile,
+        tiling=turn,
+        buffer=buffer,
         step=step,
         group=group,
-        unroll=min(group, _MAX_UNROLL) if not entries.has_ends else 8,
-        rows_are_flat=rows_are_flat,
+        unroll=min(group, _MAX_UNROLL) if not entries.has_lengths else 16,
         num_tails=len(tails),
         has_scales=bool(scales),
     )
     new_tokens = k.size * k.dtype.itemsize * 2
-    out = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_kernel, static),
         out_shape=jax.ShapeDtypeStruct(pool.shape, pool.dtype),
         grid=(metadata[0].shape[0] // step,),
@@ -322,7 +331,8 @@ def _launch(pool, walk, metadata, k, v, tails, scales, *, slots, entries, config
         scratch_shapes=[
             pltpu.VMEM((2, buffer, *k.shape[1:]), k.dtype),
             pltpu.VMEM((2, buffer, *k.shape[1:]), k.dtype),
-            pltpu.VMEM(buffer_shape, word),
+            pltpu.VMEM((2 * buffer, slots.num_words, slots.num_lanes), word),
+            pltpu.VMEM(scratch_shape(slots, turn), word),
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SemaphoreType.DMA((2,)),
         ],
@@ -333,7 +343,6 @@ def _launch(pool, walk, metadata, k, v, tails, scales, *, slots, entries, config
         ),
         name=f"{entries.kind[:-1]}_write_{entries.max_len}_block{config.block_tokens}",
     )(walk, *metadata, *scales, k, v, *tails, pool)
-    return out if shape is None else out.reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,11 +355,11 @@ class Walk:
     align: int  # rows of k and v that a window starts and ends at a multiple of
     whole: int  # tokens in k and v; the num_tails > 0 case has up to align - 1 more in the tails
     window: int  # tokens of k and v in a window
-    tile: int  # tokens interleaved at a time
+    tiling: Tiling
+    buffer: int  # tokens that one half of the buffers has room for
     step: int  # entries in SMEM at a time
     group: int  # entries in a group where the entries' sources are not their own
     unroll: int  # DMAs in one unrolled body
-    rows_are_flat: bool  # the rows buffer and the pool are [rows, 128] rather than [slots, rows, C]
     num_tails: int
     has_scales: bool
 
@@ -358,41 +367,48 @@ class Walk:
 def _kernel(walk, *refs):
     """Walks this step's entries, group by group, two groups in flight."""
     # scalar inputs, in SMEM
-    walk_ref, *refs = refs  # int32[2]: entries to walk, whether they ascend
+    walk_ref, *refs = refs  # int32[3]: entries to walk, what is known of them, the longest length
     target_ref, *refs = refs  # int32[step]: page or slot
-    source_ref = end_ref = scale_ref = None
+    source_ref = length_ref = scale_ref = None
     if walk.entries.has_sources:
         source_ref, *refs = refs  # int32[step]: first token
-    if walk.entries.has_ends:
-        end_ref, *refs = refs  # int32[step]: one past the last token
+    if walk.entries.has_lengths:
+        length_ref, *refs = refs  # int32[step]: tokens
     if walk.has_scales:
         scale_ref, *refs = refs  # float32[2K]: inverse scales of K, then of V
     # inputs, in HBM
     new_refs, refs = refs[:2], refs[2:]  # k, v: [T, K*H] or [T, K, H]
     tail_refs, refs = refs[: walk.num_tails], refs[walk.num_tails :]  # [align, K*H] each
     # the pool (aliased), then scratch
-    _, pool_ref, k_vmem, v_vmem, rows_vmem, in_sems, out_sems = refs
+    _, pool_ref, k_vmem, v_vmem, rows_vmem, turn_vmem, in_sems, out_sems = refs
 
     slots, entries = walk.slots, walk.entries
     pool_words = pool_ref
     if pool_ref.dtype.itemsize < 4:
         pool_words = pool_ref.bitcast(jnp.uint32)
-    rows_per_slot = slots.num_words if walk.rows_are_flat else 1
-    num_slots = pool_words.shape[0] // rows_per_slot
-    num_targets = num_slots if entries.has_ends else num_slots // entries.max_len
-    target_slots = 1 if entries.has_ends else entries.max_len
+    num_slots = pool_words.shape[0]
+    # Entries that overlap could outnumber what one wait covers: a group is no larger than either.
+    max_taken = min(walk.window + walk.align, num_slots)
+    num_targets = num_slots if entries.has_lengths else num_slots // entries.max_len
+    target_slots = 1 if entries.has_lengths else entries.max_len
     first_entry = pl.program_id(0) * walk.step
     num_entries = jnp.clip(walk_ref[0] - first_entry, 0, walk.step)
 
     def source(i):
         return source_ref[i] if entries.has_sources else (first_entry + i) * entries.max_len
 
+    def length(i):
+        return length_ref[i] if entries.has_lengths else entries.max_len
+
     def end(i):
-        return end_ref[i] if entries.has_ends else source(i) + entries.max_len
+        return source(i) + length(i)
+
+    def is_in_pool(target):
+        """The kernel's own check: below the pool's end and, as unsigned, not negative."""
+        return target.astype(jnp.uint32) < jnp.uint32(num_targets)
 
     def is_live(i):
-        """The kernel's own check: below the pool's end and, as unsigned, not negative."""
-        return target_ref[i].astype(jnp.uint32) < jnp.uint32(num_targets)
+        return is_in_pool(target_ref[i])
 
     def plan(i):
         """The next group: its first entry, its window, its end, and the last token it needs."""
@@ -406,26 +422,29 @@ def _kernel(walk, *refs):
         if walk.num_tails:
             limit = jnp.where(start == walk.whole - walk.window, walk.num_tokens, limit)
 
-        # Ascending entries fit if the last of a chunk does; others are looked at one by one.
+        # Entries that ascend fit if the last of a chunk does; others are looked at one by one.
         chunk = walk.unroll
 
         def chunk_fits(i):
             last = jnp.minimum(i + chunk, walk.step) - 1
-            return (walk_ref[1] > 0) & (i + chunk <= num_entries) & (end(last) <= limit)
+            return (walk_ref[1] != ANY_ORDER) & (i + chunk <= num_entries) & (end(last) <= limit)
 
         def entry_fits(carry):
-            i, _ = carry
+            i, _, taken = carry
             entry = jnp.minimum(i, walk.step - 1)
             fits = (source(entry) >= start) & (end(entry) <= limit)
+            fits &= taken + entries.max_len <= max_taken
             return (i < num_entries) & (fits | jnp.logical_not(is_live(entry)))
 
         def take_entry(carry):
-            i, needed = carry
-            return i + 1, jnp.where(is_live(i), jnp.maximum(needed, end(i)), needed)
+            i, needed, taken = carry
+            live = is_live(i)
+            needed = jnp.where(live, jnp.maximum(needed, end(i)), needed)
+            return i + 1, needed, jnp.where(live, taken + entries.max_len, taken)
 
         middle = lax.while_loop(chunk_fits, lambda i: i + chunk, first)
         needed = jnp.where(middle > first, end(jnp.maximum(middle - 1, 0)), start)
-        last, needed = lax.while_loop(entry_fits, take_entry, (middle, needed))
+        last, needed, _ = lax.while_loop(entry_fits, take_entry, (middle, needed, needed - start))
         return first, start, last, needed
 
     def window_of(i):
@@ -456,64 +475,94 @@ def _kernel(walk, *refs):
     def issue(first, last, start, slot):
         """One DMA for each live entry; returns how many tokens are on their way."""
 
-        def send(i, target, row):
-            """Starts entry i, whose tokens are in the window from `row` on; returns its length."""
-            length = end(i) - source(i) if entries.has_ends else entries.max_len
-            size = length * rows_per_slot
-            to = target * (target_slots * rows_per_slot)
+        def send(target, row, num_tokens):
+            """Starts one entry, whose tokens are in the buffers from `row` on."""
             pltpu.make_async_copy(
-                rows_vmem.at[slot, pl.ds(_aligned(row * rows_per_slot), size)],
-                pool_words.at[pl.ds(_aligned(to), size)],
+                rows_vmem.at[pl.ds(row, num_tokens)],
+                pool_words.at[pl.ds(target * target_slots, num_tokens)],
                 out_sems.at[slot],
             ).start()
-            return length
 
-        def single(i, sent):
-            def go():
-                return sent + send(i, target_ref[i], source(i) - start)
-            return lax.cond(is_live(i), go, lambda: sent)
+        # Row of a token: its place in the window, in this group's half of the buffers.
+        to_row = slot * walk.buffer - start
 
-        def chunk(c, sent):
+        def row_of(i, u):
+            if entries.has_sources:
+                return source(i + u) + to_row
+            return source(i) + to_row + u * entries.max_len
+
+        def send_live(i, sent):
+            """One entry behind its own check."""
+            target, num_tokens = target_ref[i], length(i)
+            live = is_in_pool(target)
+            pl.when(live)(lambda: send(target, row_of(i, 0), num_tokens))
+            return sent + jnp.where(live, num_tokens, 0)
+
+        def checked_chunk(c, sent):
+            """`unroll` entries, each behind its own check, counted together where all are live."""
             i = first + c * walk.unroll
-            targets = [target_ref[i + u] for u in range(walk.unroll)]
-            # As unsigned numbers the largest target is in the pool only if all of them are.
-            largest = functools.reduce(jnp.maximum, (t.astype(jnp.uint32) for t in targets))
+            largest = jnp.uint32(0)
+            for u in range(walk.unroll):
+                target, num_tokens = target_ref[i + u], length(i + u)
+                row = row_of(i, u)
+                # As an unsigned number, so that the negative ones are out of the pool too.
+                largest = jnp.maximum(largest, target.astype(jnp.uint32))
+                pl.when(is_in_pool(target))(
+                    functools.partial(send, target, row, num_tokens)
+                )
 
-            def all_live():
-                base = source(i) - start
-                total = sent
-                for u, target in enumerate(targets):
-                    row = source(i + u) - start if entries.has_sources else base + u * entries.max_len
-                    total += send(i + u, target, row)
-                return total
+            def count_live(i):
+                # A loop, because straight code would be predicated and run in every case.
+                def add(i, sum):
+                    return sum + jnp.where(is_live(i), length(i), 0)
 
-            def some_live():
-                return lax.fori_loop(i, i + walk.unroll, single, sent)
+                return lax.fori_loop(i, i + walk.unroll, add, jnp.int32(0))
 
-            return lax.cond(largest < num_targets, all_live, some_live)
+            def count_all(i):
+                return jnp.int32(0) + functools.reduce(jnp.add, [length(i + u) for u in range(walk.unroll)])
+
+            return sent + lax.cond(largest < num_targets, count_all, count_live, i)
+
+        def unchecked_chunk(num_tokens, c, sent):
+            """`unroll` entries that are known to be live, and perhaps to be equally long."""
+            i = first + c * walk.unroll
+            for u in range(walk.unroll):
+                n = length(i + u) if num_tokens is None else num_tokens
+                send(target_ref[i + u], row_of(i, u), n)
+                sent += n
+            return sent
 
         num_chunks = (last - first) // walk.unroll
-        sent = lax.fori_loop(0, num_chunks, chunk, jnp.int32(0))
-        return lax.fori_loop(first + num_chunks * walk.unroll, last, single, sent)
+        done, sent = jnp.int32(0), jnp.int32(0)
 
-    def _aligned(row):
-        return pl.multiple_of(row, rows_per_slot) if walk.rows_are_flat else row
+        def run(state, order, chunk):
+            """Does the chunks now if they are known to have this order, else later."""
+            done, sent = state
+            until = jnp.where(walk_ref[1] == order, num_chunks, done)
+            return until, lax.fori_loop(done, until, chunk, sent)
+
+        if entries.has_lengths:
+            chunk = functools.partial(unchecked_chunk, walk_ref[2])
+            done, sent = run((done, sent), EQUAL_LENGTHS, chunk)
+        if entries.has_sources:
+            num_tokens = None if entries.has_lengths else entries.max_len
+            chunk = functools.partial(unchecked_chunk, num_tokens)
+            done, sent = run((done, sent), ALL_LIVE, chunk)
+        sent = lax.fori_loop(done, num_chunks, checked_chunk, sent)
+        return lax.fori_loop(first + num_chunks * walk.unroll, last, send_live, sent)
 
     def wait_sent(sent, slot):
-        """Waits for a group's bytes: one wait, unless entries overlap and outnumber the window."""
+        """One wait for a group's bytes; the entries of a group have no more tokens than it."""
 
-        def wait(sent):
-            size = jnp.minimum(sent, min(walk.window, num_slots))
-            view = pool_words.at[pl.ds(0, _aligned(size * rows_per_slot))]
+        @pl.when(sent > 0)
+        def _wait():
+            view = pool_words.at[pl.ds(0, sent)]
             pltpu.make_async_copy(view, view, out_sems.at[slot]).wait()
-            return sent - size
-
-        lax.while_loop(lambda sent: sent > 0, wait, sent)
 
     @pl.when(first_entry == 0)
     def _clear_padding():
         if slots.has_padding:
-            rows_vmem[...] = jnp.zeros_like(rows_vmem)
+            turn_vmem[...] = jnp.zeros_like(turn_vmem)
 
     def scales(which, head):
         return scale_ref[which * slots.num_kv_heads + head]
@@ -530,13 +579,13 @@ def _kernel(walk, *refs):
         wait_sent(sent_before, slot)
         interleave(
             slots,
+            walk.tiling,
             k_vmem.at[slot],
             v_vmem.at[slot],
-            rows_vmem.at[slot],
-            num_tiles=pl.cdiv(needed - start, walk.tile),
-            tile=walk.tile,
+            rows_vmem.at[pl.ds(slot * walk.buffer, walk.buffer)],
+            turn_vmem,
+            num_tokens=needed - start,
             scales=scales if walk.has_scales else None,
-            rows_are_flat=walk.rows_are_flat,
         )
         return ahead, 1 - slot, issue(first, last, start, slot), sent
 

@@ -1,10 +1,10 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""New k and v to pool rows in registers: convert or quantise, pack to 32-bit words, store strided.
+"""New k and v to pool rows in registers: convert or quantise, pack to 32-bit words, turn.
 
-A row of tokens by lanes, as a projection leaves it, holds one head of many tokens; a pool slot
-holds all heads of one token. Packing several rows of a slot into 32-bit words makes that turn a
-plain strided store of words, so nothing is shuffled in registers: bf16 K and V of a head are the
-low and the high half of one word.
+A register tile of k, as a projection leaves it, holds one head of many tokens; a pool slot holds
+all heads of one token. Rows of a slot are packed into 32-bit words (bf16 K and V of a head are the
+low and the high half of one), and the words turn from head-major to token-major through a small
+scratch: whole tiles in, strided loads out, so that nothing is shuffled in registers.
 """
 
 import dataclasses
@@ -51,40 +51,94 @@ class Slots:
         return used <= self.num_rows - self.rows_per_word
 
 
-def interleave(slots, k_ref, v_ref, rows_ref, *, num_tiles, tile, scales, rows_are_flat):
-    """Fills the pool rows of the first `num_tiles` tiles of `tile` tokens.
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How many tokens the turn from rows of heads to slots takes at a time.
 
-    Args:
-      slots: the static description.
-      k_ref, v_ref: VMEM, [tokens, K*H] or [tokens, K, H].
-      rows_ref: VMEM words, [tokens * words, 128] if `rows_are_flat`, else [tokens, words, C].
-      num_tiles: int32, how many tiles to fill.
-      tile: tokens in a tile.
-      scales: None, or `scales(which, head)`, the float32 inverse scale of K (0) or V (1).
-      rows_are_flat: the form of `rows_ref`.
+    Attributes:
+      tile: tokens in a register tile of k and v.
+      unroll: tiles in one loop body, so that their latencies overlap.
     """
 
-    def fill(i, _):
-        first = pl.multiple_of(i * tile, tile)
+    tile: int
+    unroll: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one loop body turns."""
+        return self.tile * self.unroll
+
+    @property
+    def pitch(self) -> int:
+        """Scratch rows from one word row's tile to the next: not a multiple of 8, because loads
+        with such a stride hit one memory bank and take twice as long."""
+        return self.tile + 4
+
+
+def tiling(slots: Slots, new_dtype: jnp.dtype) -> Tiling:
+    """Four tiles a body, fewer where a slot is large."""
+    registers = slots.num_words * slots.num_lanes // layout.LANES
+    return Tiling(tile=32 // jnp.dtype(new_dtype).itemsize, unroll=max(1, min(4, 32 // registers)))
+
+
+def scratch_shape(slots: Slots, tiling: Tiling) -> tuple[int, int]:
+    """Shape of the words' scratch, [rows, 128]."""
+    lane_tiles = slots.num_lanes // layout.LANES
+    return tiling.unroll * lane_tiles * slots.num_words * tiling.pitch, layout.LANES
+
+
+def interleave(slots, tiling, k_ref, v_ref, rows_ref, turn_ref, *, num_tokens, scales):
+    """Fills the pool rows of at least the first `num_tokens` tokens of a window.
+
+    Args:
+      slots, tiling: the static description.
+      k_ref, v_ref: VMEM, [tokens, K*H] or [tokens, K, H].
+      rows_ref: VMEM words, [tokens, words, C].
+      turn_ref: VMEM words of `scratch_shape`, zeroed once if `slots.has_padding`.
+      num_tokens: int32; rounded up to whole loop bodies.
+      scales: None, or `scales(which, head)`, the float32 inverse scale of K (0) or V (1).
+    """
+    tile, pitch = tiling.tile, tiling.pitch
+    lane_tiles = slots.num_lanes // layout.LANES
+
+    def region(u, c):
+        """Scratch row where lane tile c of tile u begins."""
+        return (u * lane_tiles + c) * slots.num_words * pitch
+
+    def put_heads(u, first):
+        """The words of one tile, as rows of a head each."""
 
         def loader(ref):
             return functools.partial(_load, slots, ref, pl.ds(first, tile))
 
-        for w, lane_tiles in enumerate(row_words(slots, loader(k_ref), loader(v_ref), scales)):
-            for c, word in enumerate(lane_tiles):
+        for w, words in enumerate(row_words(slots, loader(k_ref), loader(v_ref), scales)):
+            for c, word in enumerate(words):
                 if word is None:
                     continue
                 if rows_ref.dtype == jnp.float32:
                     word = lax.bitcast_convert_type(word, jnp.float32)
-                if rows_are_flat:
-                    stride = pl.ds(first * slots.num_words + w, tile, stride=slots.num_words)
-                    rows_ref[stride, :] = word
-                else:
-                    lanes = pl.ds(c * layout.LANES, layout.LANES)
-                    rows_ref[pl.ds(first, tile), w, lanes] = word
+                turn_ref[pl.ds(region(u, c) + w * pitch, tile), :] = word
+
+    def take_tokens(u, first):
+        """The same words, as slots of a token each."""
+        for j in range(tile):
+            for c in range(lane_tiles):
+                words = turn_ref[pl.ds(region(u, c) + j, slots.num_words, stride=pitch), :]
+                rows_ref[first + j, :, pl.ds(c * layout.LANES, layout.LANES)] = words
+
+    def body(i, _):
+        firsts = [
+            pl.multiple_of(i * tiling.tokens + u * tile, tile) for u in range(tiling.unroll)
+        ]
+        # One tile ahead, so that a tile's loads do not wait for its own stores.
+        for u in range(tiling.unroll + 1):
+            if u < tiling.unroll:
+                put_heads(u, firsts[u])
+            if u:
+                take_tokens(u - 1, firsts[u - 1])
         return 0
 
-    lax.fori_loop(0, num_tiles, fill, 0)
+    lax.fori_loop(0, pl.cdiv(num_tokens, tiling.tokens), body, 0)
 
 
 def _load(slots, ref, tokens, first_lane, num_lanes, head):

@@ -1,0 +1,130 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""The command line: its tables, its words, its exit codes."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from reference_engine import __main__ as cli
+from reference_engine import batch as batch_lib
+
+SMALL = {"num_requests": 5, "length_scale": 0.04, "max_num_batched_tokens": 48, "max_num_seqs": 4}
+TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:17:03.9799600,48,10
+2023-11-16 18:17:04.0319600,33,8
+2023-11-16 18:17:04.0781490,110,27
+"""
+
+
+def main(command, **values):
+    flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(**values):
+        cli.main(["reference_engine", *command.split()])
+
+
+def test_replay_prints_both_runs_and_that_they_are_equal(capsys):
+    main("replay", **SMALL)
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "prompts SCALED by 0.04" in out
+    rows = dict(re.findall(r"^(\S.*?)  +(\S+ +\S+)$", out, re.MULTILINE))
+    assert rows["page_aligned_scheduling"].split() == ["on", "off"]
+    for label in ("steps", "tokens computed", "whole pages written", "slices (whole and partial)"):
+        assert all(int(cell.replace(",", "")) > 0 for cell in rows[label].split())
+    assert {"deferrals", "preemptions", "steps to first token, p50"} <= rows.keys()
+    tokens = re.search(r"generated tokens +(\d+) of (\d+)\n", out)
+    logits = re.search(r"logits +(\d+) of (\d+) rows, bit for bit\n", out)
+    assert len({*tokens.groups(), *logits.groups()}) == 1
+    assert "5 of 5 requests" in out and "5 different outputs of 5 requests" in out
+
+
+def test_replay_fails_where_the_runs_differ(capsys, monkeypatch):
+    real, calls = batch_lib.plan_writes, []
+
+    def planted(segments, page_size):  # once, in the first run
+        plan = real(segments, page_size)
+        calls.append(1)
+        if len(calls) == 2:
+            plan.slices[0] += page_size
+        return plan
+
+    monkeypatch.setattr(batch_lib, "plan_writes", planted)
+    with pytest.raises(SystemExit) as exit_info:
+        main("replay", **SMALL)
+    assert exit_info.value.code == 1
+    out, err = capsys.readouterr()
+    assert err == "reference_engine: the two runs differ\n"
+    assert re.search(r"logits .* the largest difference is [\d.]+", out)
+
+
+def test_explain_prints_every_step(capsys, tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text(TRACE)
+    main("explain", **(SMALL | {"trace": str(trace), "length_scale": 1.0, "num_pages": 40}))
+    out = capsys.readouterr().out
+    assert "prompts as recorded" in out and "3 requests" in out
+    assert "request 0 prefill [0, 48) of 48 + 10: whole pages 0-2\n" in out
+    assert re.search(r"request 0 decode  \[48, 49\) of 48 \+ 10: page \d+ row 0\n", out)
+    assert re.search(r"deferred at \d+: the next page boundary is \d+ tokens away, \d+ are", out)
+    assert re.search(r"prefill \[\d+, 110\) .* page \d+ rows 0-13\n", out)
+    assert out.count("finished: length") == 3
+
+
+def test_explain_without_alignment_defers_nobody(capsys):
+    main("explain", **SMALL, page_aligned_scheduling=False)
+    out = capsys.readouterr().out
+    assert "page_aligned_scheduling off" in out and "deferred" not in out
+
+
+def test_soft_alignment_is_announced_on_stderr(capsys):
+    main("explain", **(SMALL | {"max_num_batched_tokens": 17, "num_requests": 1}))
+    assert capsys.readouterr().err.startswith("warning: EngineConfig: max_num_batched_tokens=17")
+
+
+@pytest.mark.parametrize(
+    "command, values, message",
+    [
+        ("", {}, "no command: wanted one command, replay or explain"),
+        ("rerun", {}, "rerun: wanted one command"),
+        ("replay explain", {}, "replay explain: wanted one command"),
+        ("replay", {"trace": "/no/such/file"}, "cannot read /no/such/file: No such file"),
+        ("replay", {"num_requests": 0}, "--num_requests is 0; wanted at least 1"),
+        ("replay", {"length_scale": 0.0}, "--length_scale is 0.0; wanted a number above 0"),
+        ("replay", {"steps_per_second": float("nan")}, "--steps_per_second is nan"),
+        ("replay", {"page_size": 0}, "--page_size is 0; wanted at least 1"),
+        ("replay", {"page_size": 512}, "wanted at least page_size=512"),
+        ("replay", {"kv_write": "rows"}, "argument `kv_write` is 'rows'"),
+        ("replay", {"num_pages": 1}, "wanted at most the pool's 1 pages"),
+        ("replay", {"num_pages": -3}, "argument `num_pages` is -3"),
+        ("replay", {"backend": "cuda"}, "backend is 'cuda'"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(capsys, command, values, message):
+    with pytest.raises(SystemExit) as exit_info:
+        main(command, **values)
+    assert exit_info.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("reference_engine: ") and err.count("\n") == 1
+
+
+def test_as_a_process(tmp_path):
+    def call(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "reference_engine", *arguments], capture_output=True, text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False,
+        )
+
+    bad = call("replay", "--no_such_flag=1")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert "no_such_flag" in bad.stderr and bad.stderr.count("\n") == 1
+    trace = tmp_path / "trace.csv"
+    trace.write_text(TRACE)
+    good = call("replay", f"--trace={trace}", "--num_requests=2")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "2 of 2 requests" in good.stdout

@@ -1,0 +1,397 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""However a request is scheduled, written and interrupted, it comes to the same bits."""
+
+import dataclasses
+import functools
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from reference_engine import batch as batch_lib
+from reference_engine import engine as engine_lib
+from reference_engine import model as model_lib
+from reference_engine import replay as replay_lib
+from reference_engine.config import EngineConfig, ModelConfig
+from reference_engine.engine import Engine
+from reference_engine.replay import Job, compare, replay
+from reference_engine.request import FinishReason, SamplingParams
+from reference_engine.weights import random_params
+
+MODEL = ModelConfig(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
+    num_kv_heads=2, head_dim=16,
+)
+# One shape for every budget, and one extent (128 tokens) for every page size: the bits depend on
+# nothing else.
+CONFIG = EngineConfig(
+    page_size=8, num_pages=96, max_model_len=128, max_num_batched_tokens=40, max_num_seqs=6,
+    token_buckets=(64,), seq_buckets=(8,), return_logits=True,
+)
+
+
+@functools.cache
+def params():
+    return random_params(MODEL, seed=1)
+
+
+@functools.cache
+def jobs():
+    rng = np.random.default_rng(2)
+    lengths = [70, 1, 33, 8, 90, 17, 40, 64, 5, 23]
+    return tuple(
+        Job(tuple(rng.integers(97, size=n).tolist()), int(rng.integers(3, 30)), 2 * i)
+        for i, n in enumerate(lengths)
+    )
+
+
+@functools.cache
+def undisturbed():
+    return replay(jobs(), params(), MODEL, CONFIG)
+
+
+def run(**changes):
+    return replay(jobs(), params(), MODEL, dataclasses.replace(CONFIG, **changes))
+
+
+def assert_same_bits(result):
+    comparison = compare(undisturbed(), result)
+    assert comparison.is_equal, comparison
+    assert comparison.num_requests == len(jobs())
+
+
+def test_outputs_are_diverse():
+    result = undisturbed()
+    for request_id, job in enumerate(jobs()):
+        assert len(result.outputs[request_id]) == job.max_tokens
+    comparison = compare(result, result)
+    assert comparison.num_distinct_outputs == len(jobs())
+    assert comparison.num_distinct_tokens > 50
+    longest = max(result.outputs.values(), key=len)
+    assert len(set(longest)) > len(longest) // 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"page_aligned_scheduling": False},
+        {"kv_write": "slices"},
+        {"kv_write": "tokens"},
+        {"kv_write": "tokens", "page_aligned_scheduling": False},
+        {"max_num_batched_tokens": 64},
+        {"max_num_batched_tokens": 14},
+        {"max_num_batched_tokens": 9, "max_num_seqs": 1},
+        {"long_prefill_token_threshold": 16, "max_deferrals": 0},
+        {"page_size": 4, "num_pages": 192},
+        {"page_size": 16, "num_pages": 48, "page_aligned_scheduling": False},
+    ],
+    ids=str,
+)
+def test_scheduling_and_writes_change_nothing(changes):
+    result = run(**changes)
+    assert_same_bits(result)
+    assert (result.num_deferrals > 0) <= CONFIG.page_aligned_scheduling
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_preemption_changes_nothing(aligned):
+    result = run(num_pages=16, page_aligned_scheduling=aligned)
+    assert result.num_preemptions > 0
+    assert_same_bits(result)
+
+
+def test_other_shapes_change_the_last_bits_at_most():
+    result = run(token_buckets=(16, 40), seq_buckets=(2, 6))
+    comparison = compare(undisturbed(), result)
+    assert comparison.num_equal_tokens == comparison.num_outputs
+    assert comparison.max_logit_difference < 1e-4
+
+
+def test_no_shape_is_compiled_that_was_not_announced():
+    config = dataclasses.replace(CONFIG, token_buckets=(16, 64), seq_buckets=(8,))
+    model_lib.forward.clear_cache()
+    replay(jobs(), params(), MODEL, config)
+    assert model_lib.forward._cache_size() <= len(batch_lib.batch_shapes(config)) == 2
+
+
+def test_the_model_is_the_dense_one():
+    """Against a Llama without pages, batches or chunks, in float64."""
+    result = undisturbed()
+    for request_id in (0, 1, 4):
+        prompt, output = jobs()[request_id].prompt_ids, result.outputs[request_id]
+        want = dense_logits([*prompt, *output[:-1]])[len(prompt) - 1 :]
+        np.testing.assert_allclose(result.logits[request_id], want, rtol=1e-4, atol=1e-4)
+
+
+def dense_logits(token_ids):
+    """f64[n, vocab_size], every position's logits."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params())
+    x = p["embedding"][token_ids]
+    n, head_dim = len(token_ids), MODEL.head_dim
+
+    def norm(x, scale):
+        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + MODEL.rms_norm_eps) * scale
+
+    def rotate(x):  # [n, heads, H], the two halves as one complex number
+        half = head_dim // 2
+        angle = np.arange(n)[:, None] * MODEL.rope_theta ** (-np.arange(half) / half)
+        turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[:, None]
+        return np.concatenate([turned.real, turned.imag], axis=-1)
+
+    for i in range(MODEL.num_layers):
+        w = {name: stack[i] for name, stack in p["layers"].items()}
+        y = norm(x, w["attention_norm"])
+        q = rotate((y @ w["q"]).reshape(n, MODEL.num_heads, -1))
+        k = rotate((y @ w["k"]).reshape(n, MODEL.num_kv_heads, -1))
+        v = (y @ w["v"]).reshape(n, MODEL.num_kv_heads, -1)
+        group = MODEL.num_heads // MODEL.num_kv_heads
+        k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+        scores = np.einsum("qnh,knh->nqk", q, k) / np.sqrt(head_dim)
+        scores[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        x = x + np.einsum("nqk,knh->qnh", weights, v).reshape(n, -1) @ w["o"]
+        y = norm(x, w["mlp_norm"])
+        gate = y @ w["gate"]
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ w["up"])) @ w["down"]
+    return norm(x, p["norm"]) @ p["unembedding"]
+
+
+def test_the_pool_is_not_copied():
+    """The flat pool goes through the layers in place: no temporary of its size."""
+    config = dataclasses.replace(CONFIG, num_pages=4096)
+    pool = jax.eval_shape(lambda: model_lib.make_pool(MODEL, config.num_pages, config.page_size))
+    segments = [batch_lib.Segment(0, 0, (1,) * 20, (0, 1, 2), True)]
+    compiled = model_lib.forward.lower(
+        params(), pool, batch_lib.make_batch(segments, config), config=MODEL, backend="oracle"
+    ).compile()
+    pool_bytes = pool.size * pool.dtype.itemsize
+    assert compiled.memory_analysis().alias_size_in_bytes >= pool_bytes
+    assert compiled.memory_analysis().temp_size_in_bytes < pool_bytes / 4
+
+
+# Planted bugs: what makes the runs equal is not that nothing matters.
+
+
+def _wrong_page(plan, page_size):
+    page_ids = plan.page_ids.copy()
+    page_ids[:1] = (page_ids[:1] + 1) % CONFIG.num_pages
+    slots = plan.slots.copy()
+    slots[:1] = (slots[:1] + page_size) % (CONFIG.num_pages * page_size)
+    slices = plan.slices.copy()
+    slices[0, :1] = (slices[0, :1] + page_size) % (CONFIG.num_pages * page_size)
+    return page_ids, plan.token_starts, slices, slots
+
+
+def _wrong_token(plan, page_size):
+    return (
+        plan.page_ids, np.maximum(plan.token_starts - 1, 0), plan.slices,
+        np.roll(plan.slots, 1),
+    )
+
+
+@pytest.mark.parametrize("kv_write", ["pages", "slices", "tokens"])
+@pytest.mark.parametrize("plant", [_wrong_page, _wrong_token])
+def test_a_planted_write_is_seen(monkeypatch, kv_write, plant):
+    real = batch_lib.plan_writes
+
+    def planted(segments, page_size):
+        return batch_lib_write_plan(*plant(real(segments, page_size), page_size))
+
+    batch_lib_write_plan = type(real([], 1))
+    monkeypatch.setattr(batch_lib, "plan_writes", planted)
+    comparison = compare(undisturbed(), run(kv_write=kv_write))
+    assert comparison.num_equal_pools < comparison.num_requests
+    assert comparison.num_equal_tokens < comparison.num_outputs
+    assert comparison.max_logit_difference > 0.1
+
+
+def _layers_share_their_pages(batch, first_page, page_size):
+    return batch
+
+
+def _skipped_ids_are_shifted(batch, first_page, page_size):
+    shifted = _real_in_layer(batch, first_page, page_size)
+    return shifted._replace(slots=batch.slots + first_page * page_size)
+
+
+_real_in_layer = model_lib._in_layer
+
+
+@pytest.mark.parametrize("bug", [_layers_share_their_pages, _skipped_ids_are_shifted])
+def test_a_planted_layer_offset_is_seen(monkeypatch, bug):
+    undisturbed()
+    monkeypatch.setattr(model_lib, "_in_layer", bug)
+    model_lib.forward.clear_cache()
+    try:
+        result = run(num_pages=16, kv_write="tokens")
+    finally:
+        model_lib.forward.clear_cache()
+    comparison = compare(undisturbed(), result)
+    assert comparison.num_equal_pools < comparison.num_requests
+    assert comparison.max_logit_difference > 0.01
+
+
+# Interruptions.
+
+
+class ModelError(Exception):
+    pass
+
+
+def _raise_before(*args, **kwargs):
+    raise ModelError
+
+
+def _raise_after_the_pool_is_gone(*args, **kwargs):
+    model_lib.forward(*args, **kwargs)
+    raise ModelError
+
+
+@pytest.mark.parametrize("failing", [_raise_before, _raise_after_the_pool_is_gone])
+def test_a_step_that_raises_loses_nothing(monkeypatch, failing):
+    engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, num_pages=32))
+    for job in jobs():
+        engine.add_request(job.prompt_ids, SamplingParams(job.max_tokens))
+    tokens = {request_id: [] for request_id in range(len(jobs()))}
+    step = 0
+    while engine.has_work:
+        step += 1
+        if step % 5 == 2:
+            with monkeypatch.context() as patch:
+                patch.setattr(engine_lib, "forward", failing)
+                with pytest.raises(ModelError):
+                    engine.step()
+            assert_books_balance(engine)
+        for output in engine.step():
+            tokens[output.request_id].append(output.token_id)
+    assert tokens == undisturbed().outputs
+    assert engine.scheduler.pool.num_free == 32
+
+
+def assert_books_balance(engine):
+    held = [page for request in engine.scheduler.running for page in request.page_ids]
+    assert len(held) == len(set(held))
+    assert all(engine.scheduler.pool.references(page) == 1 for page in held)
+    assert len(held) + engine.scheduler.pool.num_free == engine.config.num_pages
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_aborts_at_any_time_leave_the_others_alone(seed):
+    rng = random.Random(seed)
+    engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, num_pages=20))
+    for job in jobs():
+        engine.add_request(job.prompt_ids, SamplingParams(job.max_tokens))
+    alive = set(range(len(jobs())))
+    tokens = {request_id: [] for request_id in alive}
+    while engine.has_work:
+        if rng.random() < 0.15:
+            victim = rng.choice(sorted(alive))
+            assert engine.abort(victim) == (victim in alive)
+            alive.discard(victim)
+            assert not engine.abort(victim)
+            assert_books_balance(engine)
+        for output in engine.step():
+            assert output.request_id in alive
+            tokens[output.request_id].append(output.token_id)
+            if output.finish_reason is not None:
+                assert tokens[output.request_id] == undisturbed().outputs[output.request_id]
+                alive.discard(output.request_id)
+        if not alive:
+            assert not engine.has_work
+    assert not alive
+    assert engine.scheduler.pool.num_free == 20
+    for request_id, generated in tokens.items():  # also of those that were cut short
+        assert generated == undisturbed().outputs[request_id][: len(generated)]
+
+
+def test_an_on_finish_that_raises_leaks_no_page():
+    def raise_always(request):
+        raise ModelError
+
+    engine = Engine(params(), MODEL, CONFIG, on_finish=raise_always)
+    engine.add_request([1, 2, 3], SamplingParams(1))
+    with pytest.raises(ModelError):
+        engine.step()
+    assert not engine.has_work
+    assert engine.scheduler.pool.num_free == CONFIG.num_pages
+
+
+# Ends and refusals.
+
+
+def finish_of(prompt, sampling, **changes):
+    engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, **changes))
+    engine.add_request(prompt, sampling)
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert all(output.finish_reason is None for output in outputs[:-1])
+    return [output.token_id for output in outputs], outputs[-1].finish_reason
+
+
+def test_finish_reasons():
+    prompt = jobs()[0].prompt_ids
+    tokens, reason = finish_of(prompt, SamplingParams(9))
+    assert (tokens, reason) == (undisturbed().outputs[0][:9], FinishReason.LENGTH)
+    stop = next(i for i in range(1, 9) if tokens[i] not in tokens[:i])
+    got = finish_of(prompt, SamplingParams(9, stop_token_ids=(tokens[stop],)))
+    assert got == (tokens[: stop + 1], FinishReason.STOP)
+    got = finish_of(prompt, SamplingParams(99), max_model_len=len(prompt) + 4)
+    assert len(got[0]) == 4 and got[1] is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    "prompt, max_tokens, message",
+    [
+        ([], 4, "argument `prompt_ids` is empty; wanted at least one token id"),
+        ([5, 97], 4, "is 97 at index 1; wanted whole numbers in \\[0, 97\\)"),
+        ([5, 6.5], 4, "is 6.5 at index 1"),
+        ("text", 4, "is 't' at index 0"),
+        ([5, 6, -1], 4, "is -1 at index 2"),
+        ([1] * 128, 4, "is 128 tokens long; wanted fewer than max_model_len=128"),
+        ([1] * 30, 52, "up to 11 pages; wanted at most the pool's 10 pages"),
+    ],
+)
+def test_requests_that_cannot_be_served_are_refused_and_nothing_is_lost(
+    prompt, max_tokens, message
+):
+    engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, num_pages=10))
+    kept = engine.add_request(jobs()[2].prompt_ids, SamplingParams(jobs()[2].max_tokens))
+    with pytest.raises(ValueError, match=message):
+        engine.add_request(prompt, SamplingParams(max_tokens))
+    assert engine.run() == {kept: undisturbed().outputs[2]}
+
+
+def test_a_request_may_fill_the_pool_to_its_last_row():
+    engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, num_pages=10))
+    engine.add_request([1] * 30, SamplingParams(51))  # the 51st token is never written
+    assert len(engine.run()[0]) == 51
+
+
+def test_sampling_params_are_checked():
+    with pytest.raises(ValueError, match="argument `max_tokens` is 0; wanted an int >= 1"):
+        SamplingParams(max_tokens=0)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"num_heads": 3}, "argument `num_heads` is 3; wanted a multiple of num_kv_heads=2"),
+        ({"head_dim": 15}, "argument `head_dim` is 15; wanted an even number"),
+        ({"num_layers": 0}, "argument `num_layers` is 0; wanted an int >= 1"),
+    ],
+)
+def test_model_configs_are_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(MODEL, **fields)
+
+
+def test_replay_jumps_over_idle_steps():
+    sparse = [dataclasses.replace(job, arrival_step=1000 * i) for i, job in enumerate(jobs()[:3])]
+    result = replay(sparse, params(), MODEL, CONFIG)
+    assert result.num_steps < 200
+    assert max(result.ttft.values()) < 5
+    assert result.outputs == {i: undisturbed().outputs[i] for i in range(3)}
+    assert replay_lib.compare(result, undisturbed()).num_equal_pools == 3
