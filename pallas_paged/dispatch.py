@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 
 Backend = Literal["auto", "oracle", "mosaic_tpu", "mosaic_gpu"]
 
@@ -24,6 +25,11 @@ def platform() -> str:
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform
+
+
+def tpu_generation() -> int | None:
+    """The generation of the TPU that a call is traced for (7 for tpu7x), None elsewhere."""
+    return pltpu.get_tpu_info().generation if pltpu.is_tpu_device() else None
 
 
 def choose(op: str, backend: str, reasons: Mapping[str, str | None]) -> str:

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_paged import layout
+from pallas_paged import dispatch, layout
 from pallas_paged.kv_write import oracle
 from pallas_paged.kv_write.mosaic_tpu_interleave import (
     Slots,
@@ -46,9 +46,11 @@ class Config:
     Attributes:
       block_tokens: tokens of the batch in one VMEM window, a multiple of 16; the kernel holds two
         windows of k and v and two of pool rows. `copy_pages` does not use it.
+      turn_packed: see mosaic_tpu_interleave.Tiling.packed.
     """
 
     block_tokens: int
+    turn_packed: bool = False
 
     def __post_init__(self):
         if self.block_tokens < 16 or self.block_tokens % 16:
@@ -59,7 +61,7 @@ class Config:
 
 
 def default_config(kv_pages, k, num_kv_heads: int, head_dim: int) -> Config:
-    """The largest window whose four buffers stay inside the VMEM budget."""
+    """The largest window whose buffers stay inside the VMEM budget."""
     pool_bytes = kv_pages.shape[2] * kv_pages.shape[3] * kv_pages.dtype.itemsize
     lanes = layout.LANES
     if k.ndim == 2:
@@ -67,8 +69,14 @@ def default_config(kv_pages, k, num_kv_heads: int, head_dim: int) -> Config:
     else:
         new_lanes = -(-num_kv_heads // 8) * 8 * -(-head_dim // lanes) * lanes
     token_bytes = 2 * pool_bytes + 4 * new_lanes * k.dtype.itemsize
-    tokens = _VMEM_BUDGET // token_bytes - 32  # less the rows that alignment adds to a window
-    return Config(block_tokens=max(16, min(256, tokens // 16 * 16)))
+    # A window has up to 64 tokens more than a block: those that alignment and whole loop bodies
+    # add. Whole bodies of 64 tokens where there is room for one.
+    tokens = _VMEM_BUDGET // token_bytes - 64
+    unit = 64 if tokens >= 64 else 16
+    return Config(
+        block_tokens=max(16, min(256, tokens // unit * unit)),
+        turn_packed=dispatch.tpu_generation() == 7,
+    )
 
 
 def unsupported(kv_pages, k, num_kv_heads: int, head_dim: int) -> str | None:
@@ -286,7 +294,7 @@ def _launch(pool, walk, metadata, k, v, tails, scales, *, slots, entries, config
     align = _row_alignment(k)
     whole = k.shape[0] // align * align
     window = min(config.block_tokens + (align if align > 1 else 0), whole)
-    turn = tiling(slots, k.dtype)
+    turn = tiling(slots, k.dtype, window, config.turn_packed)
     buffer = -(-(window + (align if tails else 0)) // turn.tokens) * turn.tokens
     step = min(metadata[0].shape[0], _ENTRIES_PER_STEP)
     group = max(1, config.block_tokens // entries.max_len)

@@ -58,10 +58,14 @@ class Tiling:
     Attributes:
       tile: tokens in a register tile of k and v.
       unroll: tiles in one loop body, so that their latencies overlap.
+      packed: bf16 k and v go from pairs of tokens to pairs of K and V as they are, without a detour
+        over float32. Where the packed tile is one register (tpu7x) that is shorter; elsewhere its
+        relayout costs more than it saves.
     """
 
     tile: int
     unroll: int
+    packed: bool
 
     @property
     def tokens(self) -> int:
@@ -75,10 +79,20 @@ class Tiling:
         return self.tile + 4
 
 
-def tiling(slots: Slots, new_dtype: jnp.dtype) -> Tiling:
-    """Four tiles a body, fewer where a slot is large."""
+def tiling(slots: Slots, new_dtype: jnp.dtype, max_tokens: int, packed: bool) -> Tiling:
+    """Four tiles a body, fewer where a slot is large or the window small."""
+    tile = 32 // jnp.dtype(new_dtype).itemsize
     registers = slots.num_words * slots.num_lanes // layout.LANES
-    return Tiling(tile=32 // jnp.dtype(new_dtype).itemsize, unroll=max(1, min(4, 32 // registers)))
+    can_pack = (
+        slots.is_flat
+        and slots.pool_dtype == new_dtype == jnp.bfloat16
+        and slots.head_dim % layout.LANES == 0
+    )
+    return Tiling(
+        tile=tile,
+        unroll=max(1, min(4, 32 // registers, -(-max_tokens // tile))),
+        packed=packed and can_pack,
+    )
 
 
 def scratch_shape(slots: Slots, tiling: Tiling) -> tuple[int, int]:
@@ -107,11 +121,14 @@ def interleave(slots, tiling, k_ref, v_ref, rows_ref, turn_ref, *, num_tokens, s
 
     def put_heads(u, first):
         """The words of one tile, as rows of a head each."""
-
-        def loader(ref):
-            return functools.partial(_load, slots, ref, pl.ds(first, tile))
-
-        for w, words in enumerate(row_words(slots, loader(k_ref), loader(v_ref), scales)):
+        tokens = pl.ds(first, tile)
+        if tiling.packed:
+            head_words = _paired_words(slots, k_ref, v_ref, tokens)
+        else:
+            load_k = functools.partial(_load, slots, k_ref, tokens)
+            load_v = functools.partial(_load, slots, v_ref, tokens)
+            head_words = row_words(slots, load_k, load_v, scales)
+        for w, words in enumerate(head_words):
             for c, word in enumerate(words):
                 if word is None:
                     continue
@@ -119,11 +136,15 @@ def interleave(slots, tiling, k_ref, v_ref, rows_ref, turn_ref, *, num_tokens, s
                     word = lax.bitcast_convert_type(word, jnp.float32)
                 turn_ref[pl.ds(region(u, c) + w * pitch, tile), :] = word
 
+    def place(j):
+        """Where token j of a tile is among its words: packed, the even ones come first."""
+        return j // 2 + j % 2 * (tile // 2) if tiling.packed else j
+
     def take_tokens(u, first):
         """The same words, as slots of a token each."""
         for j in range(tile):
             for c in range(lane_tiles):
-                words = turn_ref[pl.ds(region(u, c) + j, slots.num_words, stride=pitch), :]
+                words = turn_ref[pl.ds(region(u, c) + place(j), slots.num_words, stride=pitch), :]
                 rows_ref[first + j, :, pl.ds(c * layout.LANES, layout.LANES)] = words
 
     def body(i, _):
@@ -139,6 +160,21 @@ def interleave(slots, tiling, k_ref, v_ref, rows_ref, turn_ref, *, num_tokens, s
         return 0
 
     lax.fori_loop(0, pl.cdiv(num_tokens, tiling.tokens), body, 0)
+
+
+def _paired_words(slots, k_ref, v_ref, tokens):
+    """`row_words` of bf16 k and v for a bf16 pool, the even tokens before the odd ones."""
+    low = jnp.uint32(0xFFFF)
+    lane_tiles = slots.num_lanes // layout.LANES
+
+    def words(head, lane_tile):
+        lanes = pl.ds((head * lane_tiles + lane_tile) * layout.LANES, layout.LANES)
+        k = pltpu.bitcast(k_ref[tokens, lanes], jnp.uint32)  # [n // 2, 128], pairs of tokens
+        v = pltpu.bitcast(v_ref[tokens, lanes], jnp.uint32)
+        return jnp.concatenate([(k & low) | (v << 16), (k >> 16) | (v & ~low)], axis=0)
+
+    used = [[words(h, c) for c in range(lane_tiles)] for h in range(slots.num_kv_heads)]
+    return used + [[None] * lane_tiles] * (slots.num_words - slots.num_kv_heads)
 
 
 def _load(slots, ref, tokens, first_lane, num_lanes, head):
