@@ -316,6 +316,8 @@ def _launch(pool, walk, metadata, k, v, tails, scales, *, slots, entries, config
         window=window,
         tiling=turn,
         buffer=buffer,
+        block=config.block_tokens,
+        max_taken=min(config.block_tokens, pool.shape[0]),
         step=step,
         group=group,
         unroll=min(group, _MAX_UNROLL) if not entries.has_lengths else 16,
@@ -365,6 +367,8 @@ class Walk:
     window: int  # tokens of k and v in a window
     tiling: Tiling
     buffer: int  # tokens that one half of the buffers has room for
+    block: int  # tokens from the first to the last of a group
+    max_taken: int  # tokens that a group sends at most: what one wait covers
     step: int  # entries in SMEM at a time
     group: int  # entries in a group where the entries' sources are not their own
     unroll: int  # DMAs in one unrolled body
@@ -395,8 +399,6 @@ def _kernel(walk, *refs):
     if pool_ref.dtype.itemsize < 4:
         pool_words = pool_ref.bitcast(jnp.uint32)
     num_slots = pool_words.shape[0]
-    # Entries that overlap could outnumber what one wait covers: a group is no larger than either.
-    max_taken = min(walk.window + walk.align, num_slots)
     num_targets = num_slots if entries.has_lengths else num_slots // entries.max_len
     target_slots = 1 if entries.has_lengths else entries.max_len
     first_entry = pl.program_id(0) * walk.step
@@ -418,45 +420,51 @@ def _kernel(walk, *refs):
     def is_live(i):
         return is_in_pool(target_ref[i])
 
+    def window_of(i):
+        """Where the window of entry i starts; inside the batch, whatever a skipped entry says."""
+        start = source(i) // walk.align * walk.align
+        return jnp.clip(start, 0, walk.whole - walk.window)
+
     def plan(i):
-        """The next group: its first entry, its window, its end, and the last token it needs."""
+        """The group that starts with entry i: (i, its window, its end, the last token it needs)."""
+        start = window_of(i)
         if not entries.has_sources:
             last = jnp.minimum(i + walk.group, num_entries)
-            return i, window_of(i), last, end(last - 1)
-        is_hole = lambda i: (i < num_entries) & jnp.logical_not(is_live(jnp.minimum(i, walk.step - 1)))
-        first = lax.while_loop(is_hole, lambda i: i + 1, i)
-        start = window_of(jnp.minimum(first, walk.step - 1))
+            return i, start, last, end(last - 1)
         limit = start + walk.window
         if walk.num_tails:
             limit = jnp.where(start == walk.whole - walk.window, walk.num_tokens, limit)
+        limit = jnp.minimum(limit, source(i) + walk.block)
 
-        # Entries that ascend fit if the last of a chunk does; others are looked at one by one.
-        chunk = walk.unroll
+        # Of entries that ascend, the last of a chunk speaks for it.
+        def chunk_fits(last):
+            until = last + walk.unroll
+            fits = end(jnp.minimum(until, walk.step) - 1) <= limit
+            return (walk_ref[1] != ANY_ORDER) & (until <= num_entries) & fits
 
-        def chunk_fits(i):
-            last = jnp.minimum(i + chunk, walk.step) - 1
-            return (walk_ref[1] != ANY_ORDER) & (i + chunk <= num_entries) & (end(last) <= limit)
+        last = lax.while_loop(chunk_fits, lambda last: last + walk.unroll, i)
 
-        def entry_fits(carry):
-            i, _, taken = carry
-            entry = jnp.minimum(i, walk.step - 1)
+        # Where no chunk fits, one by one; the first entry of a group always does, or is skipped.
+        def entry_fits(state):
+            last, _, taken = state
+            entry = jnp.minimum(last, walk.step - 1)
             fits = (source(entry) >= start) & (end(entry) <= limit)
-            fits &= taken + entries.max_len <= max_taken
-            return (i < num_entries) & (fits | jnp.logical_not(is_live(entry)))
+            fits &= taken + length(entry) <= walk.max_taken
+            return (last < num_entries) & (fits | jnp.logical_not(is_live(entry)))
 
-        def take_entry(carry):
-            i, needed, taken = carry
-            live = is_live(i)
-            needed = jnp.where(live, jnp.maximum(needed, end(i)), needed)
-            return i + 1, needed, jnp.where(live, taken + entries.max_len, taken)
+        def take(state):
+            last, needed, taken = state
+            live = is_live(last)
+            needed = jnp.where(live, jnp.maximum(needed, end(last)), needed)
+            return last + 1, needed, taken + jnp.where(live, length(last), 0)
 
-        middle = lax.while_loop(chunk_fits, lambda i: i + chunk, first)
-        needed = jnp.where(middle > first, end(jnp.maximum(middle - 1, 0)), start)
-        last, needed, _ = lax.while_loop(entry_fits, take_entry, (middle, needed, needed - start))
-        return first, start, last, needed
+        def one_by_one():
+            return lax.while_loop(entry_fits, take, take((i, start, jnp.int32(0))))[:2]
 
-    def window_of(i):
-        return jnp.minimum(source(i) // walk.align * walk.align, walk.whole - walk.window)
+        def by_chunks():
+            return last, end(last - 1)
+
+        return i, start, *lax.cond(last > i, by_chunks, one_by_one)
 
     def loads(start, slot):
         """(condition or None, copy) of a window's k and v, and of the batch's ragged end."""
@@ -575,14 +583,19 @@ def _kernel(walk, *refs):
     def scales(which, head):
         return scale_ref[which * slots.num_kv_heads + head]
 
-    def group(carry):
+    def open_group(i, slot):
+        """Plans the group that starts with entry i and sets its window on its way."""
+
+        def begin():
+            group = plan(i)
+            start_loads(group[1], slot)
+            return group
+
+        return lax.cond(i < num_entries, begin, lambda: (i, jnp.int32(0), i, jnp.int32(0)))
+
+    def do_group(carry):
         (first, start, last, needed), slot, sent, sent_before = carry
-        ahead = plan(last)
-
-        @pl.when(ahead[0] < num_entries)
-        def _prefetch():
-            start_loads(ahead[1], 1 - slot)
-
+        ahead = open_group(last, 1 - slot)
         wait_loads(start, slot)
         wait_sent(sent_before, slot)
         interleave(
@@ -597,15 +610,9 @@ def _kernel(walk, *refs):
         )
         return ahead, 1 - slot, issue(first, last, start, slot), sent
 
-    opening = plan(jnp.int32(0))
-
-    @pl.when(opening[0] < num_entries)
-    def _open():
-        start_loads(opening[1], 0)
-
     zero = jnp.int32(0)
     _, slot, sent, sent_before = lax.while_loop(
-        lambda carry: carry[0][0] < num_entries, group, (opening, zero, zero, zero)
+        lambda carry: carry[0][0] < num_entries, do_group, (open_group(zero, zero), zero, zero, zero)
     )
     wait_sent(sent_before, slot)
     wait_sent(sent, 1 - slot)
