@@ -311,4 +311,4 @@ def _copy_pages(kv_pages, src_ids, dst_ids, config, backend):
     (kv_pages,) = checks.refuse_transforms("copy_pages", (kv_pages,))
     if backend == "oracle":
         return oracle.copy_pages(kv_pages, src_ids, dst_ids)
-    return mosaic_tpu.copy_pages(kv_pages, src_ids, dst_ids, config=config)
+    return mosaic_tpu.copy_pages(kv_pages, src_ids, dst_ids)

@@ -9,6 +9,7 @@ scratch: whole tiles in, strided loads out, so that nothing is shuffled in regis
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -58,14 +59,14 @@ class Tiling:
     Attributes:
       tile: tokens in a register tile of k and v.
       unroll: tiles in one loop body, so that their latencies overlap.
-      packed: bf16 k and v go from pairs of tokens to pairs of K and V as they are, without a detour
-        over float32. Where the packed tile is one register (tpu7x) that is shorter; elsewhere its
-        relayout costs more than it saves.
+      turns: what goes through the scratch. "rows" of any k and v; "packed" ones of bf16 k and v,
+        which go from pairs of tokens to pairs of K and V without a detour over float32; "nothing"
+        where bf16 k and v are [tokens, K, H] and so have their heads in the rows already.
     """
 
     tile: int
     unroll: int
-    packed: bool
+    turns: Literal["rows", "packed", "nothing"]
 
     @property
     def tokens(self) -> int:
@@ -83,15 +84,16 @@ def tiling(slots: Slots, new_dtype: jnp.dtype, max_tokens: int, packed: bool) ->
     """Four tiles a body, fewer where a slot is large or the window small."""
     tile = 32 // jnp.dtype(new_dtype).itemsize
     registers = slots.num_words * slots.num_lanes // layout.LANES
-    can_pack = (
-        slots.is_flat
-        and slots.pool_dtype == new_dtype == jnp.bfloat16
-        and slots.head_dim % layout.LANES == 0
+    whole_bf16 = (
+        slots.pool_dtype == new_dtype == jnp.bfloat16 and slots.head_dim % layout.LANES == 0
     )
+    turns = "rows"
+    if whole_bf16 and not slots.is_flat:
+        turns = "nothing"
+    elif whole_bf16 and packed:
+        turns = "packed"
     return Tiling(
-        tile=tile,
-        unroll=max(1, min(4, 32 // registers, -(-max_tokens // tile))),
-        packed=packed and can_pack,
+        tile=tile, unroll=max(1, min(4, 32 // registers, -(-max_tokens // tile))), turns=turns
     )
 
 
@@ -122,7 +124,7 @@ def interleave(slots, tiling, k_ref, v_ref, rows_ref, turn_ref, *, num_tokens, s
     def put_heads(u, first):
         """The words of one tile, as rows of a head each."""
         tokens = pl.ds(first, tile)
-        if tiling.packed:
+        if tiling.turns == "packed":
             head_words = _paired_words(slots, k_ref, v_ref, tokens)
         else:
             load_k = functools.partial(_load, slots, k_ref, tokens)
@@ -138,7 +140,7 @@ def interleave(slots, tiling, k_ref, v_ref, rows_ref, turn_ref, *, num_tokens, s
 
     def place(j):
         """Where token j of a tile is among its words: packed, the even ones come first."""
-        return j // 2 + j % 2 * (tile // 2) if tiling.packed else j
+        return j // 2 + j % 2 * (tile // 2) if tiling.turns == "packed" else j
 
     def take_tokens(u, first):
         """The same words, as slots of a token each."""
@@ -147,7 +149,20 @@ def interleave(slots, tiling, k_ref, v_ref, rows_ref, turn_ref, *, num_tokens, s
                 words = turn_ref[pl.ds(region(u, c) + place(j), slots.num_words, stride=pitch), :]
                 rows_ref[first + j, :, pl.ds(c * layout.LANES, layout.LANES)] = words
 
+    def pair(first):
+        """A body of tokens whose k and v hold their heads as the slot's words do."""
+        tokens = pl.ds(first, tiling.tokens)
+        k, v = (
+            lax.bitcast_convert_type(ref[tokens].astype(jnp.float32), jnp.uint32)
+            for ref in (k_ref, v_ref)
+        )
+        high = jnp.uint32(0xFFFF0000)
+        rows_ref[tokens, pl.ds(0, slots.num_kv_heads)] = (k >> 16) | (v & high)
+
     def body(i, _):
+        if tiling.turns == "nothing":
+            pair(pl.multiple_of(i * tiling.tokens, tiling.tokens))
+            return 0
         firsts = [
             pl.multiple_of(i * tiling.tokens + u * tile, tile) for u in range(tiling.unroll)
         ]
