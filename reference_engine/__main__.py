@@ -40,20 +40,29 @@ flags.DEFINE_integer("num_requests", 40, "How many requests, from the top of the
 flags.DEFINE_float("length_scale", 1.0, "Factor on the prompts' lengths, to make a run shorter.")
 flags.DEFINE_float("steps_per_second", 20.0, "Engine steps per second of the trace's time.")
 flags.DEFINE_integer("seed", 0, "Fixes the weights, the prompts and the drawn requests.")
-flags.DEFINE_integer("page_size", 16, "Tokens in a page.")
+flags.DEFINE_integer("page_size", EngineConfig.page_size, "Tokens in a page.")
 flags.DEFINE_integer(
     "num_pages", 0, "Pages in the pool; 0 for a quarter of what max_num_seqs of the longest request"
     " would fill.",
 )
-flags.DEFINE_integer("max_num_batched_tokens", 256, "Most new tokens in a step.")
-flags.DEFINE_integer("max_num_seqs", 16, "Most requests that run at a time.")
-flags.DEFINE_integer("max_deferrals", 4, "Most steps in a row that alignment makes a request wait.")
 flags.DEFINE_integer(
-    "long_prefill_token_threshold", 0,
+    "max_num_batched_tokens", EngineConfig.max_num_batched_tokens, "Most new tokens in a step."
+)
+flags.DEFINE_integer(
+    "max_num_seqs", EngineConfig.max_num_seqs, "Most requests that run at a time."
+)
+flags.DEFINE_integer(
+    "max_deferrals", EngineConfig.max_deferrals,
+    "Most steps in a row that alignment makes a request wait.",
+)
+flags.DEFINE_integer(
+    "long_prefill_token_threshold", EngineConfig.long_prefill_token_threshold,
     "Most new tokens of one request in a step while others compete; 0 for no limit.",
 )
-flags.DEFINE_string("kv_write", "pages", f"How K and V are written: one of {', '.join(KV_WRITES)}.")
-flags.DEFINE_string("backend", "auto", "Backend of the kernels.")
+flags.DEFINE_string(
+    "kv_write", EngineConfig.kv_write, f"How K and V are written: one of {', '.join(KV_WRITES)}."
+)
+flags.DEFINE_string("backend", EngineConfig.backend, "Backend of the kernels.")
 flags.DEFINE_bool("page_aligned_scheduling", True, "Which of the two runs `explain` prints.")
 
 MODEL = ModelConfig(

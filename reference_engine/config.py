@@ -93,7 +93,7 @@ class EngineConfig:
     max_num_seqs: int = 16
     page_aligned_scheduling: bool = True
     long_prefill_token_threshold: int = 0
-    max_deferrals: int = 4
+    max_deferrals: int = 8
     kv_write: str = "pages"
     backend: str = "auto"
     token_buckets: tuple[int, ...] | None = None

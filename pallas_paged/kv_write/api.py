@@ -9,9 +9,8 @@ skipped whole; nothing is clamped. Two entries for one slot: either may win (`va
 import functools
 
 import jax
-import jax.numpy as jnp
 
-from pallas_paged import checks, dispatch, layout
+from pallas_paged import checks, dispatch
 from pallas_paged.dispatch import Backend
 from pallas_paged.kv_write import mosaic_tpu, oracle
 from pallas_paged.kv_write.indices import WriteIndices, write_indices
@@ -62,7 +61,9 @@ def page_write(
       ValueError: an argument has the wrong form.
       NotImplementedError: the named backend cannot run this call.
 
-    >>> pool = layout.make_kv_pages(4, 2, num_kv_heads=1, head_dim=128, dtype=jnp.float32)
+    >>> import jax.numpy as jnp
+    >>> from pallas_paged import make_kv_pages, page_write
+    >>> pool = make_kv_pages(4, 2, num_kv_heads=1, head_dim=128, dtype=jnp.float32)
     >>> k = jnp.arange(1.0, 6.0)[:, None, None] * jnp.ones((5, 1, 128))  # 5 tokens
     >>> starts = jnp.array([1, 3], jnp.int32)  # tokens 1 and 2, tokens 3 and 4
     >>> pool = page_write(pool, k, -k, jnp.array([3, 0], jnp.int32), starts)
@@ -113,7 +114,9 @@ def slice_write(
       ValueError: an argument has the wrong form.
       NotImplementedError: the named backend cannot run this call.
 
-    >>> pool = layout.make_kv_pages(2, 4, num_kv_heads=1, head_dim=128, dtype=jnp.float32)
+    >>> import jax.numpy as jnp
+    >>> from pallas_paged import make_kv_pages, slice_write
+    >>> pool = make_kv_pages(2, 4, num_kv_heads=1, head_dim=128, dtype=jnp.float32)
     >>> k = jnp.arange(1.0, 6.0)[:, None, None] * jnp.ones((5, 1, 128))
     >>> slices = jnp.array([[2, 5], [0, 3], [2, 1]], jnp.int32)
     >>> pool = slice_write(pool, k, -k, slices, jnp.array([2], jnp.int32))
@@ -173,7 +176,9 @@ def token_write(
       ValueError: an argument has the wrong form.
       NotImplementedError: the named backend cannot run this call.
 
-    >>> pool = layout.make_kv_pages(2, 2, num_kv_heads=1, head_dim=128, dtype=jnp.float32)
+    >>> import jax.numpy as jnp
+    >>> from pallas_paged import make_kv_pages, token_write
+    >>> pool = make_kv_pages(2, 2, num_kv_heads=1, head_dim=128, dtype=jnp.float32)
     >>> k = jnp.arange(1.0, 4.0)[:, None, None] * jnp.ones((3, 1, 128))
     >>> token_write(pool, k, -k, jnp.array([3, -1, 0], jnp.int32))[:, :, 0, 0].tolist()
     [[3.0, 0.0], [0.0, 1.0]]
@@ -216,6 +221,8 @@ def copy_pages(
       ValueError: an argument has the wrong form.
       NotImplementedError: the named backend cannot run this call.
 
+    >>> import jax.numpy as jnp
+    >>> from pallas_paged import copy_pages
     >>> pool = jnp.arange(3.0).reshape(3, 1, 1, 1) * jnp.ones((3, 1, 2, 128))
     >>> copy_pages(pool, jnp.array([2], jnp.int32), jnp.array([0], jnp.int32))[:, 0, 0, 0].tolist()
     [2.0, 1.0, 2.0]

@@ -133,7 +133,7 @@ def write_indices(
 
 
 def _ragged(counts, capacity):
-    """For entry i of `capacity`: which of the counted groups it is in, and its place there or -1."""
+    """For entry i of `capacity`: which of the counted groups it is in, and its place or -1."""
     ends = jnp.cumsum(counts)
     entry = jnp.arange(capacity, dtype=jnp.int32)
     group = jnp.minimum(jnp.searchsorted(ends, entry, side="right"), counts.shape[0] - 1)

@@ -32,10 +32,6 @@ from pallas_paged.kv_write import oracle
 from pallas_paged.kv_write.mosaic_tpu_copy import copy_pages
 from pallas_paged.kv_write.mosaic_tpu_interleave import Slots, scratch_shape, tiling
 from pallas_paged.kv_write.mosaic_tpu_walk import (
-    ALL_LIVE,
-    ANY_ORDER,
-    ASCENDING,
-    EQUAL_LENGTHS,
     Entries,
     Walk,
     kernel,
@@ -198,6 +194,37 @@ def _largest_part(page_size: int, limit: int) -> int:
     return next(n for n in range(min(page_size, limit), 0, -1) if page_size % n == 0)
 
 
+def _survey(metadata, entries: Entries):
+    """What the kernel must know of entries with sources of their own: four int32[1].
+
+    How many entries to walk (past it there are only holes); then, negated, the first entry that
+    starts before its predecessor ends, that is to be skipped, whose length is not its
+    predecessor's. All in one pass, because on a TPU every pass of XLA's is a launch of its own.
+    """
+    target, source = metadata[:2]
+    length = metadata[2] if entries.has_lengths else jnp.full_like(source, entries.max_len)
+    num_entries = target.shape[0]
+    entry = jnp.arange(num_entries, dtype=jnp.int32)
+    is_live = target >= 0
+    is_first = entry == 0
+
+    def first(found):
+        return jnp.where(found, -entry, -num_entries)
+
+    highest = lax.reduce(
+        (
+            jnp.where(is_live, entry + 1, 0),
+            first((source < jnp.roll(source + length, 1)) & ~is_first),
+            first(~is_live),
+            first((length != jnp.roll(length, 1)) & ~is_first),
+        ),
+        (jnp.int32(0), *(jnp.int32(-num_entries),) * 3),
+        lambda xs, ys: tuple(map(jnp.maximum, xs, ys)),
+        (0,),
+    )
+    return tuple(x[None] for x in highest)
+
+
 def _pad_to(x, size, value):
     return jnp.pad(x, (0, size - x.shape[0]), constant_values=value)
 
@@ -207,26 +234,7 @@ def _write(kv_pages, k, v, metadata, k_scale, v_scale, *, slots, entries, config
     num_tokens = k.shape[0]
     num_entries = metadata[0].shape[0]
     step = min(num_entries, _ENTRIES_PER_STEP)
-    if entries.has_sources:
-        # How far to walk (past it there are only holes), and whether the walk may take whole
-        # chunks: it may where each entry starts after the one before, so that the first and the
-        # last speak for all.
-        target, source = metadata[:2]
-        end = source + (metadata[2] if entries.has_lengths else entries.max_len)
-        entry = jnp.arange(num_entries, dtype=jnp.int32)
-        num_walked = jnp.max(jnp.where(target >= 0, entry + 1, 0))
-        is_sorted = jnp.all((source[1:] >= end[:-1]) | (entry[1:] >= num_walked))
-        all_live = jnp.all((target >= 0) | (entry >= num_walked))
-        order = jnp.where(is_sorted, jnp.where(all_live, ALL_LIVE, ASCENDING), ANY_ORDER)
-        longest = jnp.int32(entries.max_len)
-        if entries.has_lengths:
-            longest = jnp.max(metadata[2])
-            is_equal = jnp.all((metadata[2] == longest) | (entry >= num_walked))
-            order = jnp.where((order == ALL_LIVE) & is_equal, EQUAL_LENGTHS, order)
-        walk = jnp.stack([num_walked, order, longest])
-    else:
-        num_walked = min(num_entries, num_tokens // entries.max_len)
-        walk = jnp.array([num_walked, ASCENDING, entries.max_len], jnp.int32)
+    survey = _survey(metadata, entries) if entries.has_sources else ()
     if num_entries % step:
         size = -(-num_entries // step) * step
         metadata = tuple(_pad_to(x, size, -1) for x in metadata)
@@ -260,14 +268,19 @@ def _write(kv_pages, k, v, metadata, k_scale, v_scale, *, slots, entries, config
         slots = dataclasses.replace(slots, num_rows=num_rows + missing)
 
     launch = functools.partial(
-        _launch, slots=slots, entries=entries, config=config, num_tokens=num_tokens
+        _launch,
+        slots=slots,
+        entries=entries,
+        config=config,
+        num_tokens=num_tokens,
+        num_entries=num_entries,
     )
     if slots.rows_per_word == 1:
-        pool = launch(pool, walk, metadata, k, v, tails, scales)
+        pool = launch(pool, survey, metadata, k, v, tails, scales)
     else:
         # The interpreter cannot view a ref as words, so on a CPU it gets the pool as words.
         pool = lax.platform_dependent(
-            pool, walk, metadata, k, v, tails, scales,
+            pool, survey, metadata, k, v, tails, scales,
             tpu=launch,
             default=lambda pool, *rest: layout.from_words(
                 launch(layout.to_words(pool), *rest), slots.pool_dtype
@@ -285,7 +298,10 @@ def _pad_rows(x, num_rows):
     return jnp.pad(x, ((0, num_rows - x.shape[0]), (0, 0)))
 
 
-def _launch(pool, walk, metadata, k, v, tails, scales, *, slots, entries, config, num_tokens):
+def _launch(
+    pool, survey, metadata, k, v, tails, scales,
+    *, slots, entries, config, num_tokens, num_entries,
+):
     """The one pallas_call of the three writes. `pool` is [P*page_size, R or words, C]."""
     align = _row_alignment(k)
     whole = k.shape[0] // align * align
@@ -307,6 +323,7 @@ def _launch(pool, walk, metadata, k, v, tails, scales, *, slots, entries, config
         slots=slots,
         entries=entries,
         num_tokens=num_tokens,
+        max_entries=min(num_entries, num_tokens // entries.max_len),
         align=align,
         whole=whole,
         window=window,
@@ -326,14 +343,14 @@ def _launch(pool, walk, metadata, k, v, tails, scales, *, slots, entries, config
         out_shape=jax.ShapeDtypeStruct(pool.shape, pool.dtype),
         grid=(metadata[0].shape[0] // step,),
         in_specs=[
-            whole_smem,
+            *(whole_smem for _ in survey),
             *(smem(x) for x in metadata),
             *(whole_smem for _ in scales),
             *(hbm for _ in (k, v, *tails)),
             hbm,
         ],
         out_specs=hbm,
-        input_output_aliases={1 + len(metadata) + len(scales) + 2 + len(tails): 0},
+        input_output_aliases={len(survey) + len(metadata) + len(scales) + 2 + len(tails): 0},
         scratch_shapes=[
             pltpu.VMEM((2, buffer, *k.shape[1:]), k.dtype),
             pltpu.VMEM((2, buffer, *k.shape[1:]), k.dtype),
@@ -348,4 +365,4 @@ def _launch(pool, walk, metadata, k, v, tails, scales, *, slots, entries, config
             flops=0, transcendentals=0, bytes_accessed=2 * new_tokens
         ),
         name=f"{entries.kind[:-1]}_write_{entries.max_len}_block{config.block_tokens}",
-    )(walk, *metadata, *scales, k, v, *tails, pool)
+    )(*survey, *metadata, *scales, k, v, *tails, pool)

@@ -295,7 +295,7 @@ def _encode_int8(x):
 
 
 def _encode_fp8(x, dtype):
-    """Round to nearest even in integers: the same bits on every generation and in a CPU's oracle."""
+    """Round to nearest even in integers: the same bits on every generation and on a CPU."""
     info = jnp.finfo(dtype)
     num_mantissa, min_exponent = info.nmant, int(info.minexp)
     bits = lax.bitcast_convert_type(x, jnp.uint32)

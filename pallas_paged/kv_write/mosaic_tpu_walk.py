@@ -44,6 +44,7 @@ class Walk:
     slots: Slots
     entries: Entries
     num_tokens: int  # T
+    max_entries: int  # entries to walk where their sources are not their own
     align: int  # rows of k and v that a window starts and ends at a multiple of
     whole: int  # tokens in k and v; the num_tails > 0 case has up to align - 1 more in the tails
     window: int  # tokens of k and v in a window
@@ -61,7 +62,9 @@ class Walk:
 def kernel(walk, *refs):
     """Walks this step's entries, group by group, two groups in flight."""
     # scalar inputs, in SMEM
-    walk_ref, *refs = refs  # int32[3]: entries to walk, what is known of them, the longest length
+    survey_refs = ()
+    if walk.entries.has_sources:
+        survey_refs, refs = refs[:4], refs[4:]  # int32[1] each: see mosaic_tpu._survey
     target_ref, *refs = refs  # int32[step]: page or slot
     source_ref = length_ref = scale_ref = None
     if walk.entries.has_sources:
@@ -84,7 +87,8 @@ def kernel(walk, *refs):
     num_targets = num_slots if entries.has_lengths else num_slots // entries.max_len
     target_slots = 1 if entries.has_lengths else entries.max_len
     first_entry = pl.program_id(0) * walk.step
-    num_entries = jnp.clip(walk_ref[0] - first_entry, 0, walk.step)
+    num_walked, order = _order(survey_refs) if survey_refs else (walk.max_entries, ASCENDING)
+    num_entries = jnp.clip(num_walked - first_entry, 0, walk.step)
 
     def source(i):
         return source_ref[i] if entries.has_sources else (first_entry + i) * entries.max_len
@@ -122,7 +126,7 @@ def kernel(walk, *refs):
         def chunk_fits(last):
             until = last + walk.unroll
             fits = end(jnp.minimum(until, walk.step) - 1) <= limit
-            return (walk_ref[1] != ANY_ORDER) & (until <= num_entries) & fits
+            return (order != ANY_ORDER) & (until <= num_entries) & fits
 
         last = lax.while_loop(chunk_fits, lambda last: last + walk.unroll, i)
 
@@ -217,7 +221,7 @@ def kernel(walk, *refs):
                 return lax.fori_loop(i, i + walk.unroll, add, jnp.int32(0))
 
             def count_all(i):
-                return jnp.int32(0) + functools.reduce(jnp.add, [length(i + u) for u in range(walk.unroll)])
+                return jnp.int32(0) + sum(length(i + u) for u in range(walk.unroll))
 
             return sent + lax.cond(largest < num_targets, count_all, count_live, i)
 
@@ -233,14 +237,14 @@ def kernel(walk, *refs):
         num_chunks = (last - first) // walk.unroll
         done, sent = jnp.int32(0), jnp.int32(0)
 
-        def run(state, order, chunk):
-            """Does the chunks now if they are known to have this order, else later."""
+        def run(state, least, chunk):
+            """Does the chunks now if enough is known of them, else later."""
             done, sent = state
-            until = jnp.where(walk_ref[1] == order, num_chunks, done)
+            until = jnp.where(order >= least, num_chunks, done)
             return until, lax.fori_loop(done, until, chunk, sent)
 
         if entries.has_lengths:
-            chunk = functools.partial(unchecked_chunk, walk_ref[2])
+            chunk = functools.partial(unchecked_chunk, length_ref[0])
             done, sent = run((done, sent), EQUAL_LENGTHS, chunk)
         if entries.has_sources:
             num_tokens = None if entries.has_lengths else entries.max_len
@@ -294,11 +298,20 @@ def kernel(walk, *refs):
         return ahead, 1 - slot, issue(first, last, start, slot), sent
 
     zero = jnp.int32(0)
+    opening = (open_group(zero, zero), zero, zero, zero)
     _, slot, sent, sent_before = lax.while_loop(
-        lambda carry: carry[0][0] < num_entries, do_group, (open_group(zero, zero), zero, zero, zero)
+        lambda carry: carry[0][0] < num_entries, do_group, opening
     )
     wait_sent(sent_before, slot)
     wait_sent(sent, 1 - slot)
+
+
+def _order(survey_refs):
+    """How many entries to walk, and what is known of them; what lies behind spoils no order."""
+    num_walked, early, hole, unequal = (ref[0] for ref in survey_refs)
+    order = jnp.where(-unequal < num_walked, ALL_LIVE, EQUAL_LENGTHS)
+    order = jnp.where(-hole < num_walked, ASCENDING, order)
+    return num_walked, jnp.where(-early < num_walked, ANY_ORDER, order)
 
 
 def _when(condition, action):

@@ -1,0 +1,26 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""What the process must know before jax is imported: a CPU with 4 devices and a quiet libtpu."""
+
+import os
+import pathlib
+import sys
+
+if "jax" in sys.modules:
+    raise RuntimeError("tests/conftest.py must run before jax is imported: jax reads these once")
+
+# A caller on a machine with an accelerator chooses by JAX_PLATFORMS; all else runs on the CPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# bench._tpu_compile.COMPILE_ENV and test_conftest_sets_what_compiling_needs say the same; it is
+# not imported here because it imports jax.
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # do not ask a cloud metadata server which TPU this is
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # a second process would die on the lock file
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu warns that it is unset
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = " ".join(
+        [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4"]
+    ).strip()
+
+# Test files import `tests.cases`; `python -m pytest` has the root on its path, `pytest` has not.
+_ROOT = str(pathlib.Path(__file__).resolve().parent.parent)
+if _ROOT not in sys.path:
+    sys.path.insert(0, _ROOT)
