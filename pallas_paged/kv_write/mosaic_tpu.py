@@ -44,6 +44,8 @@ _VMEM_BUDGET = 4 * 2**20
 _ENTRIES_PER_STEP = 8192
 # At most this many DMAs in one unrolled body: past it the issue cost no longer falls.
 _MAX_UNROLL = 16
+# At least this many where entries may be shorter than the longest that is possible.
+_MIN_UNROLL = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +80,9 @@ def default_config(kv_pages, k, num_kv_heads: int, head_dim: int) -> Config:
     else:
         new_lanes = -(-num_kv_heads // 8) * 8 * -(-head_dim // lanes) * lanes
     token_bytes = 2 * pool_bytes + 4 * new_lanes * k.dtype.itemsize
-    # A window has up to 64 tokens more than a block: those that alignment and whole loop bodies
-    # add. Whole bodies of 64 tokens where there is room for one.
-    tokens = _VMEM_BUDGET // token_bytes - 64
+    # The scratch of the turn takes up to an eighth; a window has up to 32 tokens more than a block,
+    # those that alignment adds; whole loop bodies of 64 tokens where there is room for one.
+    tokens = _VMEM_BUDGET * 7 // 8 // token_bytes - 32
     unit = 64 if tokens >= 64 else 16
     return Config(
         block_tokens=max(16, min(256, tokens // unit * unit)),
@@ -307,7 +309,7 @@ def _launch(
     whole = k.shape[0] // align * align
     window = min(config.block_tokens + (align if align > 1 else 0), whole)
     turn = tiling(slots, k.dtype, window, config.turn_packed)
-    buffer = -(-(window + (align if tails else 0)) // turn.tokens) * turn.tokens
+    buffer = -(-(window + (align if tails else 0)) // turn.tile) * turn.tile
     step = min(metadata[0].shape[0], _ENTRIES_PER_STEP)
     group = max(1, config.block_tokens // entries.max_len)
     word = jnp.float32 if slots.pool_dtype == jnp.float32 else jnp.uint32
@@ -333,7 +335,7 @@ def _launch(
         max_taken=min(config.block_tokens, pool.shape[0]),
         step=step,
         group=group,
-        unroll=min(group, _MAX_UNROLL) if not entries.has_lengths else 16,
+        unroll=max(min(group, _MAX_UNROLL), _MIN_UNROLL if entries.has_lengths else 1),
         num_tails=len(tails),
         has_scales=bool(scales),
     )

@@ -69,11 +69,6 @@ class Tiling:
     turns: Literal["rows", "packed", "nothing"]
 
     @property
-    def tokens(self) -> int:
-        """Tokens that one loop body turns."""
-        return self.tile * self.unroll
-
-    @property
     def pitch(self) -> int:
         """Scratch rows from one word row's tile to the next: not a multiple of 8, because loads
         with such a stride hit one memory bank and take twice as long."""
@@ -111,7 +106,7 @@ def interleave(slots, tiling, k_ref, v_ref, rows_ref, turn_ref, *, num_tokens, s
       k_ref, v_ref: VMEM, [tokens, K*H] or [tokens, K, H].
       rows_ref: VMEM words, [tokens, words, C].
       turn_ref: VMEM words of `scratch_shape`, zeroed once if `slots.has_padding`.
-      num_tokens: int32; rounded up to whole loop bodies.
+      num_tokens: int32; rounded up to whole tiles.
       scales: None, or `scales(which, head)`, the float32 inverse scale of K (0) or V (1).
     """
     tile, pitch = tiling.tile, tiling.pitch
@@ -149,9 +144,9 @@ def interleave(slots, tiling, k_ref, v_ref, rows_ref, turn_ref, *, num_tokens, s
                 words = turn_ref[pl.ds(region(u, c) + place(j), slots.num_words, stride=pitch), :]
                 rows_ref[first + j, :, pl.ds(c * layout.LANES, layout.LANES)] = words
 
-    def pair(first):
-        """A body of tokens whose k and v hold their heads as the slot's words do."""
-        tokens = pl.ds(first, tiling.tokens)
+    def pair(first, num_tokens):
+        """Tokens whose k and v hold their heads as the slot's words do."""
+        tokens = pl.ds(first, num_tokens)
         k, v = (
             lax.bitcast_convert_type(ref[tokens].astype(jnp.float32), jnp.uint32)
             for ref in (k_ref, v_ref)
@@ -159,22 +154,23 @@ def interleave(slots, tiling, k_ref, v_ref, rows_ref, turn_ref, *, num_tokens, s
         high = jnp.uint32(0xFFFF0000)
         rows_ref[tokens, pl.ds(0, slots.num_kv_heads)] = (k >> 16) | (v & high)
 
-    def body(i, _):
+    def fill(first_tile, num_tiles):
+        """`num_tiles` tiles, turned one ahead, so that none waits for its own stores."""
+        firsts = [pl.multiple_of((first_tile + u) * tile, tile) for u in range(num_tiles)]
         if tiling.turns == "nothing":
-            pair(pl.multiple_of(i * tiling.tokens, tiling.tokens))
-            return 0
-        firsts = [
-            pl.multiple_of(i * tiling.tokens + u * tile, tile) for u in range(tiling.unroll)
-        ]
-        # One tile ahead, so that a tile's loads do not wait for its own stores.
-        for u in range(tiling.unroll + 1):
-            if u < tiling.unroll:
+            pair(firsts[0], num_tiles * tile)
+            return
+        for u in range(num_tiles + 1):
+            if u < num_tiles:
                 put_heads(u, firsts[u])
             if u:
                 take_tokens(u - 1, firsts[u - 1])
-        return 0
 
-    lax.fori_loop(0, pl.cdiv(num_tokens, tiling.tokens), body, 0)
+    num_tiles = pl.cdiv(num_tokens, tile)
+    num_bodies = num_tiles // tiling.unroll
+    pl.loop(0, num_bodies)(lambda i: fill(i * tiling.unroll, tiling.unroll))
+    if tiling.unroll > 1:
+        pl.loop(num_bodies * tiling.unroll, num_tiles)(lambda i: fill(i, 1))
 
 
 def _paired_words(slots, k_ref, v_ref, tokens):

@@ -47,7 +47,7 @@ class Walk:
     max_entries: int  # entries to walk where their sources are not their own
     align: int  # rows of k and v that a window starts and ends at a multiple of
     whole: int  # tokens in k and v; the num_tails > 0 case has up to align - 1 more in the tails
-    window: int  # tokens of k and v in a window
+    window: int  # tokens of k and v that a window has room for
     tiling: Tiling
     buffer: int  # tokens that one half of the buffers has room for
     block: int  # tokens from the first to the last of a group
@@ -109,7 +109,9 @@ def kernel(walk, *refs):
     def window_of(i):
         """Where the window of entry i starts; inside the batch, whatever a skipped entry says."""
         start = source(i) // walk.align * walk.align
-        return jnp.clip(start, 0, walk.whole - walk.window)
+        if entries.has_sources or walk.num_tails:
+            start = jnp.clip(start, 0, walk.whole - walk.align)
+        return start
 
     def plan(i):
         """The group that starts with entry i: (i, its window, its end, the last token it needs)."""
@@ -117,10 +119,7 @@ def kernel(walk, *refs):
         if not entries.has_sources:
             last = jnp.minimum(i + walk.group, num_entries)
             return i, start, last, end(last - 1)
-        limit = start + walk.window
-        if walk.num_tails:
-            limit = jnp.where(start == walk.whole - walk.window, walk.num_tokens, limit)
-        limit = jnp.minimum(limit, source(i) + walk.block)
+        limit = jnp.minimum(start + walk.window, source(i) + walk.block)
 
         # Of entries that ascend, the last of a chunk speaks for it.
         def chunk_fits(last):
@@ -152,26 +151,32 @@ def kernel(walk, *refs):
 
         return i, start, *lax.cond(last > i, by_chunks, one_by_one)
 
-    def loads(start, slot):
+    def loads(start, needed, slot):
         """(condition or None, copy) of a window's k and v, and of the batch's ragged end."""
-        pairs = list(zip(new_refs, (k_vmem, v_vmem), strict=True))
-        for hbm, vmem in pairs:
+        rows = pl.cdiv(needed - start, walk.align) * walk.align
+        if entries.has_sources:  # a group of skipped entries needs none, and a DMA needs some
+            rows = jnp.maximum(rows, walk.align)
+        if walk.num_tails:
+            rows = jnp.minimum(rows, walk.whole - start)
+        rows = pl.multiple_of(rows, walk.align)
+        for hbm, vmem in zip(new_refs, (k_vmem, v_vmem), strict=True):
             yield None, pltpu.make_async_copy(
-                hbm.at[pl.ds(pl.multiple_of(start, walk.align), walk.window)],
-                vmem.at[slot, pl.ds(0, walk.window)],
+                hbm.at[pl.ds(pl.multiple_of(start, walk.align), rows)],
+                vmem.at[slot, pl.ds(0, rows)],
                 in_sems.at[slot],
             )
-        for tail, (_, vmem) in zip(tail_refs, pairs, strict=False):
-            yield start == walk.whole - walk.window, pltpu.make_async_copy(
-                tail, vmem.at[slot, pl.ds(walk.window, walk.align)], in_sems.at[slot]
+        for tail, vmem in zip(tail_refs, (k_vmem, v_vmem), strict=False):
+            behind = pl.multiple_of(walk.whole - start, walk.align)
+            yield needed > walk.whole, pltpu.make_async_copy(
+                tail, vmem.at[slot, pl.ds(behind, walk.align)], in_sems.at[slot]
             )
 
-    def start_loads(start, slot):
-        for condition, copy in loads(start, slot):
+    def start_loads(start, needed, slot):
+        for condition, copy in loads(start, needed, slot):
             _when(condition, copy.start)
 
-    def wait_loads(start, slot):
-        for condition, copy in loads(start, slot):
+    def wait_loads(start, needed, slot):
+        for condition, copy in loads(start, needed, slot):
             _when(condition, copy.wait)
 
     def issue(first, last, start, slot):
@@ -275,7 +280,7 @@ def kernel(walk, *refs):
 
         def begin():
             group = plan(i)
-            start_loads(group[1], slot)
+            start_loads(group[1], group[3], slot)
             return group
 
         return lax.cond(i < num_entries, begin, lambda: (i, jnp.int32(0), i, jnp.int32(0)))
@@ -283,7 +288,7 @@ def kernel(walk, *refs):
     def do_group(carry):
         (first, start, last, needed), slot, sent, sent_before = carry
         ahead = open_group(last, 1 - slot)
-        wait_loads(start, slot)
+        wait_loads(start, needed, slot)
         wait_sent(sent_before, slot)
         interleave(
             slots,

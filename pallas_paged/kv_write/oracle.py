@@ -45,11 +45,23 @@ def _new_slots(kv_pages, k, v, k_scale, v_scale, num_kv_heads):
     return layout.merge_kv(k, v, kv_pages.shape[2])
 
 
+def _set(pool, index, values):
+    """`pool[index] = values`, byte for byte, an index past the end dropped.
+
+    On a CPU, XLA scatters narrow floats by way of float32: a pass over the whole pool that rewrites
+    every NaN in it. Unsigned integers are left alone.
+    """
+    if pool.dtype.itemsize == 4:
+        return pool.at[index].set(values, mode="drop")
+    bits = jnp.dtype(f"uint{8 * pool.dtype.itemsize}")
+    return pool.view(bits).at[index].set(values.view(bits), mode="drop").view(pool.dtype)
+
+
 def _scatter(slots_of_pool, rows, new, tokens, is_live):
     """Pool rows `rows[i]` become `new[tokens[i]]` where `is_live[i]`."""
     target = jnp.where(is_live, rows, slots_of_pool.shape[0])  # one past the end: dropped
     values = new.at[tokens].get(mode="fill", fill_value=0)
-    return slots_of_pool.at[target].set(values, mode="drop")
+    return _set(slots_of_pool, target, values)
 
 
 def page_write(
@@ -77,7 +89,7 @@ def page_write(
     new = _new_slots(kv_pages, k, v, k_scale, v_scale, num_kv_heads)
     starts = jnp.where(is_live, token_starts, 0)
     tokens = starts[:, None] + jnp.arange(page_size, dtype=jnp.int32)  # [n, page_size]
-    return kv_pages.at[jnp.where(is_live, page_ids, num_pages)].set(new[tokens], mode="drop")
+    return _set(kv_pages, jnp.where(is_live, page_ids, num_pages), new[tokens])
 
 
 def slice_write(
@@ -147,4 +159,4 @@ def copy_pages(kv_pages: jax.Array, src_ids: jax.Array, dst_ids: jax.Array) -> j
     num_pages = kv_pages.shape[0]
     is_live = (src_ids >= 0) & (src_ids < num_pages) & (dst_ids >= 0) & (dst_ids < num_pages)
     pages = kv_pages[jnp.where(is_live, src_ids, 0)]
-    return kv_pages.at[jnp.where(is_live, dst_ids, num_pages)].set(pages, mode="drop")
+    return _set(kv_pages, jnp.where(is_live, dst_ids, num_pages), pages)
