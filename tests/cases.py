@@ -434,6 +434,13 @@ def _was_race_printed() -> bool:
     return races is not None and races.races_found
 
 
+def _forget_failed_run() -> None:
+    """Drops the token of an interpreter's failed callback, which the next run would raise again."""
+    from jax._src import dispatch
+
+    dispatch.runtime_tokens.clear()
+
+
 def interpret(call: Any, mode: str) -> np.ndarray:
     """The result of `call()` in TPU interpret mode, with everything on that can find a bug.
 
@@ -457,6 +464,7 @@ def interpret(call: Any, mode: str) -> np.ndarray:
             raise RaceFoundError("see the interpreter's output")
         return result
     except jax.errors.JaxRuntimeError as e:
+        _forget_failed_run()
         if "RACE DETECTED" in str(e):
             raise RaceFoundError(str(e)) from e
         raise

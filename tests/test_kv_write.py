@@ -189,7 +189,7 @@ def test_cases_reach_every_order(name, entries, monkeypatch):
 )
 def test_several_grid_steps(case, mode, monkeypatch):
     """More entries than are in SMEM at a time."""
-    monkeypatch.setattr(mosaic_tpu, "_ENTRIES_PER_STEP", 16)
+    monkeypatch.setattr(mosaic_tpu, "ENTRIES_PER_STEP", 16)
     call = make(case, seed=1)  # a seed of its own: the shapes must not be in jit's cache
     jax.clear_caches()
     result = interpret(lambda: call.run("mosaic_tpu"), mode)

@@ -41,11 +41,9 @@ from pallas_paged.kv_write.mosaic_tpu_walk import (
 # and XLA's prefetches keep their room.
 _VMEM_BUDGET = 4 * 2**20
 # Entries whose metadata is in SMEM at a time; two such windows of three words are 192 KiB of 1 MiB.
-_ENTRIES_PER_STEP = 8192
+ENTRIES_PER_STEP = 8192
 # At most this many DMAs in one unrolled body: past it the issue cost no longer falls.
 _MAX_UNROLL = 16
-# At least this many where entries may be shorter than the longest that is possible.
-_MIN_UNROLL = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +113,7 @@ def page_write(
         return kv_pages
     slots = _slots(kv_pages, k, num_kv_heads)
     config = config or default_config(kv_pages, k, num_kv_heads, slots.head_dim)
-    part = _largest_part(page_size, config.block_tokens)
+    part = largest_part(page_size, config.block_tokens)
     parts = page_size // part
     if token_starts is None:
         page_ids = page_ids[: num_tokens // page_size]
@@ -191,7 +189,7 @@ def _slots(kv_pages, k, num_kv_heads) -> Slots:
     )
 
 
-def _largest_part(page_size: int, limit: int) -> int:
+def largest_part(page_size: int, limit: int) -> int:
     """The largest divisor of `page_size` up to `limit`."""
     return next(n for n in range(min(page_size, limit), 0, -1) if page_size % n == 0)
 
@@ -227,6 +225,17 @@ def _survey(metadata, entries: Entries):
     return tuple(x[None] for x in highest)
 
 
+def unroll(group: int, *, has_lengths: bool) -> int:
+    """DMAs in one unrolled body, for groups of up to `group` entries of the longest length.
+
+    Where entries may be shorter than the longest, a group may hold many more of them: the body is
+    large unless a group of the longest would then never fill it.
+    """
+    if has_lengths and group < _MAX_UNROLL // 2:
+        return _MAX_UNROLL
+    return min(group, _MAX_UNROLL)
+
+
 def _pad_to(x, size, value):
     return jnp.pad(x, (0, size - x.shape[0]), constant_values=value)
 
@@ -235,7 +244,7 @@ def _write(kv_pages, k, v, metadata, k_scale, v_scale, *, slots, entries, config
     """Prepares the operands: metadata to whole steps, the batch's ragged end, the pool's view."""
     num_tokens = k.shape[0]
     num_entries = metadata[0].shape[0]
-    step = min(num_entries, _ENTRIES_PER_STEP)
+    step = min(num_entries, ENTRIES_PER_STEP)
     survey = _survey(metadata, entries) if entries.has_sources else ()
     if num_entries % step:
         size = -(-num_entries // step) * step
@@ -310,7 +319,7 @@ def _launch(
     window = min(config.block_tokens + (align if align > 1 else 0), whole)
     turn = tiling(slots, k.dtype, window, config.turn_packed)
     buffer = -(-(window + (align if tails else 0)) // turn.tile) * turn.tile
-    step = min(metadata[0].shape[0], _ENTRIES_PER_STEP)
+    step = min(metadata[0].shape[0], ENTRIES_PER_STEP)
     group = max(1, config.block_tokens // entries.max_len)
     word = jnp.float32 if slots.pool_dtype == jnp.float32 else jnp.uint32
 
@@ -335,7 +344,7 @@ def _launch(
         max_taken=min(config.block_tokens, pool.shape[0]),
         step=step,
         group=group,
-        unroll=max(min(group, _MAX_UNROLL), _MIN_UNROLL if entries.has_lengths else 1),
+        unroll=unroll(group, has_lengths=entries.has_lengths),
         num_tails=len(tails),
         has_scales=bool(scales),
     )

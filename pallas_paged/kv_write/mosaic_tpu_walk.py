@@ -198,6 +198,25 @@ def kernel(walk, *refs):
                 return source(i + u) + to_row
             return source(i) + to_row + u * entries.max_len
 
+        def send_chunks(num_chunks):
+            """The whole chunks, in the cheapest form that what is known of them allows."""
+            chunks = [(ASCENDING, checked_chunk)]
+            if entries.has_lengths:
+                chunks = [
+                    (EQUAL_LENGTHS, functools.partial(unchecked_chunk, length_ref[0])),
+                    (ALL_LIVE, functools.partial(unchecked_chunk, None)),
+                    (ANY_ORDER, checked_chunk),
+                ]
+            elif entries.has_sources:
+                every = functools.partial(unchecked_chunk, entries.max_len)
+                chunks = [(ALL_LIVE, every), (ANY_ORDER, checked_chunk)]
+            done, sent = jnp.int32(0), jnp.int32(0)
+            for least, chunk in chunks:
+                until = jnp.where(order >= least, num_chunks, done)
+                sent = lax.fori_loop(done, until, chunk, sent)
+                done = until
+            return first + num_chunks * walk.unroll, sent
+
         def send_live(i, sent):
             """One entry behind its own check."""
             target, num_tokens = target_ref[i], length(i)
@@ -236,27 +255,13 @@ def kernel(walk, *refs):
             for u in range(walk.unroll):
                 n = length(i + u) if num_tokens is None else num_tokens
                 send(target_ref[i + u], row_of(i, u), n)
-                sent += n
-            return sent
+                sent += n if num_tokens is None else 0
+            return sent if num_tokens is None else sent + walk.unroll * num_tokens
 
-        num_chunks = (last - first) // walk.unroll
-        done, sent = jnp.int32(0), jnp.int32(0)
-
-        def run(state, least, chunk):
-            """Does the chunks now if enough is known of them, else later."""
-            done, sent = state
-            until = jnp.where(order >= least, num_chunks, done)
-            return until, lax.fori_loop(done, until, chunk, sent)
-
-        if entries.has_lengths:
-            chunk = functools.partial(unchecked_chunk, length_ref[0])
-            done, sent = run((done, sent), EQUAL_LENGTHS, chunk)
-        if entries.has_sources:
-            num_tokens = None if entries.has_lengths else entries.max_len
-            chunk = functools.partial(unchecked_chunk, num_tokens)
-            done, sent = run((done, sent), ALL_LIVE, chunk)
-        sent = lax.fori_loop(done, num_chunks, checked_chunk, sent)
-        return lax.fori_loop(first + num_chunks * walk.unroll, last, send_live, sent)
+        done, sent = first, jnp.int32(0)
+        if walk.unroll > 1:
+            done, sent = send_chunks((last - first) // walk.unroll)
+        return lax.fori_loop(done, last, send_live, sent)
 
     def wait_sent(sent, slot):
         """One wait for a group's bytes; the entries of a group have no more tokens than it."""

@@ -39,22 +39,25 @@ def inverse_scale(scale: jax.Array | float | None, num_kv_heads: int) -> jax.Arr
 
 
 def _new_slots(kv_pages, k, v, k_scale, v_scale, num_kv_heads):
-    """The new tokens in the pool's form, `[T, R, C]`."""
+    """The new tokens in the pool's form, `[T, R, C]`, as `_bits`."""
     k = quantize(layout.split_heads(k, num_kv_heads), k_scale, kv_pages.dtype)
     v = quantize(layout.split_heads(v, num_kv_heads), v_scale, kv_pages.dtype)
-    return layout.merge_kv(k, v, kv_pages.shape[2])
+    return layout.merge_kv(_bits(k), _bits(v), kv_pages.shape[2])
 
 
-def _set(pool, index, values):
-    """`pool[index] = values`, byte for byte, an index past the end dropped.
+def _bits(x):
+    """The same bytes, narrow floats as unsigned integers.
 
-    On a CPU, XLA scatters narrow floats by way of float32: a pass over the whole pool that rewrites
-    every NaN in it. Unsigned integers are left alone.
+    On a CPU, XLA moves narrow floats by way of wider ones, which rewrites every NaN in the pool.
     """
-    if pool.dtype.itemsize == 4:
-        return pool.at[index].set(values, mode="drop")
-    bits = jnp.dtype(f"uint{8 * pool.dtype.itemsize}")
-    return pool.view(bits).at[index].set(values.view(bits), mode="drop").view(pool.dtype)
+    if x.dtype in (jnp.float32, jnp.int8):
+        return x
+    return x.view(jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def _set(pool, index, bits):
+    """`pool[index] = bits`, byte for byte, an index past the end dropped."""
+    return _bits(pool).at[index].set(bits, mode="drop").view(pool.dtype)
 
 
 def _scatter(slots_of_pool, rows, new, tokens, is_live):
@@ -159,4 +162,4 @@ def copy_pages(kv_pages: jax.Array, src_ids: jax.Array, dst_ids: jax.Array) -> j
     num_pages = kv_pages.shape[0]
     is_live = (src_ids >= 0) & (src_ids < num_pages) & (dst_ids >= 0) & (dst_ids < num_pages)
     pages = kv_pages[jnp.where(is_live, src_ids, 0)]
-    return _set(kv_pages, jnp.where(is_live, dst_ids, num_pages), pages)
+    return _set(kv_pages, jnp.where(is_live, dst_ids, num_pages), _bits(pages))
