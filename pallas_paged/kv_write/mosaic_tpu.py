@@ -121,9 +121,12 @@ def page_write(
     entries = Entries("pages", part, has_sources=token_starts is not None, has_lengths=False)
     metadata = (ids,)
     if token_starts is not None:
-        starts = (token_starts[:, None] + jnp.arange(parts, dtype=jnp.int32) * part).reshape(-1)
+        # Inside the batch, so that no skipped entry's overflow hides a step back from _survey.
+        starts = jnp.clip(token_starts, 0, num_tokens)[:, None]
+        starts = (starts + jnp.arange(parts, dtype=jnp.int32) * part).reshape(-1)
         is_source = (token_starts >= 0) & (token_starts <= num_tokens - page_size)
-        is_live = (ids >= 0) & jnp.repeat(is_source, parts)
+        # Ids past the pool become -1 too: _survey takes every other one for live.
+        is_live = (ids >= 0) & (ids < num_pages * parts) & jnp.repeat(is_source, parts)
         metadata = (jnp.where(is_live, ids, -1), starts)
     return _write(
         kv_pages, k, v, metadata, k_scale, v_scale, slots=slots, entries=entries, config=config
@@ -152,6 +155,7 @@ def slice_write(
     config = config or default_config(kv_pages, k, num_kv_heads, slots.head_dim)
     slot, token, length = slices
     is_live = oracle.is_live_slice(slices, num_slices, num_pages, page_size, num_tokens)
+    token = jnp.clip(token, 0, num_tokens)  # as in page_write
     max_len = min(page_size, num_tokens)
     if max_len > config.block_tokens:
         part = jnp.arange(-(-max_len // config.block_tokens), dtype=jnp.int32)
