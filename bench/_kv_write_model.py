@@ -161,7 +161,7 @@ def predict(
     compiled = {_representative(case): None for case in cases}
     jobs = [
         ts.Job(
-            f"{c.generation} {c.op} {c.page_size} {c.num_tokens} {'flat' if c.is_flat else 'heads'}",
+            f"{c.generation} {c.op} page {c.page_size} tokens {c.num_tokens} flat {c.is_flat}",
             "bench._kv_write_model:compile_target",
             c.generation,
             dataclasses.asdict(c),

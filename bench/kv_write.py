@@ -1,15 +1,376 @@
-"""draft"""
-import jax, jax.numpy as jnp
-import pallas_paged as pp
-def target(op, tokens, page_size, kv_heads=8, head_dim=128, dtype="bfloat16", form=2):
-    from pallas_paged import layout
-    pages = max(-(-tokens//page_size)*2, 4)
-    S=jax.ShapeDtypeStruct
-    pool=S(layout.pool_shape(pages,page_size,kv_heads,head_dim,dtype),dtype)
-    k=S((tokens,kv_heads*head_dim),jnp.bfloat16)
-    i=jnp.int32
-    n=tokens//page_size
-    if op=="page": return (lambda p,k,v,a: pp.page_write(p,k,v,a,num_kv_heads=kv_heads,backend="mosaic_tpu")),(pool,k,k,S((n,),i)),{"donate_argnums":0}
-    if op=="page_starts": return (lambda p,k,v,a,b: pp.page_write(p,k,v,a,b,num_kv_heads=kv_heads,backend="mosaic_tpu")),(pool,k,k,S((n,),i),S((n,),i)),{"donate_argnums":0}
-    if op=="slice": return (lambda p,k,v,a,b: pp.slice_write(p,k,v,a,b,num_kv_heads=kv_heads,backend="mosaic_tpu")),(pool,k,k,S((3,n),i),S((1,),i)),{"donate_argnums":0}
-    if op=="token": return (lambda p,k,v,a: pp.token_write(p,k,v,a,num_kv_heads=kv_heads,backend="mosaic_tpu")),(pool,k,k,S((tokens,),i)),{"donate_argnums":0}
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""What page-granular KV writes are worth: page against slice against token.
+
+    python -m bench.kv_write [--generations=v5e,v6e,tpu7x] [--page_sizes=16,64] [--tokens=64,4096]
+
+Without an accelerator it compiles the shipped TPU kernels for real TPU generations, reads their
+final schedules and predicts; with one it measures the same calls there. Either way nothing is
+printed before the ops agree with the oracle bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax.experimental.pallas import tpu as pltpu
+
+from bench import _clock, _model_check, _report
+from bench import _tpu_schedule as ts
+from bench._kv_write_model import DESCRIPTOR_NS, OPS, Case, Prediction, predict
+
+_GENERATIONS = flags.DEFINE_list(
+    "generations", ["v5e", "v6e", "tpu7x"], "TPU generations to predict for."
+)
+_OPS = flags.DEFINE_list(
+    "ops", list(OPS), "page, page_starts (page_write with token_starts), slice (page-long), token."
+)
+_PAGE_SIZES = flags.DEFINE_list("page_sizes", ["16", "32", "64", "128", "256"], "Tokens in a page.")
+_TOKENS = flags.DEFINE_list("tokens", ["64", "1024", "8192", "65536"], "New tokens in a call.")
+_KV_HEADS = flags.DEFINE_integer("kv_heads", 8, "KV heads.", lower_bound=1)
+_HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "Head dimension.", lower_bound=1)
+_FORM = flags.DEFINE_enum("form", "flat", ["flat", "heads"], "k and v as [T, K*H] or [T, K, H].")
+_SCATTER = flags.DEFINE_bool("scatter", True, "Measure the plain-jax scatter beside the ops.")
+_CHECK_MODEL = flags.DEFINE_bool(
+    "check_model", True, "Repeat the check of the model against published timings."
+)
+_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
+_PLOT = flags.DEFINE_string("plot", None, "Write a PNG of time against tokens to this file.")
+
+_DTYPE = "bfloat16"
+
+_ASSUMPTIONS = f"""\
+The numbers for TPUs are predictions. They rest on
+- the clock and the peak HBM bandwidth of one core (bench/_tpu_schedule.py has their sources): {{}};
+- bundles of the final schedule that libtpu compiled, times the trips of this case, as cycles;
+- perfect overlap: a call takes as long as its slowest unit, HBM or the issuing core; the second
+  bound lets the DMA engine take one descriptor in {DESCRIPTOR_NS:.0f} ns, all that published v6e \
+data prove.
+They leave out DMA latency (about 0.45 us at either end, fitted below: calls of a few hundred tokens
+take that and not what stands here), waits, bank conflicts, instruction fetch, launch overhead, and
+what XLA runs before the kernel ("XLA passes"). Expect 80 to 90% of a bandwidth-bound figure."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Checks, predicts or measures, prints."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    if _PLOT.value:
+        _report.require_matplotlib()
+    say = _stderr if _JSON.value else print
+    cases = _cases()
+    check_against_oracle()
+    record: dict[str, Any] = {"environment": _report.environment()}
+    if jax.default_backend() == "cpu":
+        predictions = _predict(cases)
+        record["predictions"] = [_as_record(p) for p in predictions]
+        say(_prediction_text(predictions))
+        points = _points(predictions)
+        if _CHECK_MODEL.value:
+            with _report.Progress(len(_model_check.PUBLISHED_US), "checking the model") as progress:
+                checks = _model_check.check_model(on_done=lambda job, _: progress.step(job.name))
+            record["model_check"] = [dataclasses.asdict(check) for check in checks]
+            say("\n" + _model_check.format_check(checks))
+    else:
+        measured = [_measure_op(case) for case in cases if case.generation == cases[0].generation]
+        record["measured"] = measured
+        say(_measured_text(measured, jax.devices()[0].device_kind))
+        points = {jax.devices()[0].device_kind: _lines(measured)}
+    if _SCATTER.value:
+        scatter = [_measure_scatter(int(tokens)) for tokens in _TOKENS.value]
+        record["scatter"] = scatter
+        where = jax.devices()[0].device_kind
+        say(f"\nThe plain-jax scatter (.at[slots].set), measured on this {where}:")
+        say(_report.table([_scatter_row(row) for row in scatter], indent=2))
+    if _PLOT.value:
+        _report.save_plot(
+            _PLOT.value, points, xlabel="new tokens", ylabel="microseconds", title=_plot_title()
+        )
+    if _JSON.value:
+        _report.write_json(record)
+
+
+def _stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _cases() -> list[Case]:
+    """The cases that the flags name; a token is written by itself, whatever the page size."""
+    for name, known, given in (
+        ("generations", tuple(ts.GENERATIONS), _GENERATIONS.value),
+        ("ops", OPS, _OPS.value),
+    ):
+        for value in given:
+            if value not in known:
+                raise app.UsageError(f"--{name} has {value!r}; wanted some of {', '.join(known)}")
+    sizes = {}
+    for name, given in (("page_sizes", _PAGE_SIZES.value), ("tokens", _TOKENS.value)):
+        if not all(value.isdigit() and int(value) for value in given):
+            raise app.UsageError(f"--{name} has {','.join(given)!r}; wanted integers >= 1")
+        sizes[name] = sorted({int(value) for value in given})
+    return [
+        Case(op, generation, page, tokens, _KV_HEADS.value, _HEAD_DIM.value, _DTYPE,
+             is_flat=_FORM.value == "flat")
+        for generation in _GENERATIONS.value
+        for tokens in sizes["tokens"]
+        for op in _OPS.value
+        for page in (sizes["page_sizes"][:1] if op == "token" else sizes["page_sizes"])
+        if tokens >= page or op == "token"
+    ]  # fmt: skip
+
+
+# --- correctness ------------------------------------------------------------------------------
+
+
+def check_against_oracle() -> None:
+    """Every op against the oracle, bit for bit over the whole pool, or the program ends.
+
+    On a CPU the TPU kernels run in interpret mode, small; elsewhere the backend that would be
+    measured runs, at size.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    backend = "mosaic_tpu" if on_cpu else "auto"
+    tokens, page_size = (37, 4) if on_cpu else (4097, 16)
+    for op in OPS:
+        case = Case(op, "v6e", page_size, tokens, 2, 128, _DTYPE)
+        arrays = random_inputs(case, seed=1)
+        want = _bytes(jax.jit(case.step("oracle"))(*arrays))
+        if on_cpu:
+            with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+                got = _bytes(jax.jit(case.step(backend))(*arrays))
+        else:
+            got = _bytes(jax.jit(case.step(backend))(*arrays))
+        if not np.array_equal(want, got):
+            raise SystemExit(f"{op}: {backend} differs from the oracle; no number is printed")
+
+
+def _bytes(x: jax.Array) -> np.ndarray:
+    return np.asarray(x).view(np.uint8)
+
+
+def random_inputs(case: Case, seed: int) -> tuple[jax.Array, ...]:
+    """Arrays for `case.step`: a pool that is never zero, pages in random order."""
+    rng = np.random.default_rng(seed)
+    pool, k, v, *_ = case.shapes()
+    num_pages, page_size = pool.shape[:2]
+    pages = rng.permutation(num_pages)[: case.num_pages].astype(np.int32)
+    starts = np.arange(case.num_pages, dtype=np.int32) * page_size
+    slots = rng.permutation(num_pages * page_size)[: case.num_tokens].astype(np.int32)
+    index = {
+        "page": (pages,),
+        "page_starts": (pages, starts),
+        "slice": (
+            np.stack([pages * page_size, starts, np.full_like(starts, page_size)]),
+            np.array([case.num_pages], np.int32),
+        ),
+        "token": (slots,),
+    }[case.op]
+    tensors = (jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in (pool, k, v))
+    return (*tensors, *(jnp.asarray(x) for x in index))
+
+
+# --- prediction -------------------------------------------------------------------------------
+
+
+def _predict(cases: Sequence[Case]) -> list[Prediction]:
+    with _report.Progress(len(cases), "compiling") as progress:
+        return predict(cases, on_done=lambda job, _: progress.step(job.name))
+
+
+def _as_record(p: Prediction) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(p),
+        "bytes": p.case.num_bytes,
+        "issue_bound": {"us": p.microseconds(False), "by": p.bound(False)},
+        "descriptor_bound": {"us": p.microseconds(True), "by": p.bound(True)},
+    }
+
+
+def _prediction_text(predictions: Sequence[Prediction]) -> str:
+    shape = f"{_KV_HEADS.value} KV heads, head_dim {_HEAD_DIM.value}, {_DTYPE}"
+    generations = ", ".join(
+        f"{name} {ts.GENERATIONS[name].clock_ghz:g} GHz {ts.GENERATIONS[name].hbm_gb_per_s:g} GB/s"
+        for name in _GENERATIONS.value
+    )
+    parts = [f"Predicted from compiled schedules: {shape}, k and v {_FORM.value}."]
+    parts += [_ASSUMPTIONS.format(generations)]
+    for generation in _GENERATIONS.value:
+        mine = [p for p in predictions if p.case.generation == generation]
+        parts += [f"\n{generation}", _report.table([_row(p) for p in mine], indent=2)]
+    parts += ["\nTime of page : slice : token, page = 1"]
+    parts += [_report.table(_ratio_rows(predictions), indent=2)]
+    parts += ["", *_token_sentences(predictions)]
+    return "\n".join(parts)
+
+
+def _row(p: Prediction) -> dict[str, str]:
+    issue, descriptor = p.microseconds(False), p.microseconds(True)
+    return {
+        "op": p.case.op,
+        "page": "-" if p.case.op == "token" else str(p.case.page_size),
+        "tokens": f"{p.case.num_tokens:,}",
+        "DMAs": f"{p.num_dmas:,}",
+        "cycles/issue": f"{p.cycles_per_issue:.1f}",
+        "MB": f"{p.case.num_bytes / 1e6:.2f}",
+        "issue/HBM": f"{p.schedule_cycles / p.hbm_cycles:.2f}",
+        "us": f"{issue:.2f}",
+        "GB/s": f"{p.case.num_bytes / issue / 1e3:,.0f}",
+        "bound": p.bound(False),
+        f"us, {DESCRIPTOR_NS:.0f} ns/DMA": f"{descriptor:.2f}",
+        "GB/s ": f"{p.case.num_bytes / descriptor / 1e3:,.0f}",
+        "bound ": p.bound(True),
+        "XLA passes": str(p.num_xla_passes),
+    }
+
+
+def _by_size(predictions: Sequence[Prediction]) -> dict[tuple, dict[str, Prediction]]:
+    """(generation, tokens, page size) -> op -> prediction; tokens stand with every page size."""
+    sizes = sorted({p.case.page_size for p in predictions if p.case.op != "token"})
+    found: dict[tuple, dict[str, Prediction]] = {}
+    for p in predictions:
+        for size in sizes if p.case.op == "token" else [p.case.page_size]:
+            found.setdefault((p.case.generation, p.case.num_tokens, size), {})[p.case.op] = p
+    return found
+
+
+def _ratio_rows(predictions: Sequence[Prediction]) -> list[dict[str, str]]:
+    rows = []
+    for (generation, tokens, page_size), ops in _by_size(predictions).items():
+        if not {"page", "slice", "token"} <= set(ops):
+            continue
+        row = {"generation": generation, "tokens": f"{tokens:,}", "page": str(page_size)}
+        for title, descriptors in (("issue alone", False), (f"{DESCRIPTOR_NS:.0f} ns/DMA", True)):
+            page = ops["page"].microseconds(descriptors)
+            row[title] = " : ".join(
+                f"{ops[op].microseconds(descriptors) / page:.2f}"
+                for op in ("page", "slice", "token")
+            )
+        rows.append(row)
+    return rows
+
+
+def _token_sentences(predictions: Sequence[Prediction]) -> list[str]:
+    """Where writing by token stops being bound by HBM, and by how much, under both bounds."""
+    lines = []
+    for generation in _GENERATIONS.value:
+        mine = [p for p in predictions if p.case.generation == generation and p.case.op == "token"]
+        if not mine:
+            continue
+        p = max(mine, key=lambda p: p.case.num_tokens)
+        per_token = p.hbm_cycles / p.case.num_tokens
+        one_dma = p.descriptor_cycles / p.num_dmas
+        lines.append(
+            f"{generation}: token_write takes {p.schedule_cycles / p.hbm_cycles:.2f}x its HBM time "
+            f"to issue, {p.descriptor_cycles / p.hbm_cycles:.2f}x at one DMA in "
+            f"{DESCRIPTOR_NS:.0f} ns (for any page size, since each token is a DMA); runs of "
+            f"{one_dma / per_token:.1f} tokens and more hide that."
+        )
+    return lines
+
+
+def _points(predictions: Sequence[Prediction]) -> dict[str, dict[str, list]]:
+    """generation -> line -> points, for the largest page size that all counts of tokens allow."""
+    panels: dict[str, dict[str, list]] = {}
+    page_size = min(p.case.page_size for p in predictions)
+    for p in predictions:
+        if p.case.page_size != page_size or p.case.op == "page_starts":
+            continue
+        lines = panels.setdefault(p.case.generation, {})
+        for name, descriptors in (("issue", False), (f"{DESCRIPTOR_NS:.0f} ns/DMA", True)):
+            label = f"{p.case.op}, {name}"
+            lines.setdefault(label, []).append((p.case.num_tokens, p.microseconds(descriptors)))
+    return panels
+
+
+def _plot_title() -> str:
+    kind = "predicted" if jax.default_backend() == "cpu" else "measured"
+    return f"KV writes, page size {min(map(int, _PAGE_SIZES.value))}, {kind}"
+
+
+# --- measurement ------------------------------------------------------------------------------
+
+
+def _time(step: Callable[..., jax.Array], case: Case) -> _clock.Timing:
+    """Times a step over pools that rotate, so that no cache holds the one that is written."""
+    first, k, v, *index = random_inputs(case, seed=0)
+    pools = [first, first + 1] if jax.default_backend() != "cpu" else [first]
+    return _clock.time_step(step, pools, (k, v, *index))
+
+
+def _measure_op(case: Case) -> dict[str, Any]:
+    timing = _time(case.step("auto"), case)
+    return {
+        "op": case.op,
+        "page_size": case.page_size,
+        "num_tokens": case.num_tokens,
+        "bytes": case.num_bytes,
+        "gb_per_s": timing.gb_per_s(case.num_bytes),
+        **dataclasses.asdict(timing),
+    }
+
+
+def _measured_text(rows: Sequence[dict[str, Any]], device: str) -> str:
+    cells = [
+        {
+            "op": row["op"],
+            "page": "-" if row["op"] == "token" else str(row["page_size"]),
+            "tokens": f"{row['num_tokens']:,}",
+            "MB": f"{row['bytes'] / 1e6:.2f}",
+            "us": f"{row['median_us']:.2f}",
+            "p20": f"{row['p20_us']:.2f}",
+            "p80": f"{row['p80_us']:.2f}",
+            "GB/s": f"{row['gb_per_s']:,.0f}",
+        }
+        for row in rows
+    ]
+    return f"Measured on {device} ({rows[0]['method']}).\n{_report.table(cells, indent=2)}"
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> dict[str, list]:
+    lines: dict[str, list] = {}
+    page_size = min(row["page_size"] for row in rows)
+    for row in rows:
+        if row["page_size"] == page_size:
+            lines.setdefault(row["op"], []).append((row["num_tokens"], row["median_us"]))
+    return lines
+
+
+def _measure_scatter(num_tokens: int) -> dict[str, Any]:
+    """What people write: k and v interleaved, then one scatter by slot."""
+    page_size = min(map(int, _PAGE_SIZES.value))
+    case = Case("token", "v6e", page_size, num_tokens, _KV_HEADS.value, _HEAD_DIM.value, _DTYPE,
+                is_flat=False)  # fmt: skip
+
+    def scatter(kv_pages, k, v, slots):
+        rows = jnp.stack([k, v], axis=2).reshape(num_tokens, -1, kv_pages.shape[-1])
+        flat = kv_pages.reshape(-1, *kv_pages.shape[2:])
+        rows = jnp.pad(rows, ((0, 0), (0, flat.shape[1] - rows.shape[1]), (0, 0)))
+        return flat.at[slots].set(rows).reshape(kv_pages.shape)
+
+    timing = _time(scatter, case)
+    return {
+        "num_tokens": num_tokens,
+        "bytes": case.num_bytes,
+        "gb_per_s": timing.gb_per_s(case.num_bytes),
+        **dataclasses.asdict(timing),
+    }
+
+
+def _scatter_row(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "tokens": f"{row['num_tokens']:,}",
+        "us": f"{row['median_us']:,.0f}",
+        "p20": f"{row['p20_us']:,.0f}",
+        "p80": f"{row['p80_us']:,.0f}",
+        "GB/s": f"{row['gb_per_s']:.2f}",
+    }
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -22,10 +22,23 @@ INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 MODES = ("on_wait", "eager")  # each finds bugs that the other misses
 
 Op = Literal["page_write", "slice_write", "token_write", "copy_pages"]
-# How the entries of a call lie. "any": every order, overlapping sources, and entries that are out
-# of range in every way; "holes": ascending, some to be skipped; "live": ascending, all good;
-# "equal": slices of one length; "implicit": no token_starts, with holes; "none": all are skipped.
-Entries = Literal["any", "holes", "live", "equal", "implicit", "none"]
+# How the entries of a call lie.
+Entries = Literal[
+    "any",  # every order, overlapping sources, and entries that are out of range in every way
+    "holes",  # ascending, some to be skipped
+    "live",  # ascending, all good
+    "equal",  # slices: ascending, all good, of one length
+    "beyond",  # pages: ascending, what is to be skipped has an id past the pool, none is negative
+    "step_back",  # pages: one step back, right behind a start that overflows int32
+    "implicit",  # pages: no token_starts, with holes
+    "none",  # all are to be skipped
+]
+# What is worth running on one compiled program: their arrays have the same shapes.
+KINDS: dict[Op, tuple[Entries, ...]] = {
+    "page_write": ("any", "holes", "live", "beyond", "step_back", "none"),
+    "slice_write": ("any", "holes", "live", "equal", "none"),
+    "token_write": ("any", "live", "none"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +163,11 @@ def _random_pool(case, num_pages, rng):
     dtype = np.dtype(empty.dtype)
     bits = np.dtype(f"uint{8 * dtype.itemsize}")
     shape = (num_pages, case.page_size, num_rows, empty.shape[3])
-    return rng.integers(1, np.iinfo(bits).max, shape, bits, endpoint=True).view(dtype)
+    pool = rng.integers(1, np.iinfo(bits).max, shape, bits, endpoint=True).view(dtype)
+    if case.num_rows and dtype != np.int8:
+        # The kernels pad such a pool, and XLA on a CPU does not keep a NaN's payload when it pads.
+        pool = np.where(np.isnan(pool), dtype.type(1), pool)
+    return pool
 
 
 # What rounding and saturation can get wrong: ties, the ends of each pool's range and its
@@ -194,7 +211,7 @@ def _holes(case, n, rng):
     """Which of n entries are to be skipped: some, the first and the last two among them."""
     if case.entries == "none":
         return np.ones(n, bool)
-    if case.entries in ("live", "equal"):
+    if case.entries in ("live", "equal", "beyond", "step_back"):
         return np.zeros(n, bool)
     hole = rng.random(n) < 0.25
     hole[:1] = n > 3
@@ -208,25 +225,32 @@ def _int32(*arrays):
 
 def _page_entries(case, rng):
     num_tokens, page_size = case.num_tokens, case.page_size
+    num_pages = num_tokens // page_size + 16
+    pages = rng.permutation(num_pages).astype(np.int64)
     if case.entries == "implicit":
-        starts = None
         n = num_tokens // page_size + 2  # two pages that the batch does not have
+        ids, starts = pages[:n], None
     elif case.entries in ("any", "none"):
         n = num_tokens // page_size + 3
-        starts = rng.integers(0, max(1, num_tokens - page_size + 1), n)
+        ids, starts = pages[:n], rng.integers(0, max(1, num_tokens - page_size + 1), n)
     else:
         starts, token = [], rng.integers(0, 2)
         while token + page_size <= num_tokens:
             starts.append(token)
             token += page_size + (rng.integers(0, 3) if len(starts) % 8 == 7 else 0)
         n, starts = len(starts), np.array(starts, np.int64)
-    num_pages = n + 9
-    pages = rng.permutation(num_pages)
-    ids, spare = pages[:n].astype(np.int64), pages[n:]
+        ids = pages[:n]
+    spare = pages[n:]
     hole = _holes(case, n, rng)
     ids[hole] = _nasty_ids(num_pages, rng, hole.sum())
-    if starts is None:
+    if case.entries == "implicit":
         return num_pages, (*_int32(ids), None)
+    if case.entries == "beyond":
+        ids[n // 2 :: 16] = num_pages
+        ids[n // 2 + 1 :: 16] = INT_MAX
+    if case.entries == "step_back":
+        ids, starts = np.roll(ids, n // 2), np.roll(starts, n // 2)
+        ids, starts = np.insert(ids, n // 2, spare[0]), np.insert(starts, n // 2, INT_MAX)
     if case.entries == "any":
         # Good pages with sources that leave the batch, among the others.
         wild = np.array(
@@ -235,34 +259,24 @@ def _page_entries(case, rng):
         where = rng.integers(0, n + 1, wild.size)
         ids = np.insert(ids, where, spare[: wild.size])
         starts = np.insert(starts, where, wild)
-    if case.entries == "live":
-        # What write_indices puts behind the pages of a batch.
-        ids, starts = np.append(ids, [-1] * 3), np.append(starts, [-1] * 3)
+    # What write_indices puts behind the pages of a batch; one number of entries for all kinds.
+    behind = num_tokens // page_size + 12 - ids.size
+    ids, starts = np.append(ids, [-1] * behind), np.append(starts, [-1] * behind)
     return num_pages, _int32(ids, starts)
 
 
 def _slice_entries(case, rng):
     """Slices of free slots: every page that is used is cut into runs, in random order."""
     num_tokens, page_size = case.num_tokens, case.page_size
-    # About two tokens a slice where a page allows it, so that whole chunks of 16 come up.
-    lengths, free = [], num_tokens
-    while free > 0 and num_tokens > 0:
-        long = rng.random() < (0.3 if page_size > 4 and case.entries == "any" else 0)
-        longest = min(page_size if long else 2, page_size, free)
-        shortest = longest if case.entries == "equal" else 1
-        length = int(rng.integers(shortest, longest, endpoint=True))
-        if case.entries == "equal" and free < min(2, page_size):
-            break
-        lengths.append(length)
-        free -= length
-    slots = _free_slots(lengths, page_size, rng)
-    num_pages = max([s // page_size for s in slots], default=0) + 9
+    num_pages = 2 * -(-num_tokens // page_size) + 12
+    size = num_pages * page_size
+    lengths = _slice_lengths(case, rng)
     tokens = np.cumsum([0, *lengths])[:-1]
-    rows = np.array([slots, tokens, lengths], np.int64).reshape(3, -1)
+    rows = np.array([_free_slots(lengths, page_size, rng), tokens, lengths], np.int64)
+    rows = rows.reshape(3, -1)
     if case.entries == "any":
         rows[1] = [rng.integers(0, num_tokens - n + 1) for n in lengths]
     hole = _holes(case, rows.shape[1], rng)
-    size = num_pages * page_size
     by_slot = hole & (rng.random(hole.size) < 0.6)
     rows[0][by_slot] = _nasty_ids(size, rng, by_slot.sum())
     by_length = hole & ~by_slot
@@ -270,10 +284,9 @@ def _slice_entries(case, rng):
     # Pages that nobody may touch: the last 8 are spare.
     spare = (num_pages - 1 - np.arange(8)) * page_size
     if case.entries == "any":
-        crossing = spare[0] + page_size - 1
         wild = np.array(
             [
-                (crossing, 0, 2),
+                (spare[0] + page_size - 1, 0, 2),
                 (spare[1], 0, page_size + 1),
                 (spare[2], -1, 1),
                 (spare[3], num_tokens, 1),
@@ -292,15 +305,28 @@ def _slice_entries(case, rng):
     num_slices = rows.shape[1]
     # Behind num_slices: slices that would be good ones, and absurd ones.
     behind = np.array([(spare[6], 0, 1), (spare[7], 0, 1), (INT_MIN, INT_MAX, INT_MIN)]).T
-    rows = np.concatenate([rows, behind], axis=1)
+    rows = np.concatenate([rows, np.tile(behind, num_tokens + 16)], axis=1)[:, : num_tokens + 16]
     return num_pages, (*_int32(rows), *_int32([num_slices]))
+
+
+def _slice_lengths(case, rng):
+    """About two tokens a slice, so that whole chunks of 16 come up; in "any" also long ones."""
+    lengths, free = [], case.num_tokens
+    while free > 0:
+        is_long = case.entries == "any" and rng.random() < 0.3
+        longest = min(case.page_size, case.page_size if is_long else 2)
+        if case.entries == "equal" and free < longest:
+            break
+        shortest = longest if case.entries == "equal" else 1
+        lengths.append(int(min(free, rng.integers(shortest, longest, endpoint=True))))
+        free -= lengths[-1]
+    return lengths
 
 
 def _free_slots(lengths, page_size, rng):
     """A first slot for each run, no two overlapping, none leaving its page; permuted pages."""
-    order = rng.permutation(len(lengths))
     slots, page, row = [0] * len(lengths), 0, int(rng.integers(0, page_size))
-    for i in order:
+    for i in rng.permutation(len(lengths)):
         if row + lengths[i] > page_size:
             page, row = page + 1, 0
         slots[i] = page * page_size + row
@@ -341,7 +367,7 @@ def expected(call: Call) -> np.ndarray:
                 pool[dst] = call.kv_pages[src]
         return pool
     num_tokens = call.k.shape[0]
-    slots = _slots(call)
+    slots = new_slots(call)
     for slot, token, length in _entries(call):
         if not (0 <= slot < num_pages * page_size and 0 <= token and 1 <= length):
             continue
@@ -368,7 +394,7 @@ def _entries(call):
             yield slot, token, 1
 
 
-def _slots(call):
+def new_slots(call: Call) -> np.ndarray:
     """[T, R, C]: every token as the pool holds it, padding zero."""
     case, pool = call.case, call.kv_pages
     heads, head_dim = case.num_kv_heads, case.head_dim
@@ -441,7 +467,7 @@ def _forget_failed_run() -> None:
     dispatch.runtime_tokens.clear()
 
 
-def interpret(call: Any, mode: str) -> np.ndarray:
+def interpret(call: Any, mode: str, *, detect_races: bool = True) -> np.ndarray:
     """The result of `call()` in TPU interpret mode, with everything on that can find a bug.
 
     Raises:
@@ -451,7 +477,7 @@ def interpret(call: Any, mode: str) -> np.ndarray:
     on_race = {"on_race": "raise"} if _RACES_RAISE else {}
     params = pltpu.InterpretParams(
         dma_execution_mode=mode,
-        detect_races=True,
+        detect_races=detect_races,
         uninitialized_memory="nan",
         out_of_bounds_reads="raise",
         **on_race,

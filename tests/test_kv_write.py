@@ -22,19 +22,14 @@ OPS = ("page_write", "slice_write", "token_write")
 POOL_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
 
 
-def _write_cases():
-    """Pool dtype x op x form, everything else cycled so that it meets all of them."""
+def _static_cases():
+    """Pool dtype x op x form; everything else is cycled, so that it meets all of them."""
     page_sizes = itertools.cycle((4, 16, 1, 24, 33))
     heads = itertools.cycle((2, 1, 3, 2, 8, 5, 1))
     head_dims = itertools.cycle((128, 64, 80, 256, 96, 192))
     tokens = itertools.cycle((33, 61, 16, 70, 40))
     new_dtypes = itertools.cycle(("bfloat16", "float32", "bfloat16"))
     scales = itertools.cycle(("head", "tensor", "none"))
-    kinds = {
-        "page_write": itertools.cycle(("any", "holes", "implicit", "live")),
-        "slice_write": itertools.cycle(("any", "holes", "equal", "live")),
-        "token_write": itertools.cycle(("any", "live", "holes")),
-    }
     for dtype, op, is_flat in itertools.product(POOL_DTYPES, OPS, (True, False)):
         yield Case(
             op,
@@ -43,59 +38,67 @@ def _write_cases():
             next(heads),
             next(head_dims),
             dtype,
-            next(kinds[op]),
-            next(new_dtypes),
-            is_flat,
-            next(scales) if jnp.dtype(dtype).itemsize == 1 else "none",
+            new_dtype=next(new_dtypes),
+            is_flat=is_flat,
+            scale=next(scales) if jnp.dtype(dtype).itemsize == 1 else "none",
             extreme=True,
         )
 
 
-# What the cycles do not reach by themselves.
+def _with_kinds():
+    """Each static case in one mode with two kinds of entries, "any" and one of the others."""
+    kinds = {op: itertools.cycle(kinds[1:]) for op, kinds in cases.KINDS.items()}
+    for i, case in enumerate(_static_cases()):
+        mode = cases.MODES[(i + i // len(OPS) // 2) % 2]  # so that each form meets each mode
+        yield case, mode
+        yield dataclasses.replace(case, entries=next(kinds[case.op])), mode
+
+
+def _every_kind():
+    """What the kernel does by the order of its entries, whole unrolled chunks and what is left."""
+    for case, mode in (
+        (Case("page_write", 70, 1, 2, 128), "on_wait"),
+        (Case("page_write", 70, 2, 1, 128, is_flat=False, block_tokens=32), "eager"),
+        (Case("slice_write", 70, 16, 2, 128, block_tokens=32), "on_wait"),
+        (Case("slice_write", 61, 33, 1, 128, block_tokens=48, is_flat=False), "eager"),
+        (Case("token_write", 40, 3, 1, 128), "on_wait"),
+    ):
+        for kind in cases.KINDS[case.op]:
+            yield dataclasses.replace(case, entries=kind), mode
+
+
 SPECIAL = [
-    # Every kind of order that the kernel tells apart, with whole unrolled chunks and what is left.
-    Case("page_write", 70, 1, 2, 128, entries="holes"),
-    Case("page_write", 70, 1, 2, 128, entries="live"),
-    Case("page_write", 70, 2, 1, 128, entries="live", is_flat=False, block_tokens=32),
-    Case("slice_write", 70, 16, 2, 128, entries="holes", block_tokens=32),
-    Case("slice_write", 70, 16, 2, 128, entries="live", block_tokens=32),
-    Case("slice_write", 70, 16, 2, 128, entries="equal", block_tokens=32),
-    Case("slice_write", 61, 33, 1, 128, entries="any", block_tokens=48),
+    (Case("page_write", 61, 4, 3, 64, "int8", "implicit", scale="head"), "on_wait"),
+    (Case("page_write", 33, 1, 2, 128, entries="implicit"), "eager"),
     # bf16 turned as pairs of tokens.
-    Case("page_write", 61, 4, 3, 128, entries="any", turn_packed=True, extreme=True),
-    Case("slice_write", 33, 16, 2, 256, entries="live", turn_packed=True, extreme=True),
-    Case("token_write", 40, 16, 5, 128, entries="any", turn_packed=True, extreme=True),
+    (Case("page_write", 61, 4, 3, 128, turn_packed=True, extreme=True), "eager"),
+    (Case("slice_write", 33, 16, 2, 256, turn_packed=True, extreme=True), "on_wait"),
     # Fewer tokens than a page, than a DMA's row tile, or than anything.
-    Case("page_write", 7, 4, 2, 128, entries="any"),
-    Case("page_write", 16, 33, 2, 128, entries="any"),
-    Case("slice_write", 1, 4, 2, 64, entries="any"),
-    Case("token_write", 1, 4, 2, 64, "int8", entries="live", scale="head"),
-    # All entries are skipped.
-    Case("page_write", 33, 4, 2, 128, entries="none"),
-    Case("slice_write", 33, 4, 2, 128, entries="none"),
-    Case("token_write", 16, 4, 2, 128, entries="none"),
+    (Case("page_write", 7, 4, 2, 128), "on_wait"),
+    (Case("page_write", 16, 33, 2, 128), "on_wait"),
+    (Case("slice_write", 1, 4, 2, 64), "eager"),
+    (Case("token_write", 1, 4, 2, 64, "int8", "live", scale="head"), "eager"),
     # A caller's own pool: R that is no whole number of words, and padding rows beyond the heads.
-    Case("page_write", 33, 4, 1, 64, "bfloat16", num_rows=1),
-    Case("slice_write", 33, 4, 3, 128, "int8", num_rows=6, scale="head"),
-    Case("token_write", 16, 4, 2, 128, "float32", entries="any", num_rows=6),
-    Case("page_write", 33, 4, 1, 128, "float8_e5m2", num_rows=7, is_flat=False),
+    (Case("page_write", 33, 4, 1, 64, "bfloat16", num_rows=1), "on_wait"),
+    (Case("slice_write", 33, 4, 3, 128, "int8", num_rows=6, scale="head"), "eager"),
+    (Case("token_write", 16, 4, 2, 128, "bfloat16", num_rows=6, is_flat=False), "on_wait"),
+    (Case("page_write", 33, 4, 1, 128, "float8_e5m2", num_rows=7, is_flat=False), "eager"),
     # A page longer than a window that has no divisor but 1.
-    Case("page_write", 61, 29, 1, 64, "float32", entries="live"),
+    (Case("page_write", 61, 29, 1, 64, "float32", "live"), "on_wait"),
 ]
-CASES = [*_write_cases(), *SPECIAL]
 COPIES = [
-    Case("copy_pages", 5, 4, 2, 128, "bfloat16", "holes"),
-    Case("copy_pages", 19, 1, 1, 64, "int8", "holes"),
-    Case("copy_pages", 8, 3, 1, 256, "float32", "live"),
-    Case("copy_pages", 1, 33, 3, 80, "float8_e4m3fn", "live"),
-    Case("copy_pages", 3, 2, 1, 128, "float8_e5m2", "none"),
+    (Case("copy_pages", 5, 4, 2, 128, "bfloat16", "holes"), "on_wait"),
+    (Case("copy_pages", 19, 1, 1, 64, "int8", "holes"), "eager"),
+    (Case("copy_pages", 8, 3, 1, 256, "float32", "live"), "eager"),
+    (Case("copy_pages", 1, 33, 3, 80, "float8_e4m3fn", "live"), "on_wait"),
+    (Case("copy_pages", 3, 2, 1, 128, "float8_e5m2", "none"), "eager"),
 ]
+RUNS = [*_with_kinds(), *_every_kind(), *SPECIAL, *COPIES]
+CASES = [case for case, _ in RUNS]
 
 
-def _runs():
-    """Each case in one mode, an op's cases in turn."""
-    modes = {op: itertools.cycle(cases.MODES) for op in (*OPS, "copy_pages")}
-    return [(case, next(modes[case.op])) for case in CASES + COPIES]
+def _id(x):
+    return x.id if isinstance(x, Case) else str(x)
 
 
 def _same(actual, wanted):
@@ -103,15 +106,13 @@ def _same(actual, wanted):
     assert found is None, found
 
 
-@pytest.mark.parametrize("case", CASES + COPIES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", CASES, ids=_id)
 def test_oracle_is_the_plain_loop(case):
     call = make(case)
     _same(call.run("oracle"), expected(call))
 
 
-@pytest.mark.parametrize(
-    ("case", "mode"), _runs(), ids=lambda x: x.id if isinstance(x, Case) else x
-)
+@pytest.mark.parametrize(("case", "mode"), RUNS, ids=_id)
 def test_kernel_is_the_oracle(case, mode):
     call = make(case)
     _same(interpret(lambda: call.run("mosaic_tpu"), mode), call.run("oracle"))
@@ -119,92 +120,91 @@ def test_kernel_is_the_oracle(case, mode):
 
 def test_coverage():
     """What the cases above must cover together, so that a trimmed list does not lose it."""
-    runs = _runs()
-    every = {
-        (op, dtype, mode)
-        for op, dtype, mode in itertools.product(OPS, POOL_DTYPES, cases.MODES)
-    }
-    assert every <= {(c.op, c.pool_dtype, m) for c, m in runs}
+    seen = {(c.op, c.pool_dtype, m) for c, m in RUNS}
+    assert set(itertools.product(OPS, POOL_DTYPES, cases.MODES)) <= seen
+    seen = {(c.op, c.is_flat, m) for c, m in RUNS}
+    assert set(itertools.product(OPS, (True, False), cases.MODES)) <= seen
+    assert {("copy_pages", m) for m in cases.MODES} <= {(c.op, m) for c, m in RUNS}
+    for op, kinds in cases.KINDS.items():
+        assert set(kinds) <= {c.entries for c in CASES if c.op == op}
     for name, wanted in {
         "page_size": {1, 4, 16, 24, 33},
         "num_kv_heads": {1, 2, 3, 5, 8},
         "head_dim": {64, 80, 96, 128, 192, 256},
         "num_tokens": {1, 7, 16, 33, 61, 70},
         "new_dtype": {"float32", "bfloat16"},
-        "is_flat": {True, False},
-        "scale": {"none", "tensor", "head"},
-        "entries": {"any", "holes", "live", "equal", "implicit", "none"},
     }.items():
         assert wanted <= {getattr(c, name) for c in CASES}, name
-    quantized = {
-        (c.pool_dtype, c.scale) for c in CASES if jnp.dtype(c.pool_dtype).itemsize == 1
-    }
-    assert {(d, s) for d in POOL_DTYPES[2:] for s in ("none", "tensor", "head")} <= quantized
+    quantized = {(c.pool_dtype, c.scale) for c in CASES}
+    assert set(itertools.product(POOL_DTYPES[2:], ("none", "tensor", "head"))) <= quantized
 
 
 @pytest.mark.parametrize(
-    ("name", "entries"),
+    ("op", "kind", "order"),
     [
-        ("ANY_ORDER", "any"),
-        ("ASCENDING", "holes"),
-        ("ALL_LIVE", "live"),
-        ("EQUAL_LENGTHS", "equal"),
+        ("page_write", "any", "ANY_ORDER"),
+        ("page_write", "holes", "ASCENDING"),
+        ("page_write", "beyond", "ASCENDING"),
+        ("page_write", "step_back", "ANY_ORDER"),
+        ("page_write", "live", "EQUAL_LENGTHS"),
+        ("slice_write", "any", "ANY_ORDER"),
+        ("slice_write", "holes", "ASCENDING"),
+        ("slice_write", "live", "ALL_LIVE"),
+        ("slice_write", "equal", "EQUAL_LENGTHS"),
     ],
 )
-def test_cases_reach_every_order(name, entries, monkeypatch):
-    """The orders that the kernel tells apart do come up in the cases that are named for them."""
-    call = make(next(c for c in SPECIAL if c.op == "slice_write" and c.entries == entries))
-    seen = []
+def test_kinds_reach_every_order(op, kind, order, monkeypatch):
+    """What the kernel is told of the entries is what the kind is named for."""
+    call = make(next(c for c, _ in _every_kind() if c.op == op and c.entries == kind))
+    surveys = []
 
-    def launch(pool, walk, *args, **kwargs):
-        seen.append(walk)
+    def launch(pool, survey, *args, **kwargs):
+        surveys.append(survey)
         return pool
 
     monkeypatch.setattr(mosaic_tpu, "_launch", launch)
-    slices, num_slices = call.metadata
-    mosaic_tpu.slice_write(
-        jnp.asarray(call.kv_pages.astype(np.float32)),
-        jnp.asarray(call.k),
-        jnp.asarray(call.v),
-        jnp.asarray(slices),
-        jnp.asarray(num_slices),
-        k_scale=None,
-        v_scale=None,
-        num_kv_heads=call.case.num_kv_heads,
-        config=call.config(),
+    (pool, *rest), keywords = call.arguments()
+    scales = {"k_scale": None, "v_scale": None}
+    getattr(mosaic_tpu, op)(
+        pool.astype(jnp.float32), *rest, **keywords, **scales, config=call.config()
     )
-    assert int(seen[0][1]) == getattr(mosaic_tpu_walk, name)
+    assert int(mosaic_tpu_walk._order(surveys[0])[1]) == getattr(mosaic_tpu_walk, order)
 
 
-@pytest.mark.parametrize("mode", cases.MODES)
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case("page_write", 70, 2, 1, 128, entries="any"),
-        Case("slice_write", 70, 4, 1, 128, entries="holes"),
-        Case("slice_write", 70, 4, 1, 128, entries="live"),
-        Case("token_write", 70, 4, 1, 128, entries="any"),
-    ],
-    ids=lambda case: case.id,
-)
+STEPS = [
+    (Case("page_write", 70, 2, 1, 128, entries="any"), "on_wait"),
+    (Case("slice_write", 70, 4, 1, 128, entries="live"), "eager"),
+    (Case("slice_write", 70, 4, 1, 128, entries="holes"), "eager"),
+    (Case("token_write", 70, 4, 1, 128, "float32", entries="any"), "on_wait"),
+    (Case("copy_pages", 37, 1, 1, 128, "float32", "holes"), "eager"),
+]
+
+
+@pytest.mark.parametrize(("case", "mode"), STEPS, ids=_id)
 def test_several_grid_steps(case, mode, monkeypatch):
     """More entries than are in SMEM at a time."""
     monkeypatch.setattr(mosaic_tpu, "ENTRIES_PER_STEP", 16)
-    call = make(case, seed=1)  # a seed of its own: the shapes must not be in jit's cache
-    jax.clear_caches()
+    monkeypatch.setattr(mosaic_tpu_copy, "_PAIRS_PER_STEP", 16)
+    jax.clear_caches()  # what other tests compiled with one step, and below what this one did
+    call = make(case)
     result = interpret(lambda: call.run("mosaic_tpu"), mode)
     jax.clear_caches()
     _same(result, call.run("oracle"))
 
 
 @pytest.mark.parametrize("mode", cases.MODES)
-def test_copy_in_several_grid_steps(mode, monkeypatch):
-    monkeypatch.setattr(mosaic_tpu_copy, "_PAIRS_PER_STEP", 16)
-    call = make(Case("copy_pages", 37, 1, 1, 128, "float32", "holes"))
-    jax.clear_caches()
-    result = interpret(lambda: call.run("mosaic_tpu"), mode)
-    jax.clear_caches()
-    _same(result, call.run("oracle"))
+@pytest.mark.parametrize("op", ["token_write", "page_write"])
+def test_two_entries_for_one_slot(op, mode):
+    """Either may win, nothing else may come; also more of them than the pool has slots."""
+    call = make(Case(op, 33, 1, 1, 128))
+    ids = np.arange(33, dtype=np.int32) % 4
+    metadata = (ids,) if op == "token_write" else (ids, np.arange(33, dtype=np.int32))
+    call = dataclasses.replace(call, kv_pages=call.kv_pages[:4], metadata=metadata)
+    # Two DMAs into one slot are a race, here by the caller's wish.
+    result = interpret(lambda: call.run("mosaic_tpu"), mode, detect_races=False)
+    slots = cases.new_slots(call)
+    for slot in range(4):
+        assert any(difference(result[slot, 0], new) is None for new in slots[slot::4]), slot
 
 
 @pytest.mark.parametrize("count", [-3, 0, 2, cases.INT_MAX])
