@@ -10,12 +10,14 @@ from pallas_paged.kv_write.api import (
     write_indices,
 )
 from pallas_paged.layout import make_kv_pages
+from pallas_paged.ragged_paged_attention.api import ragged_paged_attention
 
 __all__ = [
     "WriteIndices",
     "copy_pages",
     "make_kv_pages",
     "page_write",
+    "ragged_paged_attention",
     "slice_write",
     "token_write",
     "write_indices",

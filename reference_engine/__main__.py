@@ -8,6 +8,7 @@ step by step.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -19,6 +20,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 from absl import app, flags
+from jax.experimental.pallas import tpu as pltpu
 
 from reference_engine import replay as replay_lib
 from reference_engine import traffic
@@ -62,7 +64,11 @@ flags.DEFINE_integer(
 flags.DEFINE_string(
     "kv_write", EngineConfig.kv_write, f"How K and V are written: one of {', '.join(KV_WRITES)}."
 )
-flags.DEFINE_string("backend", EngineConfig.backend, "Backend of the kernels.")
+flags.DEFINE_string(
+    "write_backend", EngineConfig.write_backend,
+    "Backend of the writes; mosaic_tpu is interpreted on a CPU (right, and very slow).",
+)
+flags.DEFINE_string("attention", EngineConfig.attention, "Backend of the attention.")
 flags.DEFINE_bool("page_aligned_scheduling", True, "Which of the two runs `explain` prints.")
 
 MODEL = ModelConfig(
@@ -76,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) != 2 or argv[1] not in commands:
         got = " ".join(argv[1:]) or "no command"
         _exit(2, f"{got}: wanted one command, {' or '.join(commands)}, and flags (see --helpfull)")
-    if FLAGS.backend in ("auto", "oracle"):
+    if {FLAGS.write_backend, FLAGS.attention} <= {"auto", "oracle"}:
         # The oracle needs no accelerator, and this keeps one free that another program may hold.
         jax.config.update("jax_platforms", "cpu")
     try:
@@ -86,13 +92,21 @@ def main(argv: Sequence[str]) -> None:
             config = _make_config(jobs)
         for message in dict.fromkeys(str(warning.message) for warning in caught):
             print(f"warning: {message}", file=sys.stderr)
-        commands[argv[1]](jobs, config)
+        with _interpreted(config):
+            commands[argv[1]](jobs, config)
     except BrokenPipeError:  # the reader of our output has gone, as in `explain | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         _exit(2, f"cannot read {error.filename}: {error.strerror}")
     except (ValueError, NotImplementedError) as error:
         _exit(2, str(error))
+
+
+def _interpreted(config: EngineConfig) -> contextlib.AbstractContextManager:
+    """What TPU kernels need in order to run where there is no TPU."""
+    if config.write_backend == "mosaic_tpu" and jax.default_backend() == "cpu":
+        return pltpu.force_tpu_interpret_mode()
+    return contextlib.nullcontext()
 
 
 def _replay(jobs: list[Job], config: EngineConfig) -> None:
@@ -159,7 +173,8 @@ def _make_config(jobs: list[Job]) -> EngineConfig:
         max_deferrals=FLAGS.max_deferrals,
         long_prefill_token_threshold=FLAGS.long_prefill_token_threshold,
         kv_write=FLAGS.kv_write,
-        backend=FLAGS.backend,
+        write_backend=FLAGS.write_backend,
+        attention=FLAGS.attention,
         # One shape: a row of a matrix product is then the same to the last bit in any batch.
         token_buckets=(FLAGS.max_num_batched_tokens,),
         seq_buckets=(FLAGS.max_num_seqs,),
@@ -187,7 +202,8 @@ def _describe(jobs: list[Job], config: EngineConfig) -> str:
         f" {MODEL.dtype}, on {jax.default_backend()}",
         f"engine   page_size {config.page_size}, {config.num_pages:,} pages, at most"
         f" {config.max_num_batched_tokens} tokens and {config.max_num_seqs} requests a step,"
-        f" kv_write {config.kv_write}, backend {config.backend}",
+        f" kv_write {config.kv_write} by {config.write_backend},"
+        f" attention by {config.attention}",
         "",
     ])
 

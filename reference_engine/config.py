@@ -76,7 +76,9 @@ class EngineConfig:
         takes a chunk that ends inside a page, and the next chunk returns to the boundary.
       kv_write: how new keys and values reach the pool. "tokens": one index a token; "slices": one
         slice a page touched; "pages": whole pages by page id, and slices for the rest.
-      backend: backend of every kernel, see `pallas_paged.dispatch`.
+      write_backend: backend of the writes, see `pallas_paged.dispatch`. "mosaic_tpu" on a CPU wants
+        jax's TPU interpret mode around the engine.
+      attention: backend of the attention; only its oracle is there yet.
       token_buckets: allowed padded lengths of the packed batch; None for powers of two.
       seq_buckets: allowed padded numbers of sequences; None for powers of two. With one token
         bucket and one sequence bucket a request's numbers do not depend on how it is chunked.
@@ -95,7 +97,8 @@ class EngineConfig:
     long_prefill_token_threshold: int = 0
     max_deferrals: int = 8
     kv_write: str = "pages"
-    backend: str = "auto"
+    write_backend: str = "auto"
+    attention: str = "auto"
     token_buckets: tuple[int, ...] | None = None
     seq_buckets: tuple[int, ...] | None = None
     return_logits: bool = False

@@ -164,7 +164,7 @@ class Engine:
         batch = make_batch(plan.segments, self.config)
         logits, kv_pages = forward(
             self._params, self._kv_pages, batch, config=self.model_config,
-            backend=self.config.backend,
+            write_backend=self.config.write_backend, attention=self.config.attention,
         )
         tokens = np.asarray(greedy(logits))[: len(plan.segments)].tolist()
         self._kv_pages = kv_pages  # not before the step has come to its end without an error

@@ -28,9 +28,14 @@ def make_pool(config: ModelConfig, num_pages: int, page_size: int) -> jax.Array:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "backend"), donate_argnames=("kv_pages",))
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "write_backend", "attention"),
+    donate_argnames=("kv_pages",),
+)
 def forward(
-    params: Params, kv_pages: jax.Array, batch: Batch, *, config: ModelConfig, backend: str
+    params: Params, kv_pages: jax.Array, batch: Batch, *, config: ModelConfig,
+    write_backend: str, attention: str,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs one step.
 
@@ -39,7 +44,8 @@ def forward(
       kv_pages: [L*P, page_size, R, C]; donated.
       batch: see batch.Batch.
       config: the parameters' shape.
-      backend: of every kernel.
+      write_backend: backend of the writes.
+      attention: backend of the attention.
 
     Returns:
       Logits of each sequence's last new token, f32[S, vocab_size], and the pool.
@@ -53,7 +59,8 @@ def forward(
         first_page = index * pages_per_layer
         attended, kv_pages = _attention(
             _rms_norm(x, weights["attention_norm"], config), weights, kv_pages,
-            _in_layer(batch, first_page, kv_pages.shape[1]), rotation, config, backend,
+            _in_layer(batch, first_page, kv_pages.shape[1]), rotation, config, write_backend,
+            attention,
         )
         x += attended
         x += _mlp(_rms_norm(x, weights["mlp_norm"], config), weights)
@@ -82,16 +89,16 @@ def _in_layer(batch: Batch, first_page: jax.Array, page_size: int) -> Batch:
     )
 
 
-def _attention(x, weights, kv_pages, batch, rotation, config, backend):
+def _attention(x, weights, kv_pages, batch, rotation, config, write_backend, attention):
     """Writes the new keys and values, then attends; x [T, D] -> [T, D], and the pool."""
     num_tokens = x.shape[0]
     q = _rotate(_matmul(x, weights["q"]).reshape(num_tokens, config.num_heads, -1), rotation)
     k = _rotate(_matmul(x, weights["k"]).reshape(num_tokens, config.num_kv_heads, -1), rotation)
     v = _matmul(x, weights["v"])  # [T, K*H]
-    kv_pages = _write(kv_pages, k.reshape(v.shape), v, batch, config, backend)
+    kv_pages = _write(kv_pages, k.reshape(v.shape), v, batch, config, write_backend)
     out = ragged_paged_attention(
         q, kv_pages, batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.num_seqs,
-        sm_scale=config.head_dim**-0.5, num_kv_heads=config.num_kv_heads, backend=backend,
+        sm_scale=config.head_dim**-0.5, num_kv_heads=config.num_kv_heads, backend=attention,
     )
     return _matmul(out.reshape(num_tokens, -1), weights["o"]), kv_pages
 

@@ -101,7 +101,7 @@ def test_soft_alignment_is_announced_on_stderr(capsys):
         ("replay", {"kv_write": "rows"}, "argument `kv_write` is 'rows'"),
         ("replay", {"num_pages": 1}, "wanted at most the pool's 1 pages"),
         ("replay", {"num_pages": -3}, "argument `num_pages` is -3"),
-        ("replay", {"backend": "cuda"}, "backend is 'cuda'"),
+        ("replay", {"write_backend": "cuda"}, "backend is 'cuda'"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(capsys, command, values, message):

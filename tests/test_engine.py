@@ -164,7 +164,8 @@ def test_the_pool_is_not_copied():
     pool = jax.eval_shape(lambda: model_lib.make_pool(MODEL, config.num_pages, config.page_size))
     segments = [batch_lib.Segment(0, 0, (1,) * 20, (0, 1, 2), True)]
     compiled = model_lib.forward.lower(
-        params(), pool, batch_lib.make_batch(segments, config), config=MODEL, backend="oracle"
+        params(), pool, batch_lib.make_batch(segments, config), config=MODEL,
+        write_backend="oracle", attention="oracle",
     ).compile()
     pool_bytes = pool.size * pool.dtype.itemsize
     assert compiled.memory_analysis().alias_size_in_bytes >= pool_bytes
