@@ -200,15 +200,14 @@ def _walk(case: Case) -> tuple[_Walk, int, int]:
     """The walk over a dense case, the unroll, and the entries: mosaic_tpu_walk.plan on paper."""
     block = case.config().block_tokens
     length = 1 if case.op == "token" else mosaic_tpu.largest_part(case.page_size, block)
-    num_entries = (
-        case.num_tokens if case.op == "token" else case.num_pages * (case.page_size // length)
-    )
+    parts = 1 if case.op in ("token", "slice") else case.page_size // length
+    num_entries = case.num_tokens // length
     has_sources = case.op in ("page_starts", "slice")
     group = max(1, block // length)
     unroll = mosaic_tpu.unroll(group, has_lengths=case.op == "slice")
     tile = 32 // jnp.dtype(case.dtype).itemsize
     align = tile if case.is_flat else 1
-    step = min(num_entries, mosaic_tpu.ENTRIES_PER_STEP)
+    step = min(num_entries, mosaic_tpu.ENTRIES_PER_STEP * parts)
     totals = dict.fromkeys((f.name for f in dataclasses.fields(_Walk)), 0)
     for first_of_step in range(0, num_entries, step):
         totals["steps"] += 1

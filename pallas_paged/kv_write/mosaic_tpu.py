@@ -114,33 +114,20 @@ def page_write(
     slots = _slots(kv_pages, k, num_kv_heads)
     config = config or default_config(kv_pages, k, num_kv_heads, slots.head_dim)
     part = largest_part(page_size, config.block_tokens)
-    parts = page_size // part
+    entries = Entries(
+        "pages", part, parts=page_size // part, has_sources=token_starts is not None
+    )
     if token_starts is None:
-        page_ids = page_ids[: num_tokens // page_size]
-    ids = _split(page_ids, num_pages, parts)
-    entries = Entries("pages", part, has_sources=token_starts is not None, has_lengths=False)
-    metadata = (ids,)
-    if token_starts is not None:
+        metadata = (page_ids[: num_tokens // page_size],)
+    else:
+        is_live = (page_ids >= 0) & (page_ids < num_pages)
+        is_live &= (token_starts >= 0) & (token_starts <= num_tokens - page_size)
         # Inside the batch, so that no skipped entry's overflow hides a step back from _survey.
-        starts = jnp.clip(token_starts, 0, num_tokens)[:, None]
-        starts = (starts + jnp.arange(parts, dtype=jnp.int32) * part).reshape(-1)
-        is_source = (token_starts >= 0) & (token_starts <= num_tokens - page_size)
-        # Ids past the pool become -1 too: _survey takes every other one for live.
-        is_live = (ids >= 0) & (ids < num_pages * parts) & jnp.repeat(is_source, parts)
-        metadata = (jnp.where(is_live, ids, -1), starts)
+        starts = jnp.clip(token_starts, 0, num_tokens)
+        metadata = (jnp.where(is_live, page_ids, -1), starts)
     return _write(
         kv_pages, k, v, metadata, k_scale, v_scale, slots=slots, entries=entries, config=config
     )
-
-
-def _split(page_ids, num_pages, parts):
-    """Ids of the equal parts of pages; -1 for what is outside the pool (before it overflows)."""
-    if parts == 1:
-        return page_ids
-    is_page = (page_ids >= 0) & (page_ids < num_pages)
-    first = jnp.where(is_page, page_ids, 0)[:, None] * parts
-    ids = first + jnp.arange(parts, dtype=jnp.int32)
-    return jnp.where(is_page[:, None], ids, -1).reshape(-1)
 
 
 def slice_write(
@@ -177,7 +164,7 @@ def token_write(kv_pages, k, v, slots, *, k_scale, v_scale, num_kv_heads, config
         return kv_pages
     static = _slots(kv_pages, k, num_kv_heads)
     config = config or default_config(kv_pages, k, num_kv_heads, static.head_dim)
-    entries = Entries("tokens", 1, has_sources=False, has_lengths=False)
+    entries = Entries("tokens", 1)
     return _write(
         kv_pages, k, v, (slots,), k_scale, v_scale, slots=static, entries=entries, config=config
     )
@@ -206,7 +193,7 @@ def _survey(metadata, entries: Entries):
     predecessor's. All in one pass, because on a TPU every pass of XLA's is a launch of its own.
     """
     target, source = metadata[:2]
-    length = metadata[2] if entries.has_lengths else jnp.full_like(source, entries.max_len)
+    length = metadata[2] if entries.has_lengths else jnp.full_like(source, entries.max_len * entries.parts)
     num_entries = target.shape[0]
     entry = jnp.arange(num_entries, dtype=jnp.int32)
     is_live = target >= 0
@@ -338,7 +325,7 @@ def _launch(
         slots=slots,
         entries=entries,
         num_tokens=num_tokens,
-        max_entries=min(num_entries, num_tokens // entries.max_len),
+        max_entries=min(num_entries * entries.parts, num_tokens // entries.max_len),
         align=align,
         whole=whole,
         window=window,

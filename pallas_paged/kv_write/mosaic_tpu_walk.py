@@ -27,14 +27,17 @@ class Entries:
     Attributes:
       kind: "pages", "slices" or "tokens", for the kernel's name.
       max_len: tokens of an entry; of the longest possible one if `has_lengths`.
-      has_sources: each entry has its own first token; else entry i starts at token i * max_len.
+      parts: entries to one element of the metadata: a page that is longer than a window is written
+        as so many equal parts.
+      has_sources: each element has its own first token; else entry i starts at token i * max_len.
       has_lengths: each entry has its own length; else it has max_len tokens.
     """
 
     kind: str
     max_len: int
-    has_sources: bool
-    has_lengths: bool
+    parts: int = 1
+    has_sources: bool = False
+    has_lengths: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Walk:
     buffer: int  # tokens that one half of the buffers has room for
     block: int  # tokens from the first to the last of a group
     max_taken: int  # tokens that a group sends at most: what one wait covers
-    step: int  # entries in SMEM at a time
+    step: int  # elements of metadata in SMEM at a time
     group: int  # entries in a group where the entries' sources are not their own
     unroll: int  # DMAs in one unrolled body
     num_tails: int
@@ -84,14 +87,25 @@ def kernel(walk, *refs):
     if pool_ref.dtype.itemsize < 4:
         pool_words = pool_ref.bitcast(jnp.uint32)
     num_slots = pool_words.shape[0]
-    num_targets = num_slots if entries.has_lengths else num_slots // entries.max_len
-    target_slots = 1 if entries.has_lengths else entries.max_len
-    first_entry = pl.program_id(0) * walk.step
-    num_walked, order = _order(survey_refs) if survey_refs else (walk.max_entries, ASCENDING)
-    num_entries = jnp.clip(num_walked - first_entry, 0, walk.step)
+    parts = entries.parts
+    target_slots = 1 if entries.has_lengths else parts * entries.max_len
+    num_targets = num_slots // target_slots
+    step = walk.step * parts
+    first_entry = pl.program_id(0) * step
+    num_walked, order = walk.max_entries, ASCENDING
+    if survey_refs:
+        num_walked, order = _order(survey_refs)
+        num_walked = num_walked * parts
+    num_entries = jnp.clip(num_walked - first_entry, 0, step)
+
+    def target(i):
+        """The page of entry i (for slices the slot), as the caller gave it."""
+        return target_ref[i // parts]
 
     def source(i):
-        return source_ref[i] if entries.has_sources else (first_entry + i) * entries.max_len
+        if entries.has_sources:
+            return source_ref[i // parts] + i % parts * entries.max_len
+        return (first_entry + i) * entries.max_len
 
     def length(i):
         return length_ref[i] if entries.has_lengths else entries.max_len
@@ -104,7 +118,7 @@ def kernel(walk, *refs):
         return target.astype(jnp.uint32) < jnp.uint32(num_targets)
 
     def is_live(i):
-        return is_in_pool(target_ref[i])
+        return is_in_pool(target(i))
 
     def window_of(i):
         """Where the window of entry i starts; inside the batch, whatever a skipped entry says."""
@@ -124,7 +138,7 @@ def kernel(walk, *refs):
         # Of entries that ascend, the last of a chunk speaks for it.
         def chunk_fits(last):
             until = last + walk.unroll
-            fits = end(jnp.minimum(until, walk.step) - 1) <= limit
+            fits = end(jnp.minimum(until, step) - 1) <= limit
             return (order != ANY_ORDER) & (until <= num_entries) & fits
 
         last = lax.while_loop(chunk_fits, lambda last: last + walk.unroll, i)
@@ -132,7 +146,7 @@ def kernel(walk, *refs):
         # Where no chunk fits, one by one; the first entry of a group always does, or is skipped.
         def entry_fits(state):
             last, _, taken = state
-            entry = jnp.minimum(last, walk.step - 1)
+            entry = jnp.minimum(last, step - 1)
             fits = (source(entry) >= start) & (end(entry) <= limit)
             fits &= taken + length(entry) <= walk.max_taken
             return (last < num_entries) & (fits | jnp.logical_not(is_live(entry)))
@@ -182,11 +196,12 @@ def kernel(walk, *refs):
     def issue(first, last, start, slot):
         """One DMA for each live entry; returns how many tokens are on their way."""
 
-        def send(target, row, num_tokens):
-            """Starts one entry, whose tokens are in the buffers from `row` on."""
+        def send(i, target, row, num_tokens):
+            """Starts entry i, whose tokens are in the buffers from `row` on."""
+            first_slot = target * target_slots + i % parts * entries.max_len
             pltpu.make_async_copy(
                 rows_vmem.at[pl.ds(row, num_tokens)],
-                pool_words.at[pl.ds(target * target_slots, num_tokens)],
+                pool_words.at[pl.ds(first_slot, num_tokens)],
                 out_sems.at[slot],
             ).start()
 
@@ -219,9 +234,9 @@ def kernel(walk, *refs):
 
         def send_live(i, sent):
             """One entry behind its own check."""
-            target, num_tokens = target_ref[i], length(i)
-            live = is_in_pool(target)
-            pl.when(live)(lambda: send(target, row_of(i, 0), num_tokens))
+            goal, num_tokens = target(i), length(i)
+            live = is_in_pool(goal)
+            pl.when(live)(lambda: send(i, goal, row_of(i, 0), num_tokens))
             return sent + jnp.where(live, num_tokens, 0)
 
         def checked_chunk(c, sent):
@@ -229,12 +244,12 @@ def kernel(walk, *refs):
             i = first + c * walk.unroll
             largest = jnp.uint32(0)
             for u in range(walk.unroll):
-                target, num_tokens = target_ref[i + u], length(i + u)
+                goal, num_tokens = target(i + u), length(i + u)
                 row = row_of(i, u)
                 # As an unsigned number, so that the negative ones are out of the pool too.
-                largest = jnp.maximum(largest, target.astype(jnp.uint32))
-                pl.when(is_in_pool(target))(
-                    functools.partial(send, target, row, num_tokens)
+                largest = jnp.maximum(largest, goal.astype(jnp.uint32))
+                pl.when(is_in_pool(goal))(
+                    functools.partial(send, i + u, goal, row, num_tokens)
                 )
 
             def count_live(i):
@@ -254,7 +269,7 @@ def kernel(walk, *refs):
             i = first + c * walk.unroll
             for u in range(walk.unroll):
                 n = length(i + u) if num_tokens is None else num_tokens
-                send(target_ref[i + u], row_of(i, u), n)
+                send(i + u, target(i + u), row_of(i, u), n)
                 sent += n if num_tokens is None else 0
             return sent if num_tokens is None else sent + walk.unroll * num_tokens
 
