@@ -70,19 +70,21 @@ class Case:
 
     def shapes(self) -> tuple[Any, ...]:
         """What `step` takes: the pool, k, v and the op's indices, as shapes."""
-        heads = (self.num_kv_heads, self.head_dim)
-        new = (self.num_tokens, *((math.prod(heads),) if self.is_flat else heads))
-        index = {
+        heads: tuple[int, ...] = (self.num_kv_heads, self.head_dim)
+        if self.is_flat:
+            heads = (math.prod(heads),)
+        new = (self.num_tokens, *heads)
+        indices: dict[str, list[tuple[int, ...]]] = {
             "page": [(self.num_pages,)],
             "page_starts": [(self.num_pages,), (self.num_pages,)],
             "slice": [(3, self.num_pages), (1,)],
             "token": [(self.num_tokens,)],
-        }[self.op]
+        }
         dtype = jnp.dtype(self.dtype)
         return (
             jax.ShapeDtypeStruct(self._pool_shape, dtype),
             *(jax.ShapeDtypeStruct(new, dtype) for _ in "kv"),
-            *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in index),
+            *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in indices[self.op]),
         )
 
     def step(self, backend: str) -> Callable[..., jax.Array]:
@@ -102,9 +104,9 @@ class Case:
         return mosaic_tpu.default_config(pool, k, self.num_kv_heads, self.head_dim)
 
 
-def compile_target(**case: Any):
+def compile_target(**fields: Any):
     """What `bench._tpu_compile.Job` compiles: a case, by its fields."""
-    case = Case(**case)
+    case = Case(**fields)
     return case.step("mosaic_tpu"), case.shapes(), {"donate_argnums": 0}
 
 
@@ -158,7 +160,7 @@ def predict(
       RuntimeError: libtpu is missing or failed.
       ValueError: the schedule does not have the loops that the kernel is written with.
     """
-    compiled = {_representative(case): None for case in cases}
+    representatives = list(dict.fromkeys(map(_representative, cases)))
     jobs = [
         ts.Job(
             f"{c.generation} {c.op} page {c.page_size} tokens {c.num_tokens} flat {c.is_flat}",
@@ -166,9 +168,9 @@ def predict(
             c.generation,
             dataclasses.asdict(c),
         )
-        for c in compiled
+        for c in representatives
     ]
-    compiled = dict(zip(compiled, ts.schedules(jobs, on_done=on_done), strict=True))
+    compiled = dict(zip(representatives, ts.schedules(jobs, on_done=on_done), strict=True))
     return [_predict(case, compiled[_representative(case)]) for case in cases]
 
 
@@ -287,8 +289,11 @@ def _predict(case: Case, schedule: ts.Schedule) -> Prediction:
         raise ValueError(f"{case}: XLA put {elsewhere} outside HBM; the model is of transfers")
     walk, unroll, num_entries = _walk(case)
     roles = _roles(tree, case, unroll)
-    fast = {"page": "checked", "token": "checked", "page_starts": "unchecked", "slice": "equal"}
-    fast = "single" if unroll == 1 else fast[case.op]
+    fast = {"page": "checked", "token": "checked", "page_starts": "unchecked", "slice": "equal"}[
+        case.op
+    ]
+    if unroll == 1:
+        fast = "single"
     per_group = 1.0 / walk.groups
     trips = {
         "step": walk.steps,

@@ -166,7 +166,8 @@ def _random_pool(case, num_pages, rng):
     pool = rng.integers(1, np.iinfo(bits).max, shape, bits, endpoint=True).view(dtype)
     if case.num_rows and dtype != np.int8:
         # The kernels pad such a pool, and XLA on a CPU does not keep a NaN's payload when it pads.
-        pool = np.where(np.isnan(pool), dtype.type(1), pool)
+        with np.errstate(invalid="ignore"):
+            pool = np.where(np.isnan(pool), dtype.type(1), pool)
     return pool
 
 

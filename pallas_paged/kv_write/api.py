@@ -77,9 +77,9 @@ def page_write(
     checks.require_int32(op, "page_ids", page_ids, 1, "[n]")
     if token_starts is not None:
         _require_same_form(op, "token_starts", token_starts, "page_ids", page_ids)
-    backend = _choose(op, backend, kv_pages, k, heads, head_dim, config)
+    chosen = _choose(op, backend, kv_pages, k, heads, head_dim, config)
     return _page_write(
-        kv_pages, k, v, page_ids, token_starts, k_scale, v_scale, heads, config, backend
+        kv_pages, k, v, page_ids, token_starts, k_scale, v_scale, heads, config, chosen
     )
 
 
@@ -143,9 +143,9 @@ def slice_write(
         wanted="int32[1]",
         hint="it counts the columns of slices that are in use",
     )
-    backend = _choose(op, backend, kv_pages, k, heads, head_dim, config)
+    chosen = _choose(op, backend, kv_pages, k, heads, head_dim, config)
     return _slice_write(
-        kv_pages, k, v, slices, num_slices, k_scale, v_scale, heads, config, backend
+        kv_pages, k, v, slices, num_slices, k_scale, v_scale, heads, config, chosen
     )
 
 
@@ -194,8 +194,8 @@ def token_write(
         wanted=f"int32[{k.shape[0]}]",
         hint=f"one slot for each token of k {checks.describe(k)}; -1 skips one",
     )
-    backend = _choose(op, backend, kv_pages, k, heads, head_dim, config)
-    return _token_write(kv_pages, k, v, slots, k_scale, v_scale, heads, config, backend)
+    chosen = _choose(op, backend, kv_pages, k, heads, head_dim, config)
+    return _token_write(kv_pages, k, v, slots, k_scale, v_scale, heads, config, chosen)
 
 
 def copy_pages(
@@ -237,8 +237,8 @@ def copy_pages(
         "mosaic_gpu": _NO_GPU_YET,
     }
     _require_config(op, config)
-    backend = dispatch.choose(op, backend, reasons)
-    return _copy_pages(kv_pages, src_ids, dst_ids, config, backend)
+    chosen = dispatch.choose(op, backend, reasons)
+    return _copy_pages(kv_pages, src_ids, dst_ids, config, chosen)
 
 
 def _require_same_form(op, argument, x, other_argument, other):

@@ -193,7 +193,9 @@ def _survey(metadata, entries: Entries):
     predecessor's. All in one pass, because on a TPU every pass of XLA's is a launch of its own.
     """
     target, source = metadata[:2]
-    length = metadata[2] if entries.has_lengths else jnp.full_like(source, entries.max_len * entries.parts)
+    length = jnp.full_like(source, entries.max_len * entries.parts)
+    if entries.has_lengths:
+        length = metadata[2]
     num_entries = target.shape[0]
     entry = jnp.arange(num_entries, dtype=jnp.int32)
     is_live = target >= 0

@@ -52,6 +52,9 @@ class Slots:
         return used <= self.num_rows - self.rows_per_word
 
 
+Turns = Literal["rows", "packed", "nothing"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiling:
     """How many tokens the turn from rows of heads to slots takes at a time.
@@ -66,7 +69,7 @@ class Tiling:
 
     tile: int
     unroll: int
-    turns: Literal["rows", "packed", "nothing"]
+    turns: Turns
 
     @property
     def pitch(self) -> int:
@@ -82,7 +85,7 @@ def tiling(slots: Slots, new_dtype: jnp.dtype, max_tokens: int, packed: bool) ->
     whole_bf16 = (
         slots.pool_dtype == new_dtype == jnp.bfloat16 and slots.head_dim % layout.LANES == 0
     )
-    turns = "rows"
+    turns: Turns = "rows"
     if whole_bf16 and not slots.is_flat:
         turns = "nothing"
     elif whole_bf16 and packed:

@@ -1,0 +1,1 @@
+# placeholder: being written by another worker than the kv_write tests'; see the lead's note
