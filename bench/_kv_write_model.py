@@ -260,16 +260,22 @@ def _roles(tree: ts.Node, case: Case, unroll: int) -> dict[tuple[int, ...], str]
     counts = [n for n in scalar if any(_is_inside(n, other) for other in issue)]
     plans = [n for n in scalar if n not in counts]
     outer = [n for n in loops if stores(n) and sends(n)]
-    if len(issue) != len(names) or len(turn) != 2 or len(plans) not in (0, 4) or not outer:
+    # Before the loop and in it; where a group is one chunk there is no loop over chunks.
+    plan_names = ["open_entries", "plan_entries"]
+    if case.op == "slice" or case.op == "page_starts" and len(plans) == 4:
+        plan_names = ["open_chunks", "open_entries", "plan_chunks", "plan_entries"]
+    if case.op in ("page", "token"):
+        plan_names = []
+    wanted = (len(names), 2, len(plan_names))
+    if (len(issue), len(turn), len(plans)) != wanted or not outer:
         raise ValueError(
             f"{case}: the schedule has {len(issue)} issue loops, {len(turn)} turning loops, "
-            f"{len(plans)} planning loops; wanted {len(names)}, 2, and 0 or 4:\n{ts.describe(tree)}"
+            f"{len(plans)} planning loops; wanted {wanted}:\n{ts.describe(tree)}"
         )
     roles = {n.path: "count" for n in counts}
     roles |= {n.path: name for n, name in zip(issue, names, strict=True)}
     roles |= {n.path: name for n, name in zip(turn, ("body", "tile"), strict=True)}
-    plan_names = ("open_chunks", "open_entries", "plan_chunks", "plan_entries")
-    roles |= {n.path: name for n, name in zip(plans, plan_names, strict=False)}
+    roles |= {n.path: name for n, name in zip(plans, plan_names, strict=True)}
     innermost = max(outer, key=lambda n: len(n.path))
     return roles | {n.path: "group" if n is innermost else "step" for n in outer}
 

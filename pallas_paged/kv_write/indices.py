@@ -71,6 +71,14 @@ def write_indices(
     checks.require_int32(op, "kv_lens", kv_lens, 1, "[S]")
     checks.require_int32(op, "cu_q_lens", cu_q_lens, 1, "[S + 1]")
     checks.require_int32(op, "num_seqs", num_seqs, 1, "[1]")
+    checks.require(
+        0 not in page_indices.shape,
+        op,
+        "page_indices",
+        got=checks.describe(page_indices),
+        wanted="int32[S, M], neither of them 0",
+        hint="for a batch without sequences pass one row of any ids and num_seqs 0",
+    )
     max_seqs, table_width = page_indices.shape
     for name, array, size in (
         ("kv_lens", kv_lens, max_seqs),
@@ -87,19 +95,23 @@ def write_indices(
         )
     for name, value, least in (("page_size", page_size, 1), ("num_tokens", num_tokens, 0)):
         checks.require(
-            isinstance(value, int) and value >= least,
+            isinstance(value, int) and least <= value < 2**31,
             op,
             name,
             got=repr(value),
-            wanted=f"a Python int >= {least}",
+            wanted=f"a Python int >= {least} and below 2**31",
             hint="it sets the result's static shapes",
         )
 
     # Absurd lengths must give no wild slot: a sequence lives inside the batch and its table row.
+    is_seq = jnp.arange(max_seqs) < num_seqs[0]
     q_start = jnp.clip(cu_q_lens[:-1], 0, num_tokens)
     q_end = jnp.clip(cu_q_lens[1:], q_start, num_tokens)
-    is_seq = jnp.arange(max_seqs) < num_seqs[0]
-    kv_len = jnp.clip(kv_lens, 0, table_width * page_size)
+    # Rows beyond num_seqs hold anything, zeros often: the search for a token's sequence below needs
+    # ends that ascend.
+    q_end = jnp.where(is_seq, q_end, num_tokens)
+    # In whole pages of positions that an int32 holds, so that no page's edge overflows.
+    kv_len = jnp.clip(kv_lens, 0, min(table_width, (2**31 - 1) // page_size) * page_size)
     q_len = jnp.where(is_seq & (kv_lens == kv_len), jnp.minimum(q_end - q_start, kv_len), 0)
     start = kv_len - q_len  # first new position, [S]
 
@@ -149,5 +161,5 @@ def _page(page_indices, seq, page):
 def _slot(page_indices, seq, position, page_size):
     """The slot of a position, -1 where the table's page id is negative or would overflow."""
     page = _page(page_indices, seq, position // page_size)
-    is_page = (page >= 0) & (page < 2**31 // page_size)
+    is_page = (page >= 0) & (page <= 2**31 // page_size - 1)
     return jnp.where(is_page, jnp.where(is_page, page, 0) * page_size + position % page_size, -1)

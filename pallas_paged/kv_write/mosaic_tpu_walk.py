@@ -141,7 +141,10 @@ def kernel(walk, *refs):
             fits = end(jnp.minimum(until, step) - 1) <= limit
             return (order != ANY_ORDER) & (until <= num_entries) & fits
 
-        last = lax.while_loop(chunk_fits, lambda last: last + walk.unroll, i)
+        if walk.group <= walk.unroll:  # a second chunk cannot fit
+            last = jnp.where(chunk_fits(i), i + walk.unroll, i)
+        else:
+            last = lax.while_loop(chunk_fits, lambda last: last + walk.unroll, i)
 
         # Where no chunk fits, one by one; the first entry of a group always does, or is skipped.
         def entry_fits(state):
