@@ -126,11 +126,11 @@ def test_conftest_sets_what_compiling_needs():
 
 def _every_op():
     """op x pool dtype x generation; shapes are cycled so that each meets all of them."""
-    heads = itertools.cycle((8, 1, 2, 3, 5, 8, 4))
-    head_dims = itertools.cycle((128, 64, 80, 256, 96, 192))
-    page_sizes = itertools.cycle((16, 1, 24, 33, 128, 256, 64))
-    forms = itertools.cycle((True, True, False))
-    new_dtypes = itertools.cycle(("bfloat16", "bfloat16", "bfloat16", "float32"))
+    heads = itertools.cycle((8, 1, 2, 3, 5))
+    head_dims = itertools.cycle((128, 64, 80, 256, 96, 192, 128))
+    page_sizes = itertools.cycle((16, 1, 24, 33, 128, 256))
+    forms = itertools.cycle((True, False, True, True, False, True, False))
+    new_dtypes = itertools.cycle(("bfloat16", "float32", "bfloat16"))
     for generation, dtype, op in itertools.product(GENERATIONS, POOL_DTYPES, OPS):
         yield (
             generation, op, dtype, next(heads), next(head_dims), next(page_sizes), next(forms),
@@ -190,7 +190,8 @@ def test_many_entries(op, num_tokens, num_entries, generation):
 
 def _vmem_bytes(hlo):
     """VMEM that the kernels of a program hold, by the compiler's own account."""
-    used = re.findall(r'"used_scoped_memory_configs":(\[.*?\])', hlo)
+    kernels = "\n".join(line for line in hlo.splitlines() if "tpu_custom_call" in line)
+    used = re.findall(r'"used_scoped_memory_configs":(\[.*?\])', kernels)
     sizes = [
         int(size)
         for config in used
@@ -200,7 +201,7 @@ def _vmem_bytes(hlo):
     return max(sizes)
 
 
-@pytest.mark.parametrize("generation", ["v4", "v6e", "tpu7x"])
+@pytest.mark.parametrize("generation", ["v4", "tpu7x"])
 @pytest.mark.parametrize("op", OPS[:3])
 def test_vmem_does_not_grow_with_the_batch(op, generation):
     """A quarter of a v4's, however many tokens there are."""
@@ -229,6 +230,7 @@ def _made_rows():
         {
             (layout.num_rows(k, h, d), layout.num_lanes(h), d)
             for k, h, d in itertools.product(heads, (64, 128, 256), ("int8", "bfloat16", "float32"))
+            if h < 256 or d == "bfloat16"
         }
     )
 
@@ -251,11 +253,12 @@ def test_made_pools_stay_where_they_are(rows, lanes, dtype):
 # What the docstring of layout.num_rows says of other row counts.
 BAD = [
     (6, "bfloat16", "v5e"),
-    (6, "float32", "tpu7x"),
-    (12, "bfloat16", "tpu7x"),
-    (20, "float32", "v5e"),
+    (6, "float32", "v6e"),
+    (10, "bfloat16", "v6e"),
+    (12, "bfloat16", "v4"),
+    (20, "float32", "v5p"),
     (2, "int8", "v5e"),
-    (2, "float8_e5m2", "tpu7x"),
+    (2, "float8_e5m2", "v6e"),
 ]
 
 
@@ -316,9 +319,12 @@ def _layer_args(num_tokens, pool, num_layers=None):
 CHAIN_TOKENS = 65536
 
 
-@pytest.mark.parametrize("generation", ["v5e", "v6e", "tpu7x"])
-@pytest.mark.parametrize("rope", [lambda x, *_: x, _rope_by_head], ids=["no_rope", "rope"])
-def test_projection_to_pool_copies_neither_k_nor_v(rope, generation):
+@pytest.mark.parametrize(
+    ("generation", "rope"),
+    [("v5e", _rope_by_head), ("tpu7x", lambda x, *_: x), ("tpu7x", _rope_by_head)],
+    ids=["v5e-rope", "tpu7x-no_rope", "tpu7x-rope"],
+)
+def test_projection_to_pool_copies_neither_k_nor_v(generation, rope):
     pool = _pool(8, 128, 16, "bfloat16", min_bytes=2**30)
     layer = functools.partial(_layer, rope=rope, form="flat")
     hlo = aot_compile(
@@ -344,9 +350,8 @@ def test_other_forms_are_copied_by_xla(rope, form):
     assert "copy" in opcodes
 
 
-@pytest.mark.parametrize("generation", ["v5e", "tpu7x"])
-@pytest.mark.parametrize("rope", [_rope_by_head], ids=["rope"])
-def test_scan_over_layers(rope, generation):
+@pytest.mark.parametrize("generation", ["v5e", "v6e"])
+def test_scan_over_layers(generation):
     """One flat pool of L * P pages through lax.scan, ids moved by layer * P."""
     num_layers = 4
     pool = _pool(8, 128, 16, "bfloat16", min_bytes=2**30)
@@ -356,16 +361,19 @@ def test_scan_over_layers(rope, generation):
         def body(pool, layer):
             index, w_k, w_v = layer
             ids = jnp.where(page_ids >= 0, page_ids + index * num_pages, -1)
-            return _layer(pool, x, w_k, w_v, cos, sin, ids, rope=rope, form="flat"), None
+            pool = _layer(pool, x, w_k, w_v, cos, sin, ids, rope=_rope_by_head, form="flat")
+            return pool, None
 
         return lax.scan(body, pool, (jnp.arange(num_layers), w_k, w_v))[0]
 
     args = _layer_args(CHAIN_TOKENS, pool, num_layers)
-    hlo = aot_compile(model, args, generation, jit_kwargs={"donate_argnums": 0}).as_text()
+    compiled = aot_compile(model, args, generation, jit_kwargs={"donate_argnums": 0})
+    hlo = compiled.as_text()
     assert " while(" in hlo  # the loop was not unrolled away
     _assert_no_pool_copy(hlo, pool)
     found = large_results(hlo, CHAIN_TOKENS * 1024 * 2)
     assert {opcode for opcode, _ in found} <= {"fusion"}, [line[:200] for _, line in found]
+    assert compiled.memory_analysis().temp_size_in_bytes < _size(pool)
 
 
 def test_config_is_in_the_kernels_name():

@@ -141,7 +141,7 @@ def kernel(walk, *refs):
             fits = end(jnp.minimum(until, step) - 1) <= limit
             return (order != ANY_ORDER) & (until <= num_entries) & fits
 
-        if walk.group <= walk.unroll:  # a second chunk cannot fit
+        if walk.group <= walk.unroll and not entries.has_lengths:  # a second one cannot fit
             last = jnp.where(chunk_fits(i), i + walk.unroll, i)
         else:
             last = lax.while_loop(chunk_fits, lambda last: last + walk.unroll, i)

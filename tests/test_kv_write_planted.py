@@ -1,0 +1,390 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Bugs planted in the oracle and in the kernels: the checks of test_kv_write.py must catch each.
+
+A bug is one snippet of a module's source, replaced; the modules that import it are made anew. Each
+kernel bug is run in one DMA mode in which it must show, and the test says how it shows.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+import types
+
+import jax
+import pytest
+
+from pallas_paged import kv_write
+from tests.cases import Case, RaceFoundError, difference, expected, interpret, make
+
+# In the order in which they import each other.
+_MODULES = (
+    "oracle",
+    "mosaic_tpu_interleave",
+    "mosaic_tpu_copy",
+    "mosaic_tpu_walk",
+    "mosaic_tpu",
+)
+
+
+def _plant(monkeypatch, name, old, new):
+    """The module `name` with `old` replaced by `new` once, and all others made anew around it."""
+    for module_name in _MODULES:
+        full_name = f"{kv_write.__name__}.{module_name}"
+        path = pathlib.Path(sys.modules[full_name].__file__)
+        source = path.read_text()
+        if module_name == name:
+            assert source.count(old) == 1, f"the snippet occurs {source.count(old)} times"
+            source = source.replace(old, new)
+        module = types.ModuleType(full_name)
+        module.__file__ = str(path)
+        monkeypatch.setitem(sys.modules, full_name, module)
+        monkeypatch.setattr(kv_write, module_name, module)
+        exec(compile(source, str(path), "exec"), module.__dict__)
+    return sys.modules[f"{kv_write.__name__}.{name}"]
+
+
+def _run(module, call):
+    """The call through a backend's module, past the public op and what it has compiled."""
+    positional, keywords = call.arguments()
+    if call.case.op != "copy_pages":
+        keywords = {"k_scale": None, "v_scale": None} | keywords
+    static = {"num_kv_heads": keywords.pop("num_kv_heads")} if call.k is not None else {}
+    if call.k is not None and module.__name__.endswith("mosaic_tpu"):
+        static["config"] = call.config()
+    op = functools.partial(getattr(module, call.case.op), **static)
+    return jax.jit(lambda positional, keywords: op(*positional, **keywords))(positional, keywords)
+
+
+def _symptom(call, module, mode):
+    """How a run differs from the plain loop: "bytes", "race", "error" or None."""
+    try:
+        result = interpret(lambda: _run(module, call), mode)
+    except RaceFoundError:
+        return "race"
+    except jax.errors.JaxRuntimeError as e:
+        assert "Out-of-bounds" in str(e), e  # not a mistake in the planted source
+        return "error"
+    return "bytes" if difference(result, expected(call)) else None
+
+
+PAGES = Case("page_write", 40, 4, 1, 128, "float32", "holes", "float32", is_flat=False)
+ONE_BY_ONE = Case("page_write", 40, 1, 1, 128, "float32", "any", "float32", is_flat=False)
+RAGGED = Case("page_write", 45, 4, 1, 128, "float32", "live")
+SLICES = Case("slice_write", 33, 16, 1, 128, "float32", "any", "float32", is_flat=False)
+TOKENS = Case("token_write", 33, 4, 1, 128, "float32", "any", "float32", is_flat=False)
+INT8 = Case("token_write", 16, 4, 3, 64, "int8", "live", scale="head", extreme=True)
+E4M3 = Case("token_write", 16, 4, 2, 128, "float8_e4m3fn", "live", extreme=True)
+BF16 = Case("token_write", 16, 4, 2, 128, "bfloat16", "live", is_flat=False)
+PACKED = dataclasses.replace(BF16, is_flat=True, turn_packed=True)
+SPARE_ROWS = dataclasses.replace(TOKENS, num_tokens=16, num_rows=6)
+COPIES = Case("copy_pages", 9, 4, 1, 128, "float32", "holes")
+CONTROLS = (
+    PAGES, ONE_BY_ONE, RAGGED, SLICES, TOKENS, INT8, E4M3, BF16, PACKED, SPARE_ROWS, COPIES,
+)  # fmt: skip
+
+
+def _kinds(case, *kinds):
+    return [dataclasses.replace(case, entries=kind) for kind in kinds]
+
+
+BEYOND, STEP_BACK, LIVE = _kinds(ONE_BY_ONE, "beyond", "step_back", "live")
+
+# name: (module, snippet, what stands there instead, case, DMA mode, how it shows)
+KERNEL_BUGS = {
+    "no_final_drain": (
+        "mosaic_tpu_walk",
+        "    wait_sent(sent_before, slot)\n    wait_sent(sent, 1 - slot)\n",
+        "",
+        PAGES, "on_wait", "bytes",
+    ),
+    "no_final_drain_seen_as_race": (
+        "mosaic_tpu_walk",
+        "    wait_sent(sent_before, slot)\n    wait_sent(sent, 1 - slot)\n",
+        "",
+        PAGES, "eager", "race",
+    ),
+    "drain_one_short": (
+        "mosaic_tpu_walk",
+        "view = pool_words.at[pl.ds(0, sent)]",
+        "view = pool_words.at[pl.ds(0, sent - 1)]",
+        PAGES, "on_wait", "bytes",
+    ),
+    "buffer_reused_before_its_wait": (
+        "mosaic_tpu_walk",
+        "        wait_sent(sent_before, slot)\n        interleave(",
+        "        interleave(",
+        TOKENS, "on_wait", "race",
+    ),
+    "loads_not_waited_for": (
+        "mosaic_tpu_walk",
+        "        wait_loads(start, needed, slot)\n",
+        "",
+        TOKENS, "on_wait", "bytes",
+    ),
+    "skip_not_honoured": (
+        "mosaic_tpu_walk",
+        "pl.when(live)(lambda: send(",
+        "(lambda action: action())(lambda: send(",
+        PAGES, "eager", "error",
+    ),
+    "skip_not_honoured_in_chunks": (
+        "mosaic_tpu_walk",
+        "pl.when(is_in_pool(goal))(",
+        "(lambda action: action())(",
+        TOKENS, "eager", "error",
+    ),
+    "id_clamped": (
+        "mosaic_tpu_walk",
+        "return target_ref[i // parts]",
+        "return jnp.clip(target_ref[i // parts], 0, num_targets - 1)",
+        PAGES, "on_wait", "race",  # two entries are clamped onto one page
+    ),
+    "identity_page_ids": (
+        "mosaic_tpu_walk",
+        "return target_ref[i // parts]",
+        "return i // parts",
+        PAGES, "on_wait", "bytes",
+    ),
+    "source_off_by_one": (
+        "mosaic_tpu_walk",
+        "to_row = slot * walk.buffer - start",
+        "to_row = slot * walk.buffer - start + 1",
+        PAGES, "on_wait", "bytes",
+    ),
+    "ragged_end_ignored": (
+        "mosaic_tpu_walk",
+        "yield needed > walk.whole, pltpu",
+        "yield needed > walk.num_tokens, pltpu",
+        RAGGED, "on_wait", "bytes",
+    ),
+    "window_one_short": (
+        "mosaic_tpu_walk",
+        "rows = pl.cdiv(needed - start, walk.align)",
+        "rows = pl.cdiv(needed - start - 1, walk.align)",
+        PAGES, "on_wait", "bytes",
+    ),
+    "needed_end_ignores_later_entries": (
+        "mosaic_tpu_walk",
+        "needed = jnp.where(live, jnp.maximum(needed, end(last)), needed)",
+        "needed = jnp.maximum(needed, jnp.where(last == i, end(last), needed))",
+        PAGES, "on_wait", "bytes",
+    ),
+    "sent_counted_short": (
+        "mosaic_tpu_walk",
+        "return sent if num_tokens is None else sent + walk.unroll * num_tokens",
+        "return sent if num_tokens is None else sent + (walk.unroll - 1) * num_tokens",
+        LIVE, "on_wait", "bytes",
+    ),
+    "any_order_taken_for_ascending": (
+        "mosaic_tpu_walk",
+        "return num_walked, jnp.where(-early < num_walked, ANY_ORDER, order)",
+        "return num_walked, order",
+        STEP_BACK, "on_wait", "error",
+    ),
+    "holes_taken_for_live": (
+        "mosaic_tpu_walk",
+        "order = jnp.where(-hole < num_walked, ASCENDING, order)",
+        "order = order",
+        BEYOND, "eager", "error",
+    ),
+    "ids_past_the_pool_taken_for_live": (
+        "mosaic_tpu",
+        "is_live = (page_ids >= 0) & (page_ids < num_pages)",
+        "is_live = page_ids >= 0",
+        BEYOND, "eager", "error",
+    ),
+    "start_overflows": (
+        "mosaic_tpu",
+        "starts = jnp.clip(token_starts, 0, num_tokens)",
+        "starts = token_starts",
+        STEP_BACK, "on_wait", "error",
+    ),
+    "k_and_v_swapped": (
+        "mosaic_tpu_interleave",
+        "codes(r % 2, r // 2, first,",
+        "codes(1 - r % 2, r // 2, first,",
+        TOKENS, "eager", "bytes",
+    ),
+    "wrong_heads_paired": (
+        "mosaic_tpu_interleave",
+        "codes(r % 2, r // 2, first,",
+        "codes(r // slots.num_kv_heads, r % slots.num_kv_heads, first,",
+        E4M3, "eager", "bytes",
+    ),
+    "k_and_v_swapped_in_place": (
+        "mosaic_tpu_interleave",
+        "(k >> 16) | (v & high)",
+        "(v >> 16) | (k & high)",
+        BF16, "eager", "bytes",
+    ),
+    "odd_tokens_before_even": (
+        "mosaic_tpu_interleave",
+        "[(k & low) | (v << 16), (k >> 16) | (v & ~low)]",
+        "[(k >> 16) | (v & ~low), (k & low) | (v << 16)]",
+        PACKED, "eager", "bytes",
+    ),
+    "scale_ignored": (
+        "mosaic_tpu_interleave",
+        "x = x * scales(which, head)",
+        "pass",
+        INT8, "eager", "bytes",
+    ),
+    "first_heads_scale_for_all": (
+        "mosaic_tpu_walk",
+        "scale_ref[which * slots.num_kv_heads + head]",
+        "scale_ref[which * slots.num_kv_heads]",
+        INT8, "eager", "bytes",
+    ),
+    "fp8_rounded_toward_zero": (
+        "mosaic_tpu_interleave",
+        "normal = (clipped - rebias + ((1 << (shift - 1)) - 1) + odd) >> shift",
+        "normal = (clipped - rebias) >> shift",
+        E4M3, "eager", "bytes",
+    ),
+    "fp8_ties_rounded_down": (
+        "mosaic_tpu_interleave",
+        "((1 << (shift - 1)) - 1) + odd",
+        "((1 << (shift - 1)) - 1)",
+        E4M3, "eager", "bytes",
+    ),
+    "fp8_not_saturated": (
+        "mosaic_tpu_interleave",
+        "clipped = jnp.minimum(magnitude, largest)",
+        "clipped = magnitude",
+        E4M3, "eager", "bytes",
+    ),
+    "fp8_subnormals_flushed": (
+        "mosaic_tpu_interleave",
+        "clipped < smallest_normal, subnormal, normal",
+        "clipped < smallest_normal, 0, normal",
+        E4M3, "eager", "bytes",
+    ),
+    "int8_not_saturated": (
+        "mosaic_tpu_interleave",
+        "jnp.clip(x, -128.0, 127.0)",
+        "x",
+        INT8, "eager", "bytes",
+    ),
+    "padding_rows_not_cleared": (
+        "mosaic_tpu_walk",
+        "if slots.has_padding:",
+        "if False:",
+        SPARE_ROWS, "eager", "bytes",
+    ),
+    "copies_not_drained": (
+        "mosaic_tpu_copy",
+        "lax.while_loop(lambda copied: copied > 0, wait, copied)",
+        "pass",
+        COPIES, "on_wait", "bytes",
+    ),
+    "copies_not_drained_seen_as_race": (
+        "mosaic_tpu_copy",
+        "lax.while_loop(lambda copied: copied > 0, wait, copied)",
+        "pass",
+        COPIES, "eager", "race",
+    ),
+    "copy_to_an_unchecked_page": (
+        "mosaic_tpu_copy",
+        "& (dst.astype(jnp.uint32) < num_pages)",
+        "",
+        COPIES, "eager", "error",
+    ),
+}  # fmt: skip
+
+# name: (snippet, what stands there instead, case)
+ORACLE_BUGS = {
+    "identity_page_ids": (
+        "_set(kv_pages, jnp.where(is_live, page_ids, num_pages), new[tokens])",
+        "_set(kv_pages, jnp.arange(page_ids.shape[0]), new[tokens])",
+        PAGES,
+    ),
+    "minus_one_wraps": (
+        "is_live = (page_ids >= 0) & (page_ids < num_pages)",
+        "is_live = (page_ids >= -1) & (page_ids < num_pages)",
+        PAGES,
+    ),
+    "id_clamped": (
+        "is_live = (page_ids >= 0) & (page_ids < num_pages)",
+        "page_ids = jnp.minimum(page_ids, num_pages - 1); is_live = page_ids >= 0",
+        PAGES,
+    ),
+    "source_off_by_one": (
+        "tokens = starts[:, None] + jnp.arange(page_size, dtype=jnp.int32)",
+        "tokens = starts[:, None] + jnp.arange(1, page_size + 1, dtype=jnp.int32)",
+        PAGES,
+    ),
+    "source_clamped": (
+        "is_live &= (token_starts >= 0) & (token_starts <= num_tokens - page_size)",
+        "token_starts = jnp.clip(token_starts, 0, num_tokens - page_size)",
+        ONE_BY_ONE,
+    ),
+    "slice_crosses_its_page": (
+        "is_live &= first_slot % page_size <= page_size - length",
+        "pass",
+        SLICES,
+    ),
+    "num_slices_ignored": (
+        "is_live = jnp.arange(slices.shape[1]) < num_slices[0]",
+        "is_live = jnp.ones(slices.shape[1], bool)",
+        SLICES,
+    ),
+    "slice_one_short": (
+        "is_token = is_live[:, None] & (step < length[:, None])",
+        "is_token = is_live[:, None] & (step < length[:, None] - 1)",
+        SLICES,
+    ),
+    "token_minus_one_wraps": (
+        "is_live = (slots >= 0) & (slots < pool.shape[0])",
+        "is_live = (slots >= -1) & (slots < pool.shape[0])",
+        TOKENS,
+    ),
+    "k_and_v_swapped": (
+        "layout.merge_kv(_bits(k), _bits(v), ",
+        "layout.merge_kv(_bits(v), _bits(k), ",
+        BF16,
+    ),
+    "scale_ignored": (" * inverse_scale(scale, x.shape[1])[:, None]", "", INT8),
+    "k_scale_for_v": (
+        "quantize(layout.split_heads(v, num_kv_heads), v_scale,",
+        "quantize(layout.split_heads(v, num_kv_heads), k_scale,",
+        INT8,
+    ),
+    "int8_rounded_toward_zero": ("jnp.round(y)", "jnp.trunc(y)", INT8),
+    "int8_ties_rounded_up": (
+        "jnp.round(y)",
+        "jnp.floor(y + 0.5)",
+        dataclasses.replace(INT8, scale="none"),
+    ),
+    "fp8_not_saturated": ("jnp.clip(y, -largest, largest).astype", "y.astype", E4M3),
+    "pool_zeroed": ("_bits(pool).at[index]", "jnp.zeros_like(_bits(pool)).at[index]", BF16),
+    "copied_the_wrong_way": (
+        "pages = kv_pages[jnp.where(is_live, src_ids, 0)]",
+        "pages = kv_pages[jnp.where(is_live, dst_ids, 0)]",
+        COPIES,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ORACLE_BUGS)
+def test_oracle_bug_is_caught(name, monkeypatch):
+    old, new, case = ORACLE_BUGS[name]
+    module = _plant(monkeypatch, "oracle", old, new)
+    call = make(case)
+    assert difference(_run(module, call), expected(call)) is not None
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, id=f"{n}-{b[4]}-{b[5]}") for n, b in KERNEL_BUGS.items()]
+)
+def test_kernel_bug_is_caught(name, monkeypatch):
+    module_name, old, new, case, mode, symptom = KERNEL_BUGS[name]
+    _plant(monkeypatch, module_name, old, new)
+    assert _symptom(make(case), kv_write.mosaic_tpu, mode) == symptom
+
+
+@pytest.mark.parametrize("case", CONTROLS, ids=lambda case: case.id)
+def test_without_a_bug_nothing_shows(case, monkeypatch):
+    """The same machinery with nothing planted."""
+    module = _plant(monkeypatch, "mosaic_tpu", '"""Writes on TPU', '"""Writes on a TPU')
+    assert _symptom(make(case), module, "on_wait") is None
