@@ -324,7 +324,7 @@ def _predict(case: Case, schedule: ts.Schedule) -> Prediction:
         inside = loops_in(node)
         if inside == {"count"}:
             return 0.0  # a chunk with an entry to skip; a dense case has none
-        if inside in ({"plan_entries"}, {"open_entries"}):
+        if inside in ({"plan_entries"}, {"open_entries"}) and not node.total.dma_issues:
             return walk.one_by_one * per_group
         return 1.0
 

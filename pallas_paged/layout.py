@@ -161,6 +161,13 @@ def flatten_slots(kv_pages: jax.Array) -> jax.Array:
     return kv_pages.reshape(-1, *kv_pages.shape[2:])
 
 
+def result_like(kv_pages: jax.Array) -> jax.ShapeDtypeStruct:
+    """The result of a kernel that updates the pool, varying over a shard_map's axes as it does."""
+    return jax.ShapeDtypeStruct(
+        kv_pages.shape, kv_pages.dtype, manual_axis_type=jax.typeof(kv_pages).manual_axis_type
+    )
+
+
 def to_words(slots: jax.Array) -> jax.Array:
     """Slots `[..., R, C]` of a 16- or 8-bit dtype as uint32 words `[..., words, C]`.
 

@@ -294,7 +294,7 @@ def _rope_reshaped(x, cos, sin, num_kv_heads):
     return (y * cos[:, None] + turned * sin[:, None]).astype(x.dtype).reshape(x.shape)
 
 
-def _layer(pool, x, w_k, w_v, cos, sin, page_ids, *, rope, form, heads=8):
+def _layer(pool, x, w_k, w_v, cos, sin, page_ids, *, rope, form, heads=2):
     k, v = rope(x @ w_k, cos, sin, heads), x @ w_v
     if form == "by_head":
         k, v = (y.reshape(y.shape[0], heads, -1) for y in (k, v))
@@ -309,14 +309,14 @@ def _layer_args(num_tokens, pool, num_layers=None):
     return (
         pool,
         Struct((num_tokens, 1024), bf16),
-        *(Struct((*layers, 1024, 1024), bf16) for _ in "kv"),
+        *(Struct((*layers, 1024, 256), bf16) for _ in "kv"),
         *(Struct((num_tokens, 128), f32) for _ in ("cos", "sin")),
         Struct((num_tokens // 16,), jnp.int32),
     )
 
 
 # So many tokens that k is as large as a VMEM and XLA cannot hide a copy of it there.
-CHAIN_TOKENS = 65536
+CHAIN_TOKENS = 262144
 
 
 @pytest.mark.parametrize(
@@ -325,13 +325,13 @@ CHAIN_TOKENS = 65536
     ids=["v5e-rope", "tpu7x-no_rope", "tpu7x-rope"],
 )
 def test_projection_to_pool_copies_neither_k_nor_v(generation, rope):
-    pool = _pool(8, 128, 16, "bfloat16", min_bytes=2**30)
+    pool = _pool(2, 128, 16, "bfloat16", min_bytes=2**30)
     layer = functools.partial(_layer, rope=rope, form="flat")
     hlo = aot_compile(
         layer, _layer_args(CHAIN_TOKENS, pool), generation, jit_kwargs={"donate_argnums": 0}
     ).as_text()
     _assert_no_pool_copy(hlo, pool)
-    found = large_results(hlo, CHAIN_TOKENS * 1024 * 2)
+    found = large_results(hlo, CHAIN_TOKENS * 256 * 2)
     assert {opcode for opcode, _ in found} <= {"fusion"}, [line[:200] for _, line in found]
 
 
@@ -341,12 +341,12 @@ def test_projection_to_pool_copies_neither_k_nor_v(generation, rope):
 )  # fmt: skip
 def test_other_forms_are_copied_by_xla(rope, form):
     """Why the docs recommend [T, K*H] and RoPE by head; also: the check above can fail."""
-    pool = _pool(8, 128, 16, "bfloat16", min_bytes=2**30)
+    pool = _pool(2, 128, 16, "bfloat16", min_bytes=2**30)
     layer = functools.partial(_layer, rope=rope, form=form)
     hlo = aot_compile(
         layer, _layer_args(CHAIN_TOKENS, pool), "v5e", jit_kwargs={"donate_argnums": 0}
     ).as_text()
-    opcodes = {opcode for opcode, _ in large_results(hlo, CHAIN_TOKENS * 1024 * 2)}
+    opcodes = {opcode for opcode, _ in large_results(hlo, CHAIN_TOKENS * 256 * 2)}
     assert "copy" in opcodes
 
 
@@ -354,7 +354,7 @@ def test_other_forms_are_copied_by_xla(rope, form):
 def test_scan_over_layers(generation):
     """One flat pool of L * P pages through lax.scan, ids moved by layer * P."""
     num_layers = 4
-    pool = _pool(8, 128, 16, "bfloat16", min_bytes=2**30)
+    pool = _pool(2, 128, 16, "bfloat16", min_bytes=2**30)
     num_pages = pool.shape[0] // num_layers
 
     def model(pool, x, w_k, w_v, cos, sin, page_ids):
@@ -367,13 +367,11 @@ def test_scan_over_layers(generation):
         return lax.scan(body, pool, (jnp.arange(num_layers), w_k, w_v))[0]
 
     args = _layer_args(CHAIN_TOKENS, pool, num_layers)
-    compiled = aot_compile(model, args, generation, jit_kwargs={"donate_argnums": 0})
-    hlo = compiled.as_text()
+    hlo = aot_compile(model, args, generation, jit_kwargs={"donate_argnums": 0}).as_text()
     assert " while(" in hlo  # the loop was not unrolled away
     _assert_no_pool_copy(hlo, pool)
-    found = large_results(hlo, CHAIN_TOKENS * 1024 * 2)
+    found = large_results(hlo, CHAIN_TOKENS * 256 * 2)
     assert {opcode for opcode, _ in found} <= {"fusion"}, [line[:200] for _, line in found]
-    assert compiled.memory_analysis().temp_size_in_bytes < _size(pool)
 
 
 def test_config_is_in_the_kernels_name():

@@ -103,6 +103,9 @@ def write_indices(
             hint="it sets the result's static shapes",
         )
 
+    page_indices, kv_lens, cu_q_lens, num_seqs = (
+        jnp.asarray(x) for x in (page_indices, kv_lens, cu_q_lens, num_seqs)
+    )
     # Absurd lengths must give no wild slot: a sequence lives inside the batch and its table row.
     is_seq = jnp.arange(max_seqs) < num_seqs[0]
     q_start = jnp.clip(cu_q_lens[:-1], 0, num_tokens)

@@ -344,7 +344,7 @@ def _launch(
     new_tokens = k.size * k.dtype.itemsize * 2
     return pl.pallas_call(
         functools.partial(kernel, static),
-        out_shape=jax.ShapeDtypeStruct(pool.shape, pool.dtype),
+        out_shape=layout.result_like(pool),
         grid=(metadata[0].shape[0] // step,),
         in_specs=[
             *(whole_smem for _ in survey),

@@ -9,6 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_paged import layout
+
 # Pairs of ids whose metadata is in SMEM at a time.
 _PAIRS_PER_STEP = 8192
 _UNROLL = 8
@@ -29,7 +31,7 @@ def copy_pages(kv_pages, src_ids, dst_ids):
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         functools.partial(_copy_kernel, step),
-        out_shape=jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype),
+        out_shape=layout.result_like(kv_pages),
         grid=(src_ids.shape[0] // step,),
         in_specs=[spec, spec, hbm],
         out_specs=hbm,
