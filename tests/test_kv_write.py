@@ -58,7 +58,7 @@ def _with_kinds():
 def _every_kind():
     """What the kernel does by the order of its entries, whole unrolled chunks and what is left."""
     for case, mode in (
-        (Case("page_write", 70, 1, 2, 128), "on_wait"),
+        (Case("page_write", 70, 1, 2, 128, block_tokens=32), "on_wait"),
         (Case("page_write", 70, 2, 1, 128, is_flat=False, block_tokens=32), "eager"),
         (Case("slice_write", 70, 16, 2, 128, block_tokens=32), "on_wait"),
         (Case("slice_write", 61, 33, 1, 128, block_tokens=48, is_flat=False), "eager"),

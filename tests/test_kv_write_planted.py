@@ -69,7 +69,9 @@ def _symptom(call, module, mode):
 
 
 PAGES = Case("page_write", 40, 4, 1, 128, "float32", "holes", "float32", is_flat=False)
-ONE_BY_ONE = Case("page_write", 40, 1, 1, 128, "float32", "any", "float32", is_flat=False)
+ONE_BY_ONE = Case(
+    "page_write", 40, 1, 1, 128, "float32", "any", "float32", is_flat=False, block_tokens=32
+)
 RAGGED = Case("page_write", 45, 4, 1, 128, "float32", "live")
 SLICES = Case("slice_write", 33, 16, 1, 128, "float32", "any", "float32", is_flat=False)
 TOKENS = Case("token_write", 33, 4, 1, 128, "float32", "any", "float32", is_flat=False)
@@ -84,11 +86,10 @@ CONTROLS = (
 )  # fmt: skip
 
 
-def _kinds(case, *kinds):
-    return [dataclasses.replace(case, entries=kind) for kind in kinds]
-
-
-BEYOND, STEP_BACK, LIVE = _kinds(ONE_BY_ONE, "beyond", "step_back", "live")
+BEYOND, STEP_BACK, LIVE, NONE = (
+    dataclasses.replace(ONE_BY_ONE, entries=kind)
+    for kind in ("beyond", "step_back", "live", "none")
+)
 
 # name: (module, snippet, what stands there instead, case, DMA mode, how it shows)
 KERNEL_BUGS = {
@@ -108,13 +109,13 @@ KERNEL_BUGS = {
         "mosaic_tpu_walk",
         "view = pool_words.at[pl.ds(0, sent)]",
         "view = pool_words.at[pl.ds(0, sent - 1)]",
-        PAGES, "on_wait", "bytes",
+        ONE_BY_ONE, "on_wait", "bytes",
     ),
     "buffer_reused_before_its_wait": (
         "mosaic_tpu_walk",
         "        wait_sent(sent_before, slot)\n        interleave(",
         "        interleave(",
-        TOKENS, "on_wait", "race",
+        TOKENS, "on_wait", "bytes",
     ),
     "loads_not_waited_for": (
         "mosaic_tpu_walk",
@@ -126,7 +127,7 @@ KERNEL_BUGS = {
         "mosaic_tpu_walk",
         "pl.when(live)(lambda: send(",
         "(lambda action: action())(lambda: send(",
-        PAGES, "eager", "error",
+        TOKENS, "eager", "error",
     ),
     "skip_not_honoured_in_chunks": (
         "mosaic_tpu_walk",
@@ -138,7 +139,7 @@ KERNEL_BUGS = {
         "mosaic_tpu_walk",
         "return target_ref[i // parts]",
         "return jnp.clip(target_ref[i // parts], 0, num_targets - 1)",
-        PAGES, "on_wait", "race",  # two entries are clamped onto one page
+        PAGES, "on_wait", "bytes",
     ),
     "identity_page_ids": (
         "mosaic_tpu_walk",
@@ -150,7 +151,7 @@ KERNEL_BUGS = {
         "mosaic_tpu_walk",
         "to_row = slot * walk.buffer - start",
         "to_row = slot * walk.buffer - start + 1",
-        PAGES, "on_wait", "bytes",
+        PAGES, "on_wait", "error",  # the last token's row is past the buffers
     ),
     "ragged_end_ignored": (
         "mosaic_tpu_walk",
@@ -168,7 +169,7 @@ KERNEL_BUGS = {
         "mosaic_tpu_walk",
         "needed = jnp.where(live, jnp.maximum(needed, end(last)), needed)",
         "needed = jnp.maximum(needed, jnp.where(last == i, end(last), needed))",
-        PAGES, "on_wait", "bytes",
+        SLICES, "on_wait", "bytes",
     ),
     "sent_counted_short": (
         "mosaic_tpu_walk",
@@ -302,7 +303,7 @@ ORACLE_BUGS = {
     "minus_one_wraps": (
         "is_live = (page_ids >= 0) & (page_ids < num_pages)",
         "is_live = (page_ids >= -1) & (page_ids < num_pages)",
-        PAGES,
+        NONE,
     ),
     "id_clamped": (
         "is_live = (page_ids >= 0) & (page_ids < num_pages)",

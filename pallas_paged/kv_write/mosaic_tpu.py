@@ -39,6 +39,8 @@ from pallas_paged.kv_write.mosaic_tpu_walk import (
 # A quarter of the smallest VMEM among the generations (v4: 16 MiB), so that a caller's own kernels
 # and XLA's prefetches keep their room.
 _VMEM_BUDGET = 4 * 2**20
+# What a kernel may take at all: XLA's default scope is 16 MiB, and a little of it is the compiler's.
+_VMEM_LIMIT = 14 * 2**20
 # Entries whose metadata is in SMEM at a time; two such windows of three words are 192 KiB of 1 MiB.
 ENTRIES_PER_STEP = 8192
 # At most this many DMAs in one unrolled body: past it the issue cost no longer falls.
@@ -70,29 +72,49 @@ class Config:
 
 def default_config(kv_pages, k, num_kv_heads: int, head_dim: int) -> Config:
     """The largest window whose buffers stay inside the VMEM budget."""
-    pool_bytes = kv_pages.shape[2] * kv_pages.shape[3] * kv_pages.dtype.itemsize
+    slots = _slots(kv_pages, k, num_kv_heads)
+    turn_packed = dispatch.tpu_generation() == 7
+    # 192 are three whole loop bodies of the interleaving; the small ones are for large slots.
+    for block_tokens in (256, 192, 128, 64, 32, 16):
+        config = Config(block_tokens, turn_packed)
+        if vmem_bytes(slots, k, config) <= _VMEM_BUDGET:
+            break
+    return config
+
+
+def vmem_bytes(slots: Slots, k, config: Config) -> int:
+    """VMEM that the kernel's buffers take, as tiles."""
+    align = _row_alignment(k)
+    turn = tiling(slots, k.dtype, config.block_tokens, config.turn_packed)
+    tokens = _round_up(config.block_tokens + 2 * (align if align > 1 else 0), turn.tile)
     lanes = layout.LANES
-    if k.ndim == 2:
-        new_lanes = -(-num_kv_heads * head_dim // lanes) * lanes
+    if slots.is_flat:
+        new_values = _round_up(k.shape[1], lanes)
     else:
-        new_lanes = -(-num_kv_heads // 8) * 8 * -(-head_dim // lanes) * lanes
-    token_bytes = 2 * pool_bytes + 4 * new_lanes * k.dtype.itemsize
-    # The scratch of the turn takes up to an eighth; a window has up to 32 tokens more than a block,
-    # those that alignment adds; whole loop bodies of 64 tokens where there is room for one.
-    tokens = _VMEM_BUDGET * 7 // 8 // token_bytes - 32
-    unit = 64 if tokens >= 64 else 16
-    return Config(
-        block_tokens=max(16, min(256, tokens // unit * unit)),
-        turn_packed=dispatch.tpu_generation() == 7,
+        new_values = _round_up(k.shape[1], 8) * _round_up(k.shape[2], lanes)
+    slot_words = _round_up(slots.num_words, 8) if slots.num_words > 4 else slots.num_words
+    rows, _ = scratch_shape(slots, turn)
+    return (
+        4 * tokens * new_values * k.dtype.itemsize
+        + 2 * tokens * slot_words * slots.num_lanes * 4
+        + rows * lanes * 4
     )
 
 
 def unsupported(kv_pages, k, num_kv_heads: int, head_dim: int) -> str | None:
     """Why the kernels cannot run a write, as a sentence; None if they can."""
-    del num_kv_heads, head_dim
     if k.dtype == jnp.float16:
         return "a TPU has no float16; cast k and v to bfloat16 or float32"
-    return unsupported_pool(kv_pages)
+    reason = unsupported_pool(kv_pages)
+    if reason is None:
+        smallest = vmem_bytes(_slots(kv_pages, k, num_kv_heads), k, Config(16))
+        if smallest > _VMEM_LIMIT:
+            reason = (
+                f"{num_kv_heads} KV heads of {head_dim} in {k.dtype} need {smallest / 2**20:.1f} MiB "
+                f"of VMEM for their smallest window, and {_VMEM_LIMIT / 2**20:.0f} MiB are there; "
+                "shard the heads or split the call by heads"
+            )
+    return reason
 
 
 def unsupported_pool(kv_pages) -> str | None:
@@ -228,6 +250,10 @@ def unroll(group: int, *, has_lengths: bool) -> int:
     return min(group, _MAX_UNROLL)
 
 
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
 def _pad_to(x, size, value):
     return jnp.pad(x, (0, size - x.shape[0]), constant_values=value)
 
@@ -239,7 +265,7 @@ def _write(kv_pages, k, v, metadata, k_scale, v_scale, *, slots, entries, config
     step = min(num_entries, ENTRIES_PER_STEP)
     survey = _survey(metadata, entries) if entries.has_sources else ()
     if num_entries % step:
-        size = -(-num_entries // step) * step
+        size = _round_up(num_entries, step)
         metadata = tuple(_pad_to(x, size, -1) for x in metadata)
 
     # A DMA moves whole tiles of rows. What is left over at the end of k and v goes in by itself.
@@ -310,7 +336,7 @@ def _launch(
     whole = k.shape[0] // align * align
     window = min(config.block_tokens + (align if align > 1 else 0), whole)
     turn = tiling(slots, k.dtype, window, config.turn_packed)
-    buffer = -(-(window + (align if tails else 0)) // turn.tile) * turn.tile
+    buffer = _round_up(window + (align if tails else 0), turn.tile)
     step = min(metadata[0].shape[0], ENTRIES_PER_STEP)
     group = max(1, config.block_tokens // entries.max_len)
     word = jnp.float32 if slots.pool_dtype == jnp.float32 else jnp.uint32
