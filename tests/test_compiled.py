@@ -347,7 +347,7 @@ def test_other_forms_are_copied_by_xla(rope, form):
         layer, _layer_args(CHAIN_TOKENS, pool), "v5e", jit_kwargs={"donate_argnums": 0}
     ).as_text()
     opcodes = {opcode for opcode, _ in large_results(hlo, CHAIN_TOKENS * 256 * 2)}
-    assert "copy" in opcodes
+    assert opcodes & {"copy", "transpose", "reshape"}  # a reshape that was no bitcast is a copy
 
 
 @pytest.mark.parametrize("generation", ["v5e", "v6e"])

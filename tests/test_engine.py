@@ -8,6 +8,7 @@ import random
 import jax
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from reference_engine import batch as batch_lib
 from reference_engine import engine as engine_lib
@@ -92,6 +93,18 @@ def test_scheduling_and_writes_change_nothing(changes):
     result = run(**changes)
     assert_same_bits(result)
     assert (result.num_deferrals > 0) <= CONFIG.page_aligned_scheduling
+
+
+def test_the_tpu_kernels_write_what_the_oracle_writes():
+    """The engine through the interpreted TPU writes: whole pages and slices, bit for bit."""
+    few = [Job(job.prompt_ids[:n], 3, 0) for job, n in zip(jobs()[::2], (21, 13), strict=False)]
+    config = dataclasses.replace(CONFIG, max_num_batched_tokens=24, max_num_seqs=2)
+    want = replay(few, params(), MODEL, config)
+    with pltpu.force_tpu_interpret_mode():
+        config = dataclasses.replace(config, write_backend="mosaic_tpu")
+        got = replay(few, params(), MODEL, config)
+    assert compare(want, got).is_equal
+    assert got.num_whole_pages > 0 and got.num_slices > 0
 
 
 @pytest.mark.parametrize("aligned", [True, False])

@@ -108,7 +108,7 @@ KERNEL_BUGS = {
     "drain_one_short": (
         "mosaic_tpu_walk",
         "view = pool_words.at[pl.ds(0, sent)]",
-        "view = pool_words.at[pl.ds(0, sent - 1)]",
+        "view = pool_words.at[pl.ds(0, jnp.maximum(sent - 1, 1))]",
         ONE_BY_ONE, "on_wait", "bytes",
     ),
     "buffer_reused_before_its_wait": (
@@ -148,10 +148,10 @@ KERNEL_BUGS = {
         PAGES, "on_wait", "bytes",
     ),
     "source_off_by_one": (
-        "mosaic_tpu_walk",
-        "to_row = slot * walk.buffer - start",
-        "to_row = slot * walk.buffer - start + 1",
-        PAGES, "on_wait", "error",  # the last token's row is past the buffers
+        "mosaic_tpu",
+        "starts = jnp.clip(token_starts, 0, num_tokens)",
+        "starts = jnp.clip(token_starts - 1, 0, num_tokens)",
+        PAGES, "eager", "bytes",
     ),
     "ragged_end_ignored": (
         "mosaic_tpu_walk",
@@ -181,12 +181,12 @@ KERNEL_BUGS = {
         "mosaic_tpu_walk",
         "return num_walked, jnp.where(-early < num_walked, ANY_ORDER, order)",
         "return num_walked, order",
-        STEP_BACK, "on_wait", "error",
+        STEP_BACK, "on_wait", "bytes",
     ),
     "holes_taken_for_live": (
         "mosaic_tpu_walk",
         "order = jnp.where(-hole < num_walked, ASCENDING, order)",
-        "order = order",
+        "pass",
         BEYOND, "eager", "error",
     ),
     "ids_past_the_pool_taken_for_live": (
@@ -199,7 +199,7 @@ KERNEL_BUGS = {
         "mosaic_tpu",
         "starts = jnp.clip(token_starts, 0, num_tokens)",
         "starts = token_starts",
-        STEP_BACK, "on_wait", "error",
+        STEP_BACK, "on_wait", "bytes",
     ),
     "k_and_v_swapped": (
         "mosaic_tpu_interleave",

@@ -39,7 +39,7 @@ from pallas_paged.kv_write.mosaic_tpu_walk import (
 # A quarter of the smallest VMEM among the generations (v4: 16 MiB), so that a caller's own kernels
 # and XLA's prefetches keep their room.
 _VMEM_BUDGET = 4 * 2**20
-# What a kernel may take at all: XLA's default scope is 16 MiB, and a little of it is the compiler's.
+# What a kernel may take at all: XLA's default scope is 16 MiB, and the compiler takes a little.
 _VMEM_LIMIT = 14 * 2**20
 # Entries whose metadata is in SMEM at a time; two such windows of three words are 192 KiB of 1 MiB.
 ENTRIES_PER_STEP = 8192
@@ -110,9 +110,9 @@ def unsupported(kv_pages, k, num_kv_heads: int, head_dim: int) -> str | None:
         smallest = vmem_bytes(_slots(kv_pages, k, num_kv_heads), k, Config(16))
         if smallest > _VMEM_LIMIT:
             reason = (
-                f"{num_kv_heads} KV heads of {head_dim} in {k.dtype} need {smallest / 2**20:.1f} MiB "
-                f"of VMEM for their smallest window, and {_VMEM_LIMIT / 2**20:.0f} MiB are there; "
-                "shard the heads or split the call by heads"
+                f"{num_kv_heads} KV heads of {head_dim} in {k.dtype} need {smallest / 2**20:.1f} "
+                f"MiB of VMEM for their smallest window, and {_VMEM_LIMIT / 2**20:.0f} MiB are "
+                "there; shard the heads or split the call by heads"
             )
     return reason
 
