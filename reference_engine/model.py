@@ -92,12 +92,12 @@ def _in_layer(batch: Batch, first_page: jax.Array, page_size: int) -> Batch:
 def _attention(x, weights, kv_pages, batch, rotation, config, write_backend, attention):
     """Writes the new keys and values, then attends; x [T, D] -> [T, D], and the pool."""
     num_tokens = x.shape[0]
-    q = _rotate(_matmul(x, weights["q"]).reshape(num_tokens, config.num_heads, -1), rotation)
-    k = _rotate(_matmul(x, weights["k"]).reshape(num_tokens, config.num_kv_heads, -1), rotation)
+    q = _rotate(_matmul(x, weights["q"]), rotation, config.num_heads)  # [T, N*H]
+    k = _rotate(_matmul(x, weights["k"]), rotation, config.num_kv_heads)  # [T, K*H]
     v = _matmul(x, weights["v"])  # [T, K*H]
-    kv_pages = _write(kv_pages, k.reshape(v.shape), v, batch, config, write_backend)
+    kv_pages = _write(kv_pages, k, v, batch, config, write_backend)
     out = ragged_paged_attention(
-        q, kv_pages, batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.num_seqs,
+        q.reshape(num_tokens, config.num_heads, -1), kv_pages, batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.num_seqs,
         sm_scale=config.head_dim**-0.5, num_kv_heads=config.num_kv_heads, backend=attention,
     )
     return _matmul(out.reshape(num_tokens, -1), weights["o"]), kv_pages
@@ -137,16 +137,22 @@ def _rms_norm(x, scale, config):
 
 
 def _rotation(positions, config):
-    """cos and sin of the rotary angles, f32[T, 1, H/2] each."""
+    """cos and sin of the rotary angles, f32[T, H/2] each."""
     half = config.head_dim // 2
     frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, None, None].astype(jnp.float32) * frequencies
+    angles = positions[:, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def _rotate(x, rotation):
-    """Rotates the two halves of every head against each other; x [T, heads, H]."""
+def _rotate(x, rotation, num_heads):
+    """Rotates the two halves of every head against each other; x [T, heads * H].
+
+    Head by head on the projection's own lanes: through a view [T, heads, H] XLA would copy k on a
+    TPU, there and back.
+    """
     cos, sin = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+    rotated = []
+    for head in jnp.split(x.astype(jnp.float32), num_heads, axis=1):
+        first, second = jnp.split(head, 2, axis=1)
+        rotated += [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=1).astype(x.dtype)

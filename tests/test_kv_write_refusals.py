@@ -254,16 +254,31 @@ def test_derivative_by_k(op):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("op", WRITES)
-@pytest.mark.parametrize("argument", ["k", "metadata", "k_scale"])
+ALONE = [
+    *((op, name) for op in WRITES for name in ("k", "v", "k_scale", "v_scale")),
+    ("page_write", "page_ids"),
+    ("page_write", "token_starts"),
+    ("slice_write", "slices"),
+    ("slice_write", "num_slices"),
+    ("token_write", "slots"),
+    ("copy_pages", "src_ids"),
+    ("copy_pages", "dst_ids"),
+]
+
+
+@pytest.mark.parametrize(("op", "argument"), ALONE)
 def test_vmap_of_one_argument(op, argument):
-    arguments = _arguments(op, kv_pages=_pool(dtype=jnp.int8), k_scale=jnp.ones(()))
-    name = {"metadata": list(arguments)[3]}.get(argument, argument)
+    """No argument is left out of the refusal."""
+    arguments = _arguments(op, kv_pages=_pool(dtype=jnp.int8))
+    if op != "copy_pages":
+        arguments |= {"k_scale": jnp.ones(()), "v_scale": jnp.ones(())}
+    if op == "page_write":
+        arguments |= {"token_starts": _ids(2)}
 
     def call(x):
-        return getattr(pallas_paged, op)(**arguments | {name: x})
+        return getattr(pallas_paged, op)(**arguments | {argument: x})
 
-    x = arguments[name]
+    x = arguments[argument]
     _refused(
         NotImplementedError, op, None, "vmap is not supported",
         lambda op: jax.vmap(call)(jnp.stack([x, x])),

@@ -284,7 +284,9 @@ _jit_write = functools.partial(
 def _page_write(
     kv_pages, k, v, page_ids, token_starts, k_scale, v_scale, num_kv_heads, config, backend
 ):
-    kv_pages, k, v = checks.refuse_transforms("page_write", (kv_pages, k, v, page_ids))[:3]
+    kv_pages, k, v, page_ids, token_starts, k_scale, v_scale = checks.refuse_transforms(
+        "page_write", (kv_pages, k, v, page_ids, token_starts, k_scale, v_scale)
+    )
     scales = {"k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads}
     if backend == "oracle":
         return oracle.page_write(kv_pages, k, v, page_ids, token_starts, **scales)
@@ -295,7 +297,9 @@ def _page_write(
 def _slice_write(
     kv_pages, k, v, slices, num_slices, k_scale, v_scale, num_kv_heads, config, backend
 ):
-    kv_pages, k, v = checks.refuse_transforms("slice_write", (kv_pages, k, v, slices))[:3]
+    kv_pages, k, v, slices, num_slices, k_scale, v_scale = checks.refuse_transforms(
+        "slice_write", (kv_pages, k, v, slices, num_slices, k_scale, v_scale)
+    )
     scales = {"k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads}
     if backend == "oracle":
         return oracle.slice_write(kv_pages, k, v, slices, num_slices, **scales)
@@ -304,7 +308,9 @@ def _slice_write(
 
 @_jit_write
 def _token_write(kv_pages, k, v, slots, k_scale, v_scale, num_kv_heads, config, backend):
-    kv_pages, k, v = checks.refuse_transforms("token_write", (kv_pages, k, v, slots))[:3]
+    kv_pages, k, v, slots, k_scale, v_scale = checks.refuse_transforms(
+        "token_write", (kv_pages, k, v, slots, k_scale, v_scale)
+    )
     scales = {"k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads}
     if backend == "oracle":
         return oracle.token_write(kv_pages, k, v, slots, **scales)
@@ -315,7 +321,9 @@ def _token_write(kv_pages, k, v, slots, k_scale, v_scale, num_kv_heads, config, 
     jax.jit, static_argnames=("config", "backend"), donate_argnames="kv_pages"
 )
 def _copy_pages(kv_pages, src_ids, dst_ids, config, backend):
-    (kv_pages,) = checks.refuse_transforms("copy_pages", (kv_pages,))
+    kv_pages, src_ids, dst_ids = checks.refuse_transforms(
+        "copy_pages", (kv_pages, src_ids, dst_ids)
+    )
     if backend == "oracle":
         return oracle.copy_pages(kv_pages, src_ids, dst_ids)
     return mosaic_tpu.copy_pages(kv_pages, src_ids, dst_ids)
