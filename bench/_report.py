@@ -12,6 +12,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
@@ -82,6 +83,28 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "num_cpus": os.cpu_count(),
     }
+
+
+def start_backends() -> str:
+    """Initialises jax's backends and returns the default one's name, libtpu's log kept back.
+
+    Where libtpu is installed and there is no TPU, looking for one writes a page of warnings past
+    Python, to the process's own stderr. They are shown if the start fails.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 2)
+        try:
+            return jax.default_backend()
+        except BaseException:
+            log.seek(0)
+            os.write(kept, log.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 class Progress:

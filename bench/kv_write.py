@@ -65,9 +65,10 @@ def main(argv: Sequence[str]) -> None:
         _report.require_matplotlib()
     say = _stderr if _JSON.value else print
     cases = _cases()
+    on_cpu = _report.start_backends() == "cpu"
     check_against_oracle()
     record: dict[str, Any] = {"environment": _report.environment()}
-    if jax.default_backend() == "cpu":
+    if on_cpu:
         predictions = _predict(cases)
         record["predictions"] = [_as_record(p) for p in predictions]
         say(_prediction_text(predictions))

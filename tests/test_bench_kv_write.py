@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 
 from bench import _kv_write_model as model
 from bench import kv_write
+from bench._tpu_compile import COMPILE_ENV
 from pallas_paged.kv_write import oracle
 
 _CASE = model.Case("page", "v6e", 16, 4096, 8, 128, "bfloat16")
@@ -84,8 +86,11 @@ def test_the_gate_stops_a_wrong_op(monkeypatch):
 
 
 def _run(*flags):
+    """The command as a newcomer starts it: nothing of ours in the environment."""
+    ours = ("JAX_PLATFORMS", "XLA_FLAGS", *COMPILE_ENV)
+    env = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
-        [sys.executable, "-m", "bench.kv_write", *flags], capture_output=True, text=True
+        [sys.executable, "-m", "bench.kv_write", *flags], capture_output=True, text=True, env=env
     )
 
 
@@ -101,6 +106,7 @@ def test_json_is_all_that_json_prints():
     assert record["scatter"][0]["median_us"] > 0
     assert record["environment"]["libtpu"]
     assert "learning/" not in done.stderr and "WARNING" not in done.stderr  # libtpu's own log
+    assert done.stderr.startswith("Predicted from compiled schedules")
 
 
 @pytest.mark.parametrize(

@@ -172,10 +172,9 @@ def test_kinds_reach_every_order(op, kind, order, monkeypatch):
 
 
 STEPS = [
-    (Case("page_write", 70, 2, 1, 128, entries="any"), "on_wait"),
-    (Case("slice_write", 70, 4, 1, 128, entries="live"), "eager"),
-    (Case("slice_write", 70, 4, 1, 128, entries="holes"), "eager"),
-    (Case("token_write", 70, 4, 1, 128, "float32", entries="any"), "on_wait"),
+    (Case("page_write", 70, 2, 1, 128, "float32", "any"), "on_wait"),
+    (Case("slice_write", 37, 4, 1, 128, "float32", "holes", is_flat=False), "eager"),
+    (Case("token_write", 37, 4, 1, 128, "float32", "any"), "on_wait"),
     (Case("copy_pages", 37, 1, 1, 128, "float32", "holes"), "eager"),
 ]
 

@@ -212,6 +212,15 @@ def test_new_float16_on_a_tpu(op):
     _refused(NotImplementedError, op, None, reason, backend="mosaic_tpu", **new)
 
 
+@pytest.mark.parametrize("op", WRITES)
+def test_slots_that_no_vmem_holds(op):
+    new = jax.ShapeDtypeStruct((T, 1024, H), jnp.float32)
+    pool = jax.ShapeDtypeStruct((P, PAGE_SIZE, 2048, H), jnp.float32)
+    reason = "MiB of VMEM for their smallest window"
+    changes = {"kv_pages": pool, "k": new, "v": new}
+    _refused(NotImplementedError, op, None, reason, backend="mosaic_tpu", **changes)
+
+
 def _vmapped(op, jitted):
     arguments = _arguments(op)
     wrap = jax.jit if jitted else lambda f: f

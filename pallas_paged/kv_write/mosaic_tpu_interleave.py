@@ -38,7 +38,7 @@ class Slots:
     @property
     def num_words(self) -> int:
         """Rows of 32-bit words in a slot."""
-        return self.num_rows // self.rows_per_word
+        return -(-self.num_rows // self.rows_per_word)
 
     @property
     def num_lanes(self) -> int:
