@@ -97,7 +97,8 @@ def _attention(x, weights, kv_pages, batch, rotation, config, write_backend, att
     v = _matmul(x, weights["v"])  # [T, K*H]
     kv_pages = _write(kv_pages, k, v, batch, config, write_backend)
     out = ragged_paged_attention(
-        q.reshape(num_tokens, config.num_heads, -1), kv_pages, batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.num_seqs,
+        q.reshape(num_tokens, config.num_heads, -1), kv_pages,
+        batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.num_seqs,
         sm_scale=config.head_dim**-0.5, num_kv_heads=config.num_kv_heads, backend=attention,
     )
     return _matmul(out.reshape(num_tokens, -1), weights["o"]), kv_pages

@@ -8,6 +8,7 @@ shard_map's own default of checking what varies over the mesh.
 
 import dataclasses
 import math
+import os
 import re
 
 import jax
@@ -53,21 +54,32 @@ def sharded(op, num_metadata, *, backend, mesh=None, num_kv_heads=None, scales=(
 # ---- On 4 virtual CPU devices
 
 
-@pytest.fixture(scope="module")
-def mesh():
+def mesh_of(num_shards):
     assert len(jax.devices()) >= NUM_SHARDS, "tests/conftest.py asks for 4 virtual devices"
-    return jax.sharding.Mesh(np.array(jax.devices()[:NUM_SHARDS]), ("heads",))
+    return jax.sharding.Mesh(np.array(jax.devices()[:num_shards]), ("heads",))
 
 
-def shards_of(case):
+def shards_of(case, num_shards=NUM_SHARDS):
     """One call per shard: its own pool, k, v and scales, everybody's metadata."""
-    calls = [make(case, seed) for seed in range(NUM_SHARDS)]
+    calls = [make(case, seed) for seed in range(num_shards)]
     return [dataclasses.replace(call, metadata=calls[0].metadata) for call in calls]
 
 
-def run_sharded(calls, mesh, backend):
+def num_interpreted_shards():
+    """On how many devices at once the interpreter can run: 4, or 2 where threads are scarce.
+
+    Each interpreted device waits for the others in a callback that holds a thread of the CPU
+    client. That has as many threads as the machine has cores (NPROC in the environment overrides
+    it), at least one a device; before jax 0.12 the callbacks' own arguments need one more, and with
+    none to spare the devices wait for ever.
+    """
+    threads = int(os.environ.get("NPROC") or os.cpu_count() or 1)
+    return NUM_SHARDS if threads >= 2 * NUM_SHARDS else NUM_SHARDS // 2
+
+
+def run_sharded(calls, backend):
     """The pool of each shard after one call on all of them."""
-    case = calls[0].case
+    case, mesh = calls[0].case, mesh_of(len(calls))
     scales = tuple(n for n in ("k_scale", "v_scale") if getattr(calls[0], n) is not None)
     fn, specs = sharded(
         case.op,
@@ -102,41 +114,40 @@ def check_shards(result, calls, wanted):
 
 
 CASES = [
-    Case("page_write", 33, 4, 2, 128),
-    Case("page_write", 33, 4, 1, 128, is_flat=False),
-    Case("page_write", 33, 3, 1, 64, "int8", scale="head"),
-    Case("slice_write", 33, 4, 2, 128, is_flat=False),
-    Case("slice_write", 33, 4, 1, 128),
-    Case("slice_write", 33, 4, 2, 128, "float8_e4m3fn", scale="head", is_flat=False),
-    Case("token_write", 33, 4, 2, 128, "float32"),
-    Case("token_write", 33, 4, 1, 128),
+    Case("page_write", 20, 4, 2, 128),
+    Case("page_write", 20, 4, 1, 128, is_flat=False),
+    Case("page_write", 20, 3, 2, 64, "int8", scale="head"),
+    Case("slice_write", 20, 4, 2, 128, is_flat=False),
+    Case("slice_write", 20, 4, 1, 128),
+    Case("token_write", 20, 4, 2, 128, "float32"),
+    Case("token_write", 20, 4, 1, 128),
     Case("copy_pages", 5, 4, 1, 128, entries="holes"),
 ]
 CASE_IDS = [case.id for case in CASES]
 
 
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
-def test_oracle(case, mesh):
+def test_oracle(case):
     calls = shards_of(case)
-    check_shards(run_sharded(calls, mesh, "oracle"), calls, [c.run("oracle") for c in calls])
+    check_shards(run_sharded(calls, "oracle"), calls, [c.run("oracle") for c in calls])
 
 
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
-def test_kernel(case, mesh):
-    """The interpreter runs the kernels of all four devices at once, races still detected."""
-    calls = shards_of(case)
+def test_kernel(case):
+    """The interpreter runs the kernels of several devices at once, races still detected."""
+    calls = shards_of(case, num_interpreted_shards())
     mode = cases.MODES[CASES.index(case) % 2]
-    result = cases.interpret(lambda: run_sharded(calls, mesh, "mosaic_tpu"), mode)
+    result = cases.interpret(lambda: run_sharded(calls, "mosaic_tpu"), mode)
     check_shards(result, calls, [c.run("oracle") for c in calls])
 
 
-def test_the_check_sees_swapped_shards(mesh):
+def test_the_check_sees_swapped_shards():
     """The shards' contents differ, so that heads on the wrong shard are found."""
     calls = shards_of(CASES[0])
     wanted = [c.run("oracle") for c in calls]
     swapped = [dataclasses.replace(calls[0], k=calls[1].k), *calls[1:]]
     with pytest.raises(AssertionError, match="shard 0: .* values differ"):
-        check_shards(run_sharded(swapped, mesh, "oracle"), calls, wanted)
+        check_shards(run_sharded(swapped, "oracle"), calls, wanted)
 
 
 def test_coverage():
@@ -148,8 +159,9 @@ def test_coverage():
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("is_donated", [True, False])
-def test_donation(op, is_donated, mesh):
+def test_donation(op, is_donated):
     """Donated, every shard keeps its buffer; not donated, the caller's pool stays as it was."""
+    mesh = mesh_of(NUM_SHARDS)
     call = make(Case(op, 16, 4, 2, 128, "float32", entries="live"))
     fn, specs = sharded(op, len(call.metadata), backend="oracle", mesh=mesh, num_kv_heads=2)
     arrays = [

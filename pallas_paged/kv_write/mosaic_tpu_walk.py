@@ -122,7 +122,7 @@ def kernel(walk, *refs):
 
     def window_of(i):
         """Where the window of entry i starts; inside the batch, whatever a skipped entry says."""
-        start = source(i) // walk.align * walk.align
+        start = source(i) & -walk.align  # a power of two
         if entries.has_sources or walk.num_tails:
             start = jnp.clip(start, 0, walk.whole - walk.align)
         return start
@@ -170,7 +170,7 @@ def kernel(walk, *refs):
 
     def loads(start, needed, slot):
         """(condition or None, copy) of a window's k and v, and of the batch's ragged end."""
-        rows = pl.cdiv(needed - start, walk.align) * walk.align
+        rows = (needed - start + walk.align - 1) & -walk.align
         if entries.has_sources:  # a group of skipped entries needs none, and a DMA needs some
             rows = jnp.maximum(rows, walk.align)
         if walk.num_tails:
