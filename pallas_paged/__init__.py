@@ -11,6 +11,7 @@ from pallas_paged.kv_write.api import (
 )
 from pallas_paged.layout import make_kv_pages
 from pallas_paged.ragged_paged_attention.api import ragged_paged_attention
+from pallas_paged.validate import validate
 
 __all__ = [
     "WriteIndices",
@@ -20,5 +21,6 @@ __all__ = [
     "ragged_paged_attention",
     "slice_write",
     "token_write",
+    "validate",
     "write_indices",
 ]
