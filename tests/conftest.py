@@ -15,6 +15,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # do not ask a cloud metadata server which TPU this is
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # a second process would die on the lock file
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu warns that it is unset
+# Threads of XLA's CPU client: interpreted devices hold one each while they wait for one another.
+os.environ.setdefault("NPROC", "16")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = " ".join(
         [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4"]

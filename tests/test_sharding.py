@@ -272,9 +272,10 @@ def compile_op(op, num_kv_heads, is_flat, *, donate=True):
 
 
 def assert_in_place(compiled, pool_bytes):
+    """The pool is written where it is, and nothing as large as an eighth of it is made."""
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     assert "custom-call(" in hlo and "num_partitions=4" in hlo
-    assert moved_pools(hlo, pool_bytes) == []
+    assert moved_pools(hlo, pool_bytes // 8) == []  # in a scan, one layer's part is a quarter
     assert memory.alias_size_in_bytes == pool_bytes
     assert memory.temp_size_in_bytes < pool_bytes // 8
 
