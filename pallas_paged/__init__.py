@@ -11,7 +11,7 @@ from pallas_paged.kv_write.api import (
 )
 from pallas_paged.layout import make_kv_pages
 from pallas_paged.ragged_paged_attention.api import ragged_paged_attention
-from pallas_paged.validate import validate
+from pallas_paged.validation import validate
 
 __all__ = [
     "WriteIndices",
