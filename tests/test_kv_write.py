@@ -195,7 +195,7 @@ def test_several_grid_steps(case, mode, monkeypatch):
 @pytest.mark.parametrize("op", ["token_write", "page_write"])
 def test_two_entries_for_one_slot(op, mode):
     """Either may win, nothing else may come; also more of them than the pool has slots."""
-    call = make(Case(op, 33, 1, 1, 128))
+    call = make(Case(op, 33, 1, 1, 128, "float32", is_flat=False))
     ids = np.arange(33, dtype=np.int32) % 4
     metadata = (ids,) if op == "token_write" else (ids, np.arange(33, dtype=np.int32))
     call = dataclasses.replace(call, kv_pages=call.kv_pages[:4], metadata=metadata)
@@ -209,7 +209,7 @@ def test_two_entries_for_one_slot(op, mode):
 @pytest.mark.parametrize("count", [-3, 0, 2, cases.INT_MAX])
 @pytest.mark.parametrize("backend", ["oracle", "mosaic_tpu"])
 def test_num_slices_is_clamped(count, backend):
-    call = make(Case("slice_write", 16, 4, 1, 128, entries="live"))
+    call = make(Case("slice_write", 16, 4, 1, 128, "float32", "live", is_flat=False))
     slices, num_slices = call.metadata
     call = dataclasses.replace(
         call, metadata=(slices[:, : num_slices[0]], np.array([count], np.int32))
@@ -255,7 +255,7 @@ def test_no_entries(op, backend):
 @pytest.mark.parametrize("backend", ["oracle", "mosaic_tpu"])
 @pytest.mark.parametrize("op", [*OPS, "copy_pages"])
 def test_only_the_pool_is_donated(op, backend):
-    call = make(Case(op, 16, 4, 2, 64, "int8", entries="live", scale="head"))
+    call = make(Case(op, 16, 4, 1, 64, "int8", "live", is_flat=False, scale="head"))
     positional, keywords = call.arguments()
     scales = [x for x in keywords.values() if isinstance(x, jax.Array)]
     result = interpret(

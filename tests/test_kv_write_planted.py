@@ -161,8 +161,8 @@ KERNEL_BUGS = {
     ),
     "window_one_short": (
         "mosaic_tpu_walk",
-        "rows = pl.cdiv(needed - start, walk.align)",
-        "rows = pl.cdiv(needed - start - 1, walk.align)",
+        "rows = (needed - start + walk.align - 1) & -walk.align",
+        "rows = (needed - start + walk.align - 2) & -walk.align",
         PAGES, "on_wait", "bytes",
     ),
     "needed_end_ignores_later_entries": (

@@ -252,14 +252,14 @@ def test_hard_batches(name):
     check_bounded(jitted, HARD[name])
 
 
-@_settings(max_examples=400)
+@_settings(max_examples=200)
 @hypothesis.given(valid_batches())
 def test_valid_batches(batch):
     check_valid(jitted, batch)
     check_bounded(jitted, batch)
 
 
-@_settings(max_examples=150)
+@_settings(max_examples=100)
 @hypothesis.given(
     valid_batches(),
     st.lists(st.integers(0, 50), max_size=6),
@@ -272,7 +272,7 @@ def test_lost_pages_are_skipped(batch, where, page_id):
     check_bounded(jitted, batch)
 
 
-@_settings(max_examples=400)
+@_settings(max_examples=200)
 @hypothesis.given(absurd_batches())
 def test_absurd_batches_stay_in_bounds(batch):
     check_bounded(jitted, batch)
@@ -329,7 +329,7 @@ def test_untraced_calls_agree():
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
-@_settings(max_examples=25)
+@_settings(max_examples=15)
 @hypothesis.given(valid_batches(shapes=SHAPES[:2]))
 def test_the_three_granularities_write_the_same_pool(batch):
     check_same_pool(jitted, batch)
