@@ -1,15 +1,23 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Checks on the host of what only exists at run time: ids, slots, slices, lengths."""
+"""Checks of what only exists at run time: page ids, slots, slices and lengths. On the host, numpy.
 
-from typing import Any
+The ops skip an entry that is out of range and leave two entries for one slot undefined; they
+cannot tell a mistake from a wish. This can: for tests, for debugging, for the first step of a run.
+"""
 
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
 import numpy as np
+
+from pallas_paged import checks
 
 _OP = "validate"
 
 
 def validate(
-    kv_pages: Any,
+    kv_pages: jax.Array,
     *,
     num_tokens: int | None = None,
     page_ids: Any = None,
@@ -24,237 +32,478 @@ def validate(
     cu_q_lens: Any = None,
     num_seqs: Any = None,
 ) -> None:
-    """Raises at the first value that an op would skip, or that it would leave undefined.
+    """Refuses metadata that an op would skip or give undefined results for.
 
-    The ops themselves skip what is out of range and never say so; this is for tests and for
-    finding out why a cache misses something. It copies its arguments to the host. What is given
-    together is one step: no slot may be written twice by any of it.
+    Give what one call, or several calls on one batch, will get: everything given together must
+    write every slot at most once, so `write_indices` results go in as pages and slices, or as
+    slots, not as both. An entry whose id or slot is -1 is a wish to skip and checked no further.
+    Reads the values, so it waits for device arrays; it cannot be traced.
 
     Args:
-      kv_pages: [P, page_size, R, C]; only its shape is read.
-      num_tokens: T, the tokens of the packed batch; sources are checked where it is given.
-      page_ids, token_starts: as in `page_write`; -1 is a skipped entry.
-      slices, num_slices: as in `slice_write`.
-      slots: as in `token_write`; -1 is a skipped token.
-      src_ids, dst_ids: as in `copy_pages`.
-      page_indices, kv_lens, cu_q_lens, num_seqs: as in `write_indices`.
+      kv_pages: [P, page_size, R, C], the pool; only its shape is read.
+      num_tokens: T, the tokens of k and v; None checks no source's upper end (`slots` imply it).
+      page_ids: integer[n], for `page_write`.
+      token_starts: integer[n]; needs `page_ids`. None means `i * page_size`.
+      slices: integer[3, max_slices], for `slice_write`; needs `num_slices`.
+      num_slices: integer[1]; needs `slices`.
+      slots: integer[T], for `token_write`.
+      src_ids, dst_ids: integer[n], for `copy_pages`; each needs the other.
+      page_indices: integer[S, M], the page table; needs `kv_lens` and `num_seqs`.
+      kv_lens: integer[S], tokens of each sequence, the new ones included; needs `num_seqs`.
+      cu_q_lens: integer[S + 1], prefix sums of the new tokens; needs `num_seqs`.
+      num_seqs: integer[1]; needs one of the three above. Rows beyond it may hold anything, as may
+        table entries beyond a sequence's length and those of a sequence without new tokens.
 
     Raises:
-      ValueError: names the argument, the first index that is wrong, what came and what was wanted.
+      ValueError: naming the argument, its first offending index, what came, what was wanted, and
+        what to do: an id or slot outside the pool other than -1; a page or slot written twice; a
+        slice that is empty or leaves its page; a source outside the batch; a page copied both from
+        and to; `num_slices` or `num_seqs` beyond its array; `cu_q_lens` that decrease or leave the
+        batch; a `kv_lens` that is negative, less than the new tokens, or more than the table row
+        holds; a table entry in use outside the pool; new tokens of two sequences in one page; an
+        argument of the wrong form or without one that it needs.
 
-    >>> from pallas_paged import make_kv_pages, validate
-    >>> pool = make_kv_pages(4, 2, num_kv_heads=1, head_dim=128)
-    >>> validate(pool, page_ids=np.array([3, -1, 0]))
-    >>> validate(pool, page_ids=np.array([3, 4]))
+    >>> import numpy as np
+    >>> from pallas_paged.layout import make_kv_pages
+    >>> pool = make_kv_pages(4, 16, num_kv_heads=1, head_dim=128)
+    >>> validate(pool, num_tokens=40, page_ids=np.array([2, -1, 0]), token_starts=[0, 0, 24])
+    >>> validate(pool, num_tokens=40, page_ids=np.array([2, 9]))
     Traceback (most recent call last):
       ...
-    ValueError: validate: argument `page_ids` is 4 at index 1; wanted -1 or a page in [0, 4)
+    ValueError: validate: argument `page_ids` is 9 at index 1; wanted -1 or a page in [0, 4): \
+use -1 to skip an entry
     """
+    checks.require_pool(_OP, kv_pages)
     num_pages, page_size = kv_pages.shape[:2]
-    num_slots = num_pages * page_size
-    for names in (
-        {"token_starts": token_starts, "page_ids": page_ids},
-        {"num_slices": num_slices, "slices": slices},
-        {"slices": slices, "num_slices": num_slices},
-        {"src_ids": src_ids, "dst_ids": dst_ids},
-        {"dst_ids": dst_ids, "src_ids": src_ids},
-    ):
-        (name, given), (other_name, other) = names.items()
-        if given is not None and other is None:
-            raise ValueError(
-                f"{_OP}: argument `{other_name}` is missing; wanted with `{name}`: pass both"
-            )
+    given = {
+        "page_ids": page_ids,
+        "token_starts": token_starts,
+        "slices": slices,
+        "num_slices": num_slices,
+        "slots": slots,
+        "src_ids": src_ids,
+        "dst_ids": dst_ids,
+        "page_indices": page_indices,
+        "kv_lens": kv_lens,
+        "cu_q_lens": cu_q_lens,
+        "num_seqs": num_seqs,
+    }
+    arrays = {name: _to_numpy(name, x) for name, x in given.items() if x is not None}
+    _require_partners(arrays)
+    _require_forms(arrays)
+    num_tokens = _num_tokens(num_tokens, arrays)
 
-    written: list[tuple[str, np.ndarray, np.ndarray]] = []  # argument, slots, entry of each
-    if page_ids is not None:
-        ids = _flat("page_ids", page_ids)
-        wanted = f"-1 or a page in [0, {num_pages})"
-        _refuse("page_ids", ids, (ids < -1) | (ids >= num_pages), wanted)
-        live = np.flatnonzero(ids >= 0)
-        if num_tokens is not None or token_starts is not None:
-            _check_starts(ids, token_starts, page_size, num_tokens)
-        written.append(("page_ids", *_runs(ids[live] * page_size, page_size, live)))
-    if slices is not None:
-        runs = _check_slices(slices, num_slices, num_slots, page_size, num_tokens)
-        written.append(("slices", *runs))
-    if slots is not None:
-        array = _flat("slots", slots)
-        wanted = f"-1 or a slot in [0, {num_slots})"
-        _refuse("slots", array, (array < -1) | (array >= num_slots), wanted)
-        live = np.flatnonzero(array >= 0)
-        written.append(("slots", array[live], live))
-    _check_written_once(written)
-    if src_ids is not None:
-        _check_copies(_flat("src_ids", src_ids), _flat("dst_ids", dst_ids), num_pages)
-    _check_batch(page_indices, kv_lens, cu_q_lens, num_seqs, num_pages, page_size, num_tokens)
+    runs = []
+    if "page_ids" in arrays:
+        runs.append(_check_pages(arrays, num_pages, page_size, num_tokens))
+    if "slices" in arrays:
+        runs.append(_check_slices(arrays, num_pages, page_size, num_tokens))
+    if "slots" in arrays:
+        runs.append(_check_slots(arrays["slots"], num_pages * page_size))
+    _check_written_once(runs, page_size)
+    if "src_ids" in arrays:
+        _check_copies(arrays["src_ids"], arrays["dst_ids"], num_pages)
+    if "num_seqs" in arrays:
+        _check_batch(arrays, num_pages, page_size, num_tokens)
 
 
-def _flat(name: str, array: Any, ndim: int = 1) -> np.ndarray:
-    """The array as int64 on the host, so that no sum here overflows."""
-    array = np.asarray(array)
-    if array.ndim != ndim or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(
-            f"{_OP}: argument `{name}` is {array.dtype}{list(array.shape)}; "
-            f"wanted integers of {ndim} dimension{'s' * (ndim > 1)}"
-        )
+# ---- Forms
+
+_SHAPES = {
+    "slices": "[3, max_slices]",
+    "num_slices": "[1]",
+    "slots": "[T]",
+    "page_indices": "[S, M]",
+    "kv_lens": "[S]",
+    "cu_q_lens": "[S + 1]",
+    "num_seqs": "[1]",
+}
+_NEEDS = (
+    ("token_starts", "page_ids"),
+    ("slices", "num_slices"),
+    ("num_slices", "slices"),
+    ("src_ids", "dst_ids"),
+    ("dst_ids", "src_ids"),
+    ("page_indices", "kv_lens"),
+    ("page_indices", "num_seqs"),
+    ("kv_lens", "num_seqs"),
+    ("cu_q_lens", "num_seqs"),
+)
+
+
+def _to_numpy(argument: str, x: Any) -> np.ndarray:
+    """int64 of an integer array of the right dimensions, so that no sum below overflows."""
+    checks.require(
+        not isinstance(x, jax.core.Tracer),
+        _OP,
+        argument,
+        got=f"{checks.describe(x)}, traced",
+        wanted="values",
+        hint="call validate outside jit; kernels stay in bounds for any values",
+    )
+    shape = _SHAPES.get(argument, "[n]")
+    try:
+        array = np.asarray(x)
+    except ValueError:  # a list of lists of several lengths
+        array = np.empty((), object)
+    is_integer = np.issubdtype(array.dtype, np.integer) or (isinstance(x, list) and not array.size)
+    checks.require(
+        is_integer and array.ndim == len(shape.split(",")),
+        _OP,
+        argument,
+        got=checks.describe(x),
+        wanted=f"integers{shape}",
+        hint="give what the op gets",
+    )
     return array.astype(np.int64)
 
 
-def _refuse(name: str, values: np.ndarray, wrong: np.ndarray, wanted: str) -> None:
-    """Raises for the first value that is wrong."""
-    if wrong.any():
-        i = int(np.argmax(wrong))
-        raise ValueError(f"{_OP}: argument `{name}` is {values[i]} at index {i}; wanted {wanted}")
-
-
-def _runs(first: np.ndarray, length: Any, entry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All slots of runs that begin at `first`, and the entry that each belongs to."""
-    length = np.broadcast_to(length, first.shape)
-    starts = np.repeat(first, length)
-    offset = np.arange(starts.size) - np.repeat(np.cumsum(length) - length, length)
-    return starts + offset, np.repeat(entry, length)
-
-
-def _check_starts(ids, token_starts, page_size, num_tokens) -> None:
-    if token_starts is None:
-        starts = np.arange(ids.size) * page_size
-        name = "page_ids"  # what is wrong then is that there are too many
-    else:
-        starts, name = _flat("token_starts", token_starts), "token_starts"
-        if starts.shape != ids.shape:
-            raise ValueError(
-                f"{_OP}: argument `token_starts` has {starts.size} entries; wanted {ids.size}, as "
-                "page_ids"
-            )
-    last = (num_tokens if num_tokens is not None else 2**31) - page_size
-    wrong = (ids >= 0) & ((starts < 0) | (starts > last))
-    _refuse(name, starts, wrong, f"a first token in [0, {last}], so that its page is in the batch")
-
-
-def _check_slices(slices, num_slices, num_slots, page_size, num_tokens):
-    """The slots that the slices write, and the slice of each."""
-    table = _flat("slices", slices, ndim=2)
-    if table.shape[0] != 3:
-        raise ValueError(f"{_OP}: argument `slices` has {table.shape[0]} rows; wanted 3")
-    count = _flat("num_slices", np.reshape(num_slices, -1))
-    if count.size != 1 or not 0 <= count[0] <= table.shape[1]:
-        raise ValueError(
-            f"{_OP}: argument `num_slices` is {count.tolist()}; wanted one number in "
-            f"[0, {table.shape[1]}]"
+def _require_partners(arrays: dict[str, np.ndarray]) -> None:
+    for argument, other in _NEEDS:
+        checks.require(
+            argument not in arrays or other in arrays,
+            _OP,
+            other,
+            got="None",
+            wanted=f"an array, because {argument} is given",
+            hint=f"{argument} means nothing without {other}",
         )
-    slot, token, length = table[:, : count[0]]
-    _refuse("slices[2]", length, length < 1, "a length of at least 1")
-    _refuse("slices[0]", slot, (slot < 0) | (slot >= num_slots), f"a slot in [0, {num_slots})")
-    room = page_size - slot % page_size
-    _refuse("slices[2]", length, length > room, "a length that stays inside the slot's page")
-    _refuse("slices[1]", token, token < 0, "a token of the batch")
+    checks.require(
+        "num_seqs" not in arrays or not {"page_indices", "kv_lens", "cu_q_lens"}.isdisjoint(arrays),
+        _OP,
+        "num_seqs",
+        got="given alone",
+        wanted="page_indices, kv_lens or cu_q_lens beside it",
+        hint="it says how many of their rows are sequences",
+    )
+
+
+def _require_forms(arrays: dict[str, np.ndarray]) -> None:
+    """Shapes that must agree with each other."""
+    max_seqs = _max_seqs(arrays)
+    wanted: dict[str, tuple[int, ...]] = {
+        "num_slices": (1,),
+        "num_seqs": (1,),
+        "kv_lens": (max_seqs,),
+        "cu_q_lens": (max_seqs + 1,),
+    }
+    if "slices" in arrays:
+        wanted["slices"] = (3, arrays["slices"].shape[1])
+    if "token_starts" in arrays:
+        wanted["token_starts"] = arrays["page_ids"].shape
+    if "dst_ids" in arrays:
+        wanted["dst_ids"] = arrays["src_ids"].shape
+    for argument, shape in wanted.items():
+        if argument in arrays:
+            checks.require(
+                arrays[argument].shape == shape,
+                _OP,
+                argument,
+                got=f"of shape {list(arrays[argument].shape)}",
+                wanted=f"{list(shape)}",
+                hint="it must fit the other arguments",
+            )
+
+
+def _max_seqs(arrays: dict[str, np.ndarray]) -> int:
+    """S, of the first argument that has it; 0 where none does."""
+    for argument in ("page_indices", "kv_lens"):
+        if argument in arrays:
+            return arrays[argument].shape[0]
+    return max(0, arrays["cu_q_lens"].shape[0] - 1) if "cu_q_lens" in arrays else 0
+
+
+def _num_tokens(num_tokens: int | None, arrays: dict[str, np.ndarray]) -> int | None:
+    checks.require(
+        num_tokens is None or (isinstance(num_tokens, int | np.integer) and num_tokens >= 0),
+        _OP,
+        "num_tokens",
+        got=repr(num_tokens),
+        wanted="None or an integer >= 0",
+        hint="it is T, the leading dimension of k and v",
+    )
+    if "slots" not in arrays:
+        return num_tokens
+    count = arrays["slots"].shape[0]
+    checks.require(
+        num_tokens in (None, count),
+        _OP,
+        "slots",
+        got=f"of shape [{count}]",
+        wanted=f"[{num_tokens}], one for each of num_tokens",
+        hint="-1 skips a token",
+    )
+    return count
+
+
+# ---- Values
+
+
+class _Fault(NamedTuple):
+    """One way to be wrong: where it holds, and the words for an index."""
+
+    is_bad: np.ndarray
+    got: Callable[[int], str]
+    wanted: str
+    hint: str
+
+
+def _refuse_first(argument: str, faults: Sequence[_Fault]) -> None:
+    """Raises the sentence of the first index at which anything is wrong."""
+    is_bad = np.logical_or.reduce([fault.is_bad for fault in faults])
+    if not is_bad.any():
+        return
+    index = int(is_bad.argmax())
+    fault = next(f for f in faults if f.is_bad[index])
+    checks.require(
+        False, _OP, argument, got=fault.got(index), wanted=fault.wanted, hint=fault.hint
+    )
+
+
+def _value_at(array: np.ndarray) -> Callable[[int], str]:
+    return lambda i: f"{array[i]} at index {i}"
+
+
+def _outside(ids: np.ndarray, size: int, what: str) -> _Fault:
+    return _Fault(
+        (ids != -1) & ((ids < 0) | (ids >= size)),
+        _value_at(ids),
+        f"-1 or a {what} in [0, {size})",
+        "use -1 to skip an entry",
+    )
+
+
+class _Runs(NamedTuple):
+    """What an argument's entries write: consecutive slots inside one page each."""
+
+    argument: str
+    entry: np.ndarray  # where in the argument
+    first: np.ndarray
+    length: np.ndarray
+
+
+def _check_pages(arrays, num_pages, page_size, num_tokens) -> _Runs:
+    ids = arrays["page_ids"]
+    _refuse_first("page_ids", [_outside(ids, num_pages, "page")])
+    is_live = ids != -1
+    argument = "token_starts" if "token_starts" in arrays else "page_ids"
+    starts = arrays.get("token_starts", np.arange(ids.size) * page_size)
+    last = "T - page_size" if num_tokens is None else num_tokens - page_size
+    is_bad = starts < 0 if num_tokens is None else (starts < 0) | (starts > num_tokens - page_size)
+    _refuse_first(
+        argument,
+        [
+            _Fault(
+                is_live & is_bad,
+                lambda i: f"{ids[i]} from token {starts[i]} on at index {i}"
+                if argument == "page_ids"
+                else f"{starts[i]} at index {i}",
+                f"a first token in [0, {last}], so that the page's tokens are in the batch",
+                "write what is less than a page with slice_write, or skip it with page id -1",
+            )
+        ],
+    )
+    index = np.flatnonzero(is_live)
+    return _Runs("page_ids", index, ids[index] * page_size, np.full(index.size, page_size))
+
+
+def _check_slices(arrays, num_pages, page_size, num_tokens) -> _Runs:
+    slices, count = arrays["slices"], arrays["num_slices"]
+    max_slices = slices.shape[1]
+    _refuse_first("num_slices", [_count_fault(count, max_slices, "columns of slices")])
+    first, token, length = slices[:, : count[0]]
+    is_live = first != -1
+
+    def got(i):
+        return f"(slot {first[i]}, token {token[i]}, length {length[i]}) at index {i}"
+
+    outside = _outside(first, num_pages * page_size, "slot")
+    faults = [
+        outside._replace(got=got),
+        _Fault(
+            is_live & ((length < 1) | (first % page_size > page_size - length)),
+            got,
+            f"a length of at least 1 that ends inside the page of {page_size} slots",
+            "cut it at the page's end; write_indices does",
+        ),
+    ]
+    is_source = token >= 0
     if num_tokens is not None:
-        wrong = token + length > num_tokens
-        _refuse("slices[1]", token, wrong, f"a run that ends by token {num_tokens}")
-    return _runs(slot, length, np.arange(slot.size))
+        is_source &= token <= num_tokens - length
+    batch = "the batch" if num_tokens is None else f"[0, {num_tokens})"
+    faults.append(
+        _Fault(is_live & ~is_source, got, f"tokens inside {batch}", "its source must be in k and v")
+    )
+    _refuse_first("slices", faults)
+    index = np.flatnonzero(is_live)
+    return _Runs("slices", index, first[index], length[index])
 
 
-def _check_written_once(written) -> None:
-    """No slot twice, within an argument or between two."""
-    if not written:
+def _check_slots(slots, num_slots) -> _Runs:
+    _refuse_first("slots", [_outside(slots, num_slots, "slot")])
+    index = np.flatnonzero(slots != -1)
+    return _Runs("slots", index, slots[index], np.ones(index.size, np.int64))
+
+
+def _count_fault(count: np.ndarray, most: int, what: str) -> _Fault:
+    return _Fault(
+        (count < 0) | (count > most),
+        lambda i: f"{count[i]}",
+        f"a count in [0, {most}]",
+        f"there are {most} {what}",
+    )
+
+
+def _check_written_once(runs: list[_Runs], page_size: int) -> None:
+    """Refuses the first entry that writes a slot of an earlier one."""
+    if not runs:
         return
-    slots = np.concatenate([s for _, s, _ in written])
-    order = np.argsort(slots, kind="stable")
-    again = order[1:][slots[order][1:] == slots[order][:-1]]
-    if not again.size:
+    index, first, length = (
+        np.concatenate([getattr(r, field) for r in runs]) for field in ("entry", "first", "length")
+    )
+    order = np.argsort(first, kind="stable")
+    is_hit = first[order][1:] < (first + length)[order][:-1]
+    if not is_hit.any():
         return
-    place = int(again.min())
-    for name, mine, entry in written:
-        if place < mine.size:
-            raise ValueError(
-                f"{_OP}: argument `{name}` writes slot {mine[place]} again at index "
-                f"{entry[place]}; wanted every slot written once: either write may win"
+    # Runs lie inside a page, so two that overlap have neighbours in their page that do: slot by
+    # slot only there.
+    pages = np.unique(first[order][1:][is_hit] // page_size)
+    entry = np.flatnonzero(np.isin(first // page_size, pages))
+    owner = np.repeat(entry, length[entry])
+    begins = np.cumsum(length[entry]) - length[entry]
+    slot = np.repeat(first[entry] - begins, length[entry]) + np.arange(owner.size)
+    order = np.argsort(slot, kind="stable")  # of one slot's owners, the earliest entry first
+    owner, slot = owner[order], slot[order]
+    is_again = np.append(False, slot[1:] == slot[:-1])
+    at = np.flatnonzero(is_again)[owner[is_again].argmin()]
+    again = int(owner[at])
+    earlier = int(owner[np.searchsorted(slot, slot[at])])
+    argument = np.repeat([r.argument for r in runs], [r.entry.size for r in runs])
+    page, row = divmod(int(slot[at]), page_size)
+    value = page if argument[again] == "page_ids" else first[again]
+    checks.require(
+        False,
+        _OP,
+        str(argument[again]),
+        got=f"{value} at index {index[again]}, slot {slot[at]} (page {page}, row {row}) once more",
+        wanted=f"no slot that {argument[earlier]} at index {index[earlier]} writes",
+        hint="which of two writes stays is undefined; keep one, or skip one with -1",
+    )
+
+
+def _check_copies(src: np.ndarray, dst: np.ndarray, num_pages: int) -> None:
+    for argument, ids in (("src_ids", src), ("dst_ids", dst)):
+        _refuse_first(argument, [_outside(ids, num_pages, "page")])
+    is_live = (src != -1) & (dst != -1)
+    index = np.flatnonzero(is_live)
+    is_again = np.zeros(dst.size, bool)
+    is_again[index] = _is_repeated(dst[index])
+    is_read = is_live & np.isin(dst, src[index])
+    order = "the order of the copies is undefined"
+    faults = [
+        _Fault(is_again, _value_at(dst), "no page that an earlier pair writes", order),
+        _Fault(is_read, _value_at(dst), "no page that is also a source", f"{order}; use two calls"),
+    ]
+    _refuse_first("dst_ids", faults)
+
+
+def _is_repeated(values: np.ndarray) -> np.ndarray:
+    """Which values came before."""
+    is_again = np.ones(values.size, bool)
+    is_again[np.unique(values, return_index=True)[1]] = False
+    return is_again
+
+
+def _check_batch(arrays, num_pages, page_size, num_tokens) -> None:
+    max_seqs = _max_seqs(arrays)
+    _refuse_first("num_seqs", [_count_fault(arrays["num_seqs"], max_seqs, "rows")])
+    num_seqs = int(arrays["num_seqs"][0])
+    q_len = None
+    if "cu_q_lens" in arrays:
+        cu_q_lens = arrays["cu_q_lens"][: num_seqs + 1]
+        _check_ends(cu_q_lens, num_tokens)
+        q_len = np.diff(cu_q_lens)
+    if "kv_lens" not in arrays:
+        return
+    kv_lens = arrays["kv_lens"][:num_seqs]
+    table = arrays["page_indices"][:num_seqs] if "page_indices" in arrays else None
+    _check_lengths(kv_lens, q_len, None if table is None else table.shape[1] * page_size)
+    if table is not None:
+        _check_table(table, kv_lens, q_len, num_pages, page_size)
+
+
+def _check_ends(cu_q_lens: np.ndarray, num_tokens: int | None) -> None:
+    got = _value_at(cu_q_lens)
+    before = np.append(cu_q_lens[:1], cu_q_lens[:-1])
+    faults = [_Fault(cu_q_lens < 0, got, "at least 0", "prefix sums of the new tokens, from 0")]
+    if num_tokens is not None:
+        hint = "k and v must hold every new token"
+        faults.append(
+            _Fault(cu_q_lens > num_tokens, got, f"at most num_tokens, {num_tokens}", hint)
+        )
+    faults.append(
+        _Fault(
+            cu_q_lens < before,
+            lambda i: f"{cu_q_lens[i]} at index {i}, after {cu_q_lens[i - 1]}",
+            "no less than the one before",
+            "prefix sums of the new tokens do not decrease",
+        )
+    )
+    _refuse_first("cu_q_lens", faults)
+
+
+def _check_lengths(kv_lens: np.ndarray, q_len: np.ndarray | None, most: int | None) -> None:
+    got = _value_at(kv_lens)
+    faults = [_Fault(kv_lens < 0, got, "at least 0", "a length counts all of a sequence's tokens")]
+    if most is not None:
+        hint = "widen the page table"
+        faults.append(
+            _Fault(kv_lens > most, got, f"at most M * page_size, {most}", hint)
+        )
+    if q_len is not None:
+        faults.append(
+            _Fault(
+                kv_lens < q_len,
+                lambda i: f"{kv_lens[i]} at index {i}, whose new tokens are {q_len[i]}",
+                "at least the new tokens",
+                "kv_lens counts the new tokens too",
             )
-        place -= mine.size
+        )
+    _refuse_first("kv_lens", faults)
 
 
-def _check_copies(src, dst, num_pages) -> None:
-    for name, ids in (("src_ids", src), ("dst_ids", dst)):
-        _refuse(name, ids, (ids < -1) | (ids >= num_pages), f"-1 or a page in [0, {num_pages})")
-    if src.shape != dst.shape:
-        raise ValueError(
-            f"{_OP}: argument `dst_ids` has {dst.size} entries; wanted {src.size}, as src_ids"
-        )
-    live = (src >= 0) & (dst >= 0)
-    _, first = np.unique(dst, return_index=True)
-    again = np.ones(dst.shape, bool)
-    again[first] = False
-    repeated = live & np.isin(dst, dst[live & again]) & again
-    _refuse("dst_ids", dst, repeated, "every page written once")
-    wrong = live & np.isin(dst, src[live])
-    _refuse("dst_ids", dst, wrong, "a page that is not read in the same call")
+def _check_table(table, kv_lens, q_len, num_pages, page_size) -> None:
+    """Entries in use lie in the pool; entries that get new tokens are nobody else's."""
+    entry = np.arange(table.shape[1])
+    is_used = entry < -(-kv_lens // page_size)[:, None]  # [num_seqs, M]
+    is_new = np.zeros_like(is_used)
+    if q_len is not None:
+        is_used &= (q_len > 0)[:, None]
+        is_new = is_used & (entry >= ((kv_lens - q_len) // page_size)[:, None])
 
+    def got(i):
+        return f"{table.flat[i]} at index {divmod(i, table.shape[1])}"
 
-def _check_batch(
-    page_indices, kv_lens, cu_q_lens, num_seqs, num_pages, page_size, num_tokens
-) -> None:
-    """The batch that write_indices and the attention take, as far as it is given."""
-    table = None if page_indices is None else _flat("page_indices", page_indices, ndim=2)
-    lens = None if kv_lens is None else _flat("kv_lens", kv_lens)
-    cu = None if cu_q_lens is None else _flat("cu_q_lens", cu_q_lens)
-    sizes = [x.shape[0] for x in (table, lens) if x is not None]
-    sizes += [] if cu is None else [cu.size - 1]
-    if len(set(sizes)) > 1:
-        raise ValueError(
-            f"{_OP}: arguments `page_indices`, `kv_lens`, `cu_q_lens` are of {sizes} sequences; "
-            "wanted one S for all, and S + 1 entries in cu_q_lens"
-        )
-    if not sizes:
-        return
-    count = sizes[0]
-    if num_seqs is not None:
-        given = _flat("num_seqs", np.reshape(num_seqs, -1))
-        if given.size != 1 or not 0 <= given[0] <= count:
-            raise ValueError(
-                f"{_OP}: argument `num_seqs` is {given.tolist()}; wanted one number in [0, {count}]"
-            )
-        count = int(given[0])
-    q_len = np.zeros(count, np.int64)
-    if cu is not None:
-        cu = cu[: count + 1]
-        end = 2**31 - 1 if num_tokens is None else num_tokens
-        _refuse("cu_q_lens", cu, (cu < 0) | (cu > end), f"a prefix sum in [0, {end}]")
-        _refuse("cu_q_lens", cu, np.diff(cu, prepend=0) < 0, "prefix sums that do not fall")
-        q_len = np.diff(cu)
-    if lens is None:
-        return
-    lens = lens[:count]
-    _refuse("kv_lens", lens, lens < q_len, "a length that counts the sequence's new tokens")
-    _refuse("kv_lens", lens, lens < 0, "a length of at least 0")
-    if table is None:
-        return
-    width = table.shape[1]
-    _refuse("kv_lens", lens, lens > width * page_size, f"at most {width} pages of {page_size}")
-    needed = np.arange(width) < -(-lens[:, None] // page_size)  # [S, M]
-    table = table[:count]
-    wrong = needed & ((table < 0) | (table >= num_pages))
-    if wrong.any():
-        s, m = (int(i) for i in np.argwhere(wrong)[0])
-        raise ValueError(
-            f"{_OP}: argument `page_indices` is {table[s, m]} at index [{s}, {m}]; wanted a page "
-            f"in [0, {num_pages}), because the sequence has {lens[s]} tokens"
-        )
-    first_new = (lens - q_len)[:, None] // page_size
-    is_written = needed & (np.arange(width) >= first_new) & (q_len > 0)[:, None]
-    where = np.argwhere(is_written)
-    pages = table[is_written]
-    _, first = np.unique(pages, return_index=True)
-    again = np.setdiff1d(np.arange(pages.size), first)
-    if again.size:
-        s, m = (int(i) for i in where[again.min()])
-        raise ValueError(
-            f"{_OP}: argument `page_indices` is {table[s, m]} at index [{s}, {m}]; wanted a page "
-            "that no other place in the batch writes"
-        )
-    read = needed & ~is_written & np.isin(table, pages)
-    if read.any():
-        s, m = (int(i) for i in np.argwhere(read)[0])
-        raise ValueError(
-            f"{_OP}: argument `page_indices` is {table[s, m]} at index [{s}, {m}]; wanted a page "
-            "that no other sequence writes in the same call"
-        )
+    is_again = np.zeros(table.size, bool)
+    index = np.flatnonzero(is_new)
+    is_again[index] = _is_repeated(table.flat[index])
+
+    def got_again(i):
+        first = int(index[np.flatnonzero(table.flat[index] == table.flat[i])[0]])
+        return f"{got(i)} and at index {divmod(first, table.shape[1])}, both for new tokens"
+
+    faults = [
+        _Fault(
+            (is_used & ((table < 0) | (table >= num_pages))).reshape(-1),
+            got,
+            f"a page in [0, {num_pages})",
+            "every page up to a sequence's kv_len must be in the pool",
+        ),
+        _Fault(
+            is_again,
+            got_again,
+            "a page of its own for every sequence's new tokens",
+            "share whole prefix pages only; copy a shared page before writing it (copy_pages)",
+        ),
+    ]
+    _refuse_first("page_indices", faults)

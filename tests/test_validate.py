@@ -1,160 +1,400 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""validate: every sentence, at the first index that is wrong; and what is right passes."""
+"""validate: what is right passes, every refusal is a sentence with the first offending index."""
 
+import re
+
+import hypothesis
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
-from pallas_paged import make_kv_pages, validate, write_indices
+import pallas_paged
+from pallas_paged import validate
+from tests.cases import INT_MAX, INT_MIN
+
+# 8 pages of 4 slots; only the shape is read.
+POOL = jax.ShapeDtypeStruct((8, 4, 2, 128), jnp.bfloat16)
 
 
-def _pool():
-    """8 pages of 4 tokens: slots 0 to 31."""
-    return make_kv_pages(8, 4, num_kv_heads=1, head_dim=128)
-
-
-def _ints(*values):
+def ints(*values):
     return np.array(values, np.int32)
 
 
-def _batch(**changes):
-    """Two sequences with 6 and 1 new tokens, the first page of both shared and only read."""
-    batch = {
-        "page_indices": _ints([7, 2, 5], [7, 1, -9]),
-        "kv_lens": _ints(10, 6),
-        "cu_q_lens": _ints(0, 6, 7),
-        "num_seqs": _ints(2),
-        "num_tokens": 8,
-    }
-    return batch | changes
+def columns(*entries):
+    return np.array(entries, np.int32).T.reshape(3, -1)
 
 
-RIGHT = {
-    "pages": {"page_ids": _ints(3, -1, 0), "num_tokens": 12},
-    "starts": {"page_ids": _ints(3, -1, 0), "token_starts": _ints(1, 99, 8), "num_tokens": 12},
+# Two sequences of 9 and 6 tokens, of which 6 and 2 are new; then garbage.
+BATCH = {
+    "num_tokens": 9,
+    "page_indices": np.array([[6, 2, 5], [7, 3, INT_MAX], [INT_MIN, 99, -1]], np.int32),
+    "kv_lens": ints(9, 6, INT_MAX),
+    "cu_q_lens": ints(0, 6, 8, INT_MIN),
+    "num_seqs": ints(2),
+}
+
+
+def batch(**changes):
+    """BATCH with some arguments replaced; `None` leaves one out."""
+    merged = BATCH | changes
+    return {name: x for name, x in merged.items() if x is not None}
+
+
+VALID = {
+    "nothing": {},
+    "pages": {"num_tokens": 14, "page_ids": ints(3, 0, 7)},
+    "pages anywhere": {"num_tokens": 14, "page_ids": ints(3, 0), "token_starts": ints(10, 0)},
+    "skipped pages": {
+        "num_tokens": 5,
+        "page_ids": ints(-1, 2, -1, -1),
+        "token_starts": ints(-1, 1, INT_MAX, INT_MIN),
+    },
+    "implicit pages beyond the batch, skipped": {"num_tokens": 5, "page_ids": ints(1, -1)},
     "slices": {
-        "slices": _ints([2, 31, -5], [0, 2, -5], [2, 1, 77]), "num_slices": _ints(2),
-        "num_tokens": 3,
+        "num_tokens": 9,
+        "slices": columns((4, 0, 4), (9, 4, 2), (11, 8, 1), (8, 6, 1)),
+        "num_slices": ints(4),
     },
-    "slots": {"slots": _ints(31, -1, 0, -1)},
-    "copies": {"src_ids": _ints(1, 1, -1), "dst_ids": _ints(2, 3, 2)},
-    "batch": _batch(),
-    "one_sequence": _batch(num_seqs=_ints(1), cu_q_lens=_ints(0, 6, -1), kv_lens=_ints(10, -4)),
-    "pages_and_slices": {
-        "page_ids": _ints(1), "slices": _ints([0], [4], [4]), "num_slices": _ints(1),
+    "slices beyond num_slices": {
+        "num_tokens": 9,
+        "slices": columns((0, 0, 1), (0, 0, 1), (99, -3, 0)),
+        "num_slices": ints(1),
     },
-}  # fmt: skip
-
-WRONG = {
-    "page_beyond": ({"page_ids": _ints(0, 8, 9)}, "`page_ids` is 8 at index 1; wanted -1 or a"),
-    "page_negative": ({"page_ids": _ints(0, -2)}, "`page_ids` is -2 at index 1"),
-    "page_twice": ({"page_ids": _ints(1, 0, 1)}, "`page_ids` writes slot 4 again at index 2"),
-    "too_many_pages": ({"page_ids": _ints(1, 0), "num_tokens": 7}, "`page_ids` is 4 at index 1"),
-    "start_late": (
-        {"page_ids": _ints(1, 0), "token_starts": _ints(3, 4), "num_tokens": 7},
-        "`token_starts` is 4 at index 1; wanted a first token in [0, 3]",
+    "skipped slices": {
+        "num_tokens": 9,
+        "slices": columns((-1, 77, -5), (-1, 0, 1), (0, 8, 1)),
+        "num_slices": ints(3),
+    },
+    "no slices": {"slices": columns(), "num_slices": ints(0)},
+    "slots": {"slots": ints(31, -1, 0, -1, 5)},
+    "no slots": {"slots": []},
+    "a page beside slices and slots": {
+        "num_tokens": 4,
+        "page_ids": ints(2),
+        "slices": columns((12, 0, 2)),
+        "num_slices": ints(1),
+        "slots": ints(14, 15, 7, -1),
+    },
+    "copies": {"src_ids": ints(1, 1, -1, 4), "dst_ids": ints(2, 3, 1, -1)},
+    "device arrays": {"slots": jnp.arange(3), "src_ids": jnp.array([1]), "dst_ids": [2]},
+    "a batch": batch(),
+    "a batch without a table": batch(page_indices=None),
+    "ends alone": batch(page_indices=None, kv_lens=None),
+    "lengths alone": batch(page_indices=None, cu_q_lens=None),
+    "a table without ends": batch(cu_q_lens=None),
+    "no sequences": batch(num_seqs=ints(0)),
+    "the longest length": batch(kv_lens=ints(12, 6, 0)),
+    "rows without new tokens use nothing": batch(
+        cu_q_lens=ints(0, 0, 2, 0), page_indices=np.array([[99, -1, 5], [7, 3, 0], [0, 0, 0]])
     ),
-    "start_negative": (
-        {"page_ids": _ints(1, 0), "token_starts": _ints(-1, 4), "num_tokens": 9},
-        "`token_starts` is -1 at index 0",
+    "a shared prefix": batch(
+        kv_lens=ints(9, 6, 0),
+        cu_q_lens=ints(0, 5, 7, 7),
+        page_indices=np.array([[6, 2, 5], [6, 3, 2], [0, 0, 0]]),
     ),
-    "starts_short": (
-        {"page_ids": _ints(1, 0), "token_starts": _ints(1)}, "has 1 entries; wanted 2, as page_ids",
-    ),
-    "starts_alone": ({"token_starts": _ints(1)}, "`page_ids` is missing; wanted with `token_sta"),
-    "slices_alone": ({"slices": _ints([0], [0], [1])}, "`num_slices` is missing"),
-    "slice_rows": ({"slices": _ints([0]), "num_slices": _ints(1)}, "has 1 rows; wanted 3"),
-    "slice_count": (
-        {"slices": _ints([0], [0], [1]), "num_slices": _ints(2)}, "`num_slices` is [2]; wanted one",
-    ),
-    "slice_empty": (
-        {"slices": _ints([0, 4], [0, 1], [1, 0]), "num_slices": _ints(2)},
-        "`slices[2]` is 0 at index 1; wanted a length of at least 1",
-    ),
-    "slice_crosses": (
-        {"slices": _ints([0, 6], [0, 1], [1, 3]), "num_slices": _ints(2)},
-        "`slices[2]` is 3 at index 1; wanted a length that stays inside",
-    ),
-    "slice_slot": (
-        {"slices": _ints([32], [0], [1]), "num_slices": _ints(1)}, "`slices[0]` is 32 at index 0",
-    ),
-    "slice_source": (
-        {"slices": _ints([0], [2], [2]), "num_slices": _ints(1), "num_tokens": 3},
-        "`slices[1]` is 2 at index 0; wanted a run that ends by token 3",
-    ),
-    "slice_overlaps": (
-        {"slices": _ints([0, 1], [0, 4], [2, 2]), "num_slices": _ints(2)},
-        "`slices` writes slot 1 again at index 1",
-    ),
-    "slice_in_page": (
-        {"page_ids": _ints(2), "slices": _ints([9], [4], [1]), "num_slices": _ints(1)},
-        "`slices` writes slot 9 again at index 0",
-    ),
-    "slot_beyond": ({"slots": _ints(0, 32)}, "`slots` is 32 at index 1; wanted -1 or a slot in"),
-    "slot_twice": ({"slots": _ints(5, -1, 5)}, "`slots` writes slot 5 again at index 2"),
-    "slots_of_floats": ({"slots": np.zeros(3)}, "`slots` is float64[3]; wanted integers"),
-    "copy_beyond": ({"src_ids": _ints(0), "dst_ids": _ints(8)}, "`dst_ids` is 8 at index 0"),
-    "copy_twice": (
-        {"src_ids": _ints(0, 1), "dst_ids": _ints(2, 2)},
-        "`dst_ids` is 2 at index 1; wanted every page written once",
-    ),
-    "copy_chain": (
-        {"src_ids": _ints(0, 2), "dst_ids": _ints(2, 3)},
-        "`dst_ids` is 2 at index 0; wanted a page that is not read",
-    ),
-    "copies_unequal": ({"src_ids": _ints(0, 1), "dst_ids": _ints(2)}, "has 1 entries; wanted 2"),
-    "copy_half": ({"src_ids": _ints(0)}, "`dst_ids` is missing"),
-    "batch_sizes": (_batch(kv_lens=_ints(10)), "are of [2, 1, 2] sequences"),
-    "seqs_beyond": (_batch(num_seqs=_ints(3)), "`num_seqs` is [3]; wanted one number in [0, 2]"),
-    "cu_falls": (_batch(cu_q_lens=_ints(0, 6, 5)), "`cu_q_lens` is 5 at index 2; wanted prefix"),
-    "cu_beyond": (_batch(cu_q_lens=_ints(0, 6, 9)), "`cu_q_lens` is 9 at index 2; wanted a pre"),
-    "kv_short": (_batch(kv_lens=_ints(5, 6)), "`kv_lens` is 5 at index 0; wanted a length that"),
-    "kv_long": (_batch(kv_lens=_ints(10, 13)), "`kv_lens` is 13 at index 1; wanted at most 3"),
-    "kv_negative": (
-        {"kv_lens": _ints(3, -1)}, "`kv_lens` is -1 at index 1; wanted a length that counts",
-    ),
-    "table_beyond": (
-        _batch(page_indices=_ints([7, 2, 8], [7, 1, 0])), "`page_indices` is 8 at index [0, 2]",
-    ),
-    "both_write": (
-        _batch(page_indices=_ints([7, 2, 5], [7, 5, 0])),
-        "`page_indices` is 5 at index [1, 1]; wanted a page that no other place in the batch wr",
-    ),
-    "reads_written": (
-        _batch(page_indices=_ints([7, 2, 5], [2, 1, 0])),
-        "`page_indices` is 2 at index [1, 0]; wanted a page that no other sequence writes",
-    ),
-}  # fmt: skip
+    "numpy's int64": {"num_tokens": np.int64(9), "page_ids": np.array([3, 0])},
+}
 
 
-@pytest.mark.parametrize("arguments", RIGHT.values(), ids=RIGHT)
-def test_what_is_right_passes(arguments):
-    assert validate(_pool(), **arguments) is None
+@pytest.mark.parametrize("name", VALID)
+def test_valid(name):
+    validate(POOL, **VALID[name])
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_is_named(arguments, sentence):
-    with pytest.raises(ValueError, match="^validate: argument") as caught:
-        validate(_pool(), **arguments)
-    assert sentence in str(caught.value)
+# What is wrong, and the sentence's beginning and end around "; wanted".
+REFUSALS = [
+    # Ids.
+    ({"page_ids": ints(1, -1, 8, 9)}, "`page_ids` is 8 at index 2; wanted -1 or a page in [0, 8):"),
+    ({"page_ids": ints(1, -2, 9)}, "`page_ids` is -2 at index 1; wanted -1 or a page in [0, 8):"),
+    ({"slots": ints(31, -1, 32, 99)}, "`slots` is 32 at index 2; wanted -1 or a slot in [0, 32):"),
+    ({"slots": ints(0, INT_MIN)}, "`slots` is -2147483648 at index 1; wanted -1 or a slot in"),
+    (
+        {"src_ids": ints(1, 8), "dst_ids": ints(2, 9)},
+        "`src_ids` is 8 at index 1; wanted -1 or a page in [0, 8):",
+    ),
+    (
+        {"src_ids": ints(1, 3), "dst_ids": ints(-7, 99)},
+        "`dst_ids` is -7 at index 0; wanted -1 or a page in [0, 8):",
+    ),
+    # Sources of pages.
+    (
+        {"num_tokens": 11, "page_ids": ints(1, -1, 2, 3)},
+        "`page_ids` is 2 from token 8 on at index 2; wanted a first token in [0, 7],",
+    ),
+    (
+        {"num_tokens": 11, "page_ids": ints(1, -1, 2), "token_starts": ints(7, 99, 8)},
+        "`token_starts` is 8 at index 2; wanted a first token in [0, 7],",
+    ),
+    (
+        {"page_ids": ints(1, 2), "token_starts": ints(7, -1)},
+        "`token_starts` is -1 at index 1; wanted a first token in [0, T - page_size],",
+    ),
+    # Slices.
+    (
+        {"num_tokens": 9, "slices": columns((0, 0, 1), (32, 0, 1)), "num_slices": ints(2)},
+        "`slices` is (slot 32, token 0, length 1) at index 1; wanted -1 or a slot in [0, 32):",
+    ),
+    (
+        {"slices": columns((-1, 0, 0), (0, 0, 0), (-9, 0, 1)), "num_slices": ints(3)},
+        "`slices` is (slot 0, token 0, length 0) at index 1; wanted a length of at least 1",
+    ),
+    (
+        {"slices": columns((8, 0, 4), (5, 0, 4)), "num_slices": ints(2)},
+        "`slices` is (slot 5, token 0, length 4) at index 1; wanted a length of at least 1 that "
+        "ends inside the page of 4 slots:",
+    ),
+    (
+        {"num_tokens": 9, "slices": columns((8, 8, 1), (0, 8, 2)), "num_slices": ints(2)},
+        "`slices` is (slot 0, token 8, length 2) at index 1; wanted tokens inside [0, 9):",
+    ),
+    (
+        {"slices": columns((8, -1, 1), (0, 8, 2)), "num_slices": ints(2)},
+        "`slices` is (slot 8, token -1, length 1) at index 0; wanted tokens inside the batch:",
+    ),
+    (
+        {"slices": columns((0, 0, 1)), "num_slices": ints(2)},
+        "`num_slices` is 2; wanted a count in [0, 1]: there are 1 columns of slices",
+    ),
+    ({"slices": columns(), "num_slices": ints(-1)}, "`num_slices` is -1; wanted a count in [0, 0]"),
+    # Twice.
+    (
+        {"page_ids": ints(3, -1, -1, 5, 4, 5, 3)},
+        "`page_ids` is 5 at index 5, slot 20 (page 5, row 0) once more; wanted no slot that "
+        "page_ids at index 3 writes:",
+    ),
+    (
+        {"slots": ints(7, 9, -1, -1, 9, 7)},
+        "`slots` is 9 at index 4, slot 9 (page 2, row 1) once more; wanted no slot that slots at "
+        "index 1 writes:",
+    ),
+    (  # A long one over a short one, which its neighbour in order does not touch.
+        {"slices": columns((0, 0, 4), (4, 0, 2), (1, 0, 1), (3, 0, 1)), "num_slices": ints(4)},
+        "`slices` is 1 at index 2, slot 1 (page 0, row 1) once more; wanted no slot that slices at "
+        "index 0 writes:",
+    ),
+    (
+        {"slices": columns((3, 0, 1), (1, 0, 3)), "num_slices": ints(2)},
+        "`slices` is 1 at index 1, slot 3 (page 0, row 3) once more; wanted no slot that slices at "
+        "index 0 writes:",
+    ),
+    (
+        {"page_ids": ints(2, 1), "slices": columns((0, 0, 1), (7, 0, 1)), "num_slices": ints(2)},
+        "`slices` is 7 at index 1, slot 7 (page 1, row 3) once more; wanted no slot that page_ids "
+        "at index 1 writes:",
+    ),
+    (
+        {"slots": ints(30, 17), "slices": columns((16, 0, 2)), "num_slices": ints(1)},
+        "`slots` is 17 at index 1, slot 17 (page 4, row 1) once more; wanted no slot that slices "
+        "at index 0 writes:",
+    ),
+    (
+        {"slots": ints(*[-1] * 3, 14), "page_ids": ints(3)},
+        "`slots` is 14 at index 3, slot 14 (page 3, row 2) once more; wanted no slot that page_ids "
+        "at index 0 writes:",
+    ),
+    # Copies.
+    (
+        {"src_ids": ints(1, -1, 1, 1), "dst_ids": ints(2, 3, 3, 2)},
+        "`dst_ids` is 2 at index 3; wanted no page that an earlier pair writes:",
+    ),
+    (
+        {"src_ids": ints(1, 2, 4), "dst_ids": ints(3, 4, 5)},
+        "`dst_ids` is 4 at index 1; wanted no page that is also a source:",
+    ),
+    (
+        {"src_ids": ints(1), "dst_ids": ints(1)},
+        "`dst_ids` is 1 at index 0; wanted no page that is also a source:",
+    ),
+    # Batches.
+    (batch(num_seqs=ints(4)), "`num_seqs` is 4; wanted a count in [0, 3]: there are 3 rows"),
+    (batch(num_seqs=ints(-1)), "`num_seqs` is -1; wanted a count in [0, 3]"),
+    (
+        batch(cu_q_lens=ints(0, 6, 5, 4), num_seqs=ints(3)),
+        "`cu_q_lens` is 5 at index 2, after 6; wanted no less than the one before:",
+    ),
+    (batch(cu_q_lens=ints(-1, -3, 5, 0)), "`cu_q_lens` is -1 at index 0; wanted at least 0:"),
+    (
+        batch(cu_q_lens=ints(0, 6, 10, 0)),
+        "`cu_q_lens` is 10 at index 2; wanted at most num_tokens, 9:",
+    ),
+    (batch(kv_lens=ints(9, -1, 0)), "`kv_lens` is -1 at index 1; wanted at least 0:"),
+    (batch(kv_lens=ints(13, -1, 0)), "`kv_lens` is 13 at index 0; wanted at most M * page_size,"),
+    (
+        batch(kv_lens=ints(9, 1, 0)),
+        "`kv_lens` is 1 at index 1, whose new tokens are 2; wanted at least the new tokens:",
+    ),
+    (
+        batch(page_indices=np.array([[6, 2, 8], [-1, 3, 0], [0, 0, 0]])),
+        "`page_indices` is 8 at index (0, 2); wanted a page in [0, 8):",
+    ),
+    (
+        batch(page_indices=np.array([[6, 2, 5], [-1, 3, 0], [0, 0, 0]])),
+        "`page_indices` is -1 at index (1, 0); wanted a page in [0, 8):",
+    ),
+    (
+        batch(cu_q_lens=None, page_indices=np.array([[6, 2, 5], [7, 99, 0], [0, 0, 0]])),
+        "`page_indices` is 99 at index (1, 1); wanted a page in [0, 8):",
+    ),
+    (
+        batch(page_indices=np.array([[6, 2, 5], [7, 5, 0], [0, 0, 0]])),
+        "`page_indices` is 5 at index (1, 1) and at index (0, 2), both for new tokens; wanted a "
+        "page of its own",
+    ),
+    (
+        batch(page_indices=np.array([[6, 2, 6], [7, 3, 0], [0, 0, 0]])),
+        "`page_indices` is 6 at index (0, 2) and at index (0, 0), both for new tokens; wanted a "
+        "page of its own",
+    ),
+    # Without what they need.
+    ({"token_starts": ints(0)}, "`page_ids` is None; wanted an array, because token_starts is"),
+    ({"slices": columns()}, "`num_slices` is None; wanted an array, because slices is given"),
+    ({"num_slices": ints(0)}, "`slices` is None; wanted an array, because num_slices is given"),
+    ({"src_ids": ints(0)}, "`dst_ids` is None; wanted an array, because src_ids is given"),
+    ({"dst_ids": ints(0)}, "`src_ids` is None; wanted an array, because dst_ids is given"),
+    (batch(kv_lens=None), "`kv_lens` is None; wanted an array, because page_indices is given"),
+    (batch(num_seqs=None), "`num_seqs` is None; wanted an array, because page_indices is given"),
+    (
+        batch(page_indices=None, num_seqs=None),
+        "`num_seqs` is None; wanted an array, because kv_lens is given",
+    ),
+    ({"cu_q_lens": ints(0)}, "`num_seqs` is None; wanted an array, because cu_q_lens is given"),
+    ({"num_seqs": ints(0)}, "`num_seqs` is given alone; wanted page_indices, kv_lens or cu_q_lens"),
+    # Forms.
+    ({"page_ids": np.zeros(2)}, "`page_ids` is float64[2]; wanted integers[n]:"),
+    ({"page_ids": [[1], [2, 3]]}, "`page_ids` is [[1], [2, 3]] of type list; wanted integers[n]:"),
+    ({"slots": ints(1)[None]}, "`slots` is int32[1,1]; wanted integers[T]:"),
+    (batch(num_seqs=2), "`num_seqs` is 2 of type int; wanted integers[1]:"),
+    (batch(num_seqs=ints(1, 2)), "`num_seqs` is of shape [2]; wanted [1]:"),
+    (batch(kv_lens=ints(9, 6)), "`kv_lens` is of shape [2]; wanted [3]:"),
+    (batch(cu_q_lens=ints(0, 6, 8)), "`cu_q_lens` is of shape [3]; wanted [4]:"),
+    (
+        {"slices": np.zeros((2, 3), np.int32), "num_slices": ints(1)},
+        "`slices` is of shape [2, 3]; wanted [3, 3]:",
+    ),
+    (
+        {"page_ids": ints(1), "token_starts": ints(0, 4)},
+        "`token_starts` is of shape [2]; wanted [1]:",
+    ),
+    ({"src_ids": ints(1), "dst_ids": ints(0, 4)}, "`dst_ids` is of shape [2]; wanted [1]:"),
+    ({"num_tokens": 3, "slots": ints(1, 2)}, "`slots` is of shape [2]; wanted [3], one for each"),
+    ({"num_tokens": -1}, "`num_tokens` is -1; wanted None or an integer >= 0:"),
+    ({"num_tokens": 2.0}, "`num_tokens` is 2.0; wanted None or an integer >= 0:"),
+]
 
 
-def test_what_write_indices_makes_is_right():
-    batch = _batch()
-    num_tokens = batch.pop("num_tokens")
-    arrays = {name: jnp.asarray(value) for name, value in batch.items()}
-    w = write_indices(**arrays, page_size=4, num_tokens=num_tokens)
-    pages = {"page_ids": w.page_ids, "token_starts": w.token_starts}
-    slices = {"slices": w.slices, "num_slices": w.num_slices}
-    validate(_pool(), **pages, **slices, **arrays, num_tokens=num_tokens)
-    validate(_pool(), slots=w.slots, num_tokens=num_tokens)
+@pytest.mark.parametrize(("arguments", "sentence"), REFUSALS, ids=[s for _, s in REFUSALS])
+def test_refusals(arguments, sentence):
+    with pytest.raises(ValueError) as refusal:
+        validate(POOL, **arguments)
+    message = str(refusal.value)
+    assert message.startswith(f"validate: argument {sentence}")
+    # What came; what was wanted: what to do.
+    assert re.fullmatch(r"validate: argument `\w+` is .+; wanted .+: .+", message)
 
 
-def test_a_hundred_thousand_slots_are_quick():
-    """Numpy throughout: a loop over tokens would take seconds."""
-    pool = np.broadcast_to(np.zeros((), np.float32), (10_000, 16, 2, 128))
-    slots = np.random.default_rng(0).permutation(160_000)
-    validate(pool, slots=slots)
-    slots[-1] = slots[0]
-    with pytest.raises(ValueError, match="again at index 159999"):
-        validate(pool, slots=slots)
+def test_what_is_no_pool():
+    with pytest.raises(ValueError, match=r"validate: argument `kv_pages` is float32\[3\]; wanted"):
+        validate(jnp.zeros(3), slots=ints(0))
+
+
+def test_traced_values():
+    with pytest.raises(ValueError, match=r"`slots` is int32\[3\], traced; .* outside jit"):
+        jax.jit(lambda slots: validate(POOL, slots=slots))(jnp.arange(3))
+
+
+@pytest.mark.parametrize("source", ["page_ids", "slices", "cu_q_lens"])
+def test_slots_say_how_many_tokens_there_are(source):
+    """Without num_tokens no source has an upper end, unless slots are there to count."""
+    arguments = {
+        "page_ids": {"page_ids": ints(1), "token_starts": ints(7)},
+        "slices": {"slices": columns((0, 9, 2)), "num_slices": ints(1)},
+        "cu_q_lens": {"cu_q_lens": ints(0, 11), "num_seqs": ints(1)},
+    }[source]
+    validate(POOL, **arguments)
+    validate(POOL, **arguments, slots=ints(*[-1] * 11))
+    with pytest.raises(ValueError, match="wanted"):
+        validate(POOL, **arguments, slots=ints(*[-1] * 10))
+
+
+# ---- Random calls, and those that write_indices makes
+
+
+def first_repeat(ids, size):
+    """(index, earlier index) of the first entry whose slots came before, by a plain loop."""
+    seen = {}
+    for i, first in enumerate(ids):
+        for slot in range(first, first + size) if first >= 0 else ():
+            if slot in seen:
+                return i, seen[slot]
+            seen[slot] = i
+    return None
+
+
+@hypothesis.settings(deadline=None, derandomize=True, database=None, max_examples=200)
+@hypothesis.given(st.lists(st.integers(-1, 31), max_size=9), st.integers(1, 3))
+def test_the_first_of_several_repeats_is_named(first_slots, length):
+    first_slots = [s for s in first_slots if s % 4 + length <= 4]
+    slices = columns(*((s, 0, length) for s in first_slots))
+    arguments = {"num_tokens": 4, "slices": slices, "num_slices": ints(len(first_slots))}
+    found = first_repeat(first_slots, length)
+    if found is None:
+        validate(POOL, **arguments)
+        return
+    with pytest.raises(ValueError) as refusal:
+        validate(POOL, **arguments)
+    pattern = r"`slices` is -?\d+ at index (\d+), .* no slot that slices at index (\d+) writes"
+    assert tuple(map(int, re.search(pattern, str(refusal.value)).groups())) == found
+
+
+def make_call(rng, page_size):
+    """A batch of four sequences on permuted pages, and garbage rows."""
+    kv_lens = rng.integers(0, 5 * page_size + 1, 4)
+    q_lens = rng.integers(0, kv_lens + 1)
+    num_pages = 30
+    table = rng.permutation(num_pages)[: 5 * 5].reshape(5, 5).astype(np.int32)
+    table[np.arange(5) * page_size >= np.append(kv_lens, 0)[:, None]] = INT_MAX
+    ends = np.append(np.cumsum([0, *q_lens]), INT_MIN).astype(np.int32)
+    lens = np.append(kv_lens, INT_MAX).astype(np.int32)
+    num_tokens = int(q_lens.sum()) + int(rng.integers(0, 3))
+    pool = jax.ShapeDtypeStruct((num_pages, page_size, 2, 128), jnp.bfloat16)
+    return pool, num_tokens, table, lens, ends, ints(4)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+def test_what_write_indices_makes_is_valid(page_size):
+    pool, num_tokens, *arrays = make_call(np.random.default_rng(page_size), page_size)
+    w = pallas_paged.write_indices(*map(jnp.array, arrays), page_size, num_tokens=num_tokens)
+    pages = w._asdict()
+    slots = pages.pop("slots")
+    names = ("page_indices", "kv_lens", "cu_q_lens", "num_seqs")
+    named = dict(zip(names, arrays, strict=True))
+    validate(pool, num_tokens=num_tokens, **pages, **named)
+    validate(pool, num_tokens=num_tokens, slots=slots, **named)
+    # Both at once would write everything twice.
+    assert (np.asarray(slots) >= 0).any()
+    with pytest.raises(ValueError, match="`slots` is .* once more"):
+        validate(pool, **pages, slots=slots)
+
+
+def test_many_entries():
+    """1e5 entries of each kind: arrays, not loops; the one repeat among them is found."""
+    count, page_size = 100_000, 16
+    pool = jax.ShapeDtypeStruct((2 * count, page_size, 16, 128), jnp.bfloat16)
+    pages = np.random.default_rng(0).permutation(2 * count).astype(np.int32)
+    page_ids, others = pages[:count], pages[count:] * page_size
+    starts = np.zeros(count, np.int32)
+    slices = np.stack([others, starts, np.full(count, 8, np.int32)])
+    slots = others + 8
+    arguments = {
+        "page_ids": page_ids,
+        "token_starts": starts,
+        "slices": slices,
+        "num_slices": ints(count),
+        "slots": slots,
+    }
+    validate(pool, **arguments)
+    slots[70_000] = slots[60_000] - 3
+    with pytest.raises(ValueError, match="at index 70000, .* that slices at index 60000 writes"):
+        validate(pool, **arguments)
