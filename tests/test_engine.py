@@ -52,6 +52,12 @@ def undisturbed():
     return replay(jobs(), params(), MODEL, CONFIG)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _undisturbed_first():
+    """The cached run is made before any planted bug, whichever test comes first."""
+    undisturbed()
+
+
 def run(**changes):
     return replay(jobs(), params(), MODEL, dataclasses.replace(CONFIG, **changes))
 
