@@ -98,10 +98,25 @@ class Case:
 
         return call
 
-    def config(self) -> mosaic_tpu.Config:
-        """The shipped block sizes."""
+    def entries(self) -> tuple[mosaic_tpu.Entries, mosaic_tpu.Config, mosaic_tpu.Tiling]:
+        """The shipped block sizes for the case, and what the op makes of it (mosaic_tpu)."""
         pool, k = self.shapes()[:2]
-        return mosaic_tpu.default_config(pool, k, self.num_kv_heads, self.head_dim)
+        config = mosaic_tpu.default_config(pool, k, self.num_kv_heads, self.head_dim)
+        length = mosaic_tpu.page_part(self.page_size, config.block_tokens)
+        parts = self.page_size // length
+        if self.op == "slice":
+            parts, length = mosaic_tpu.slice_parts(self.page_size, config.block_tokens)
+        elif self.op == "token":
+            parts, length = 1, 1
+        entries = mosaic_tpu.Entries(
+            self.op,
+            length,
+            parts,
+            has_sources=self.op in ("page_starts", "slice"),
+            has_lengths=self.op == "slice",
+        )
+        slots = mosaic_tpu.slots_of(pool, k, self.num_kv_heads)
+        return entries, config, mosaic_tpu.group_tiling(slots, entries, config, k)
 
 
 def compile_target(**fields: Any):
@@ -190,9 +205,9 @@ class _Walk:
     steps: int
     groups: int
     bodies: int
-    tiles: int
     chunks: int
     singles: int
+    groups_with_singles: int
     plan_chunks: int
     plan_entries: int
     one_by_one: int  # groups that the kernel plans entry by entry
@@ -200,15 +215,12 @@ class _Walk:
 
 def _walk(case: Case) -> tuple[_Walk, int, int]:
     """The walk over a dense case, the unroll, and the entries: mosaic_tpu_walk.plan on paper."""
-    block = case.config().block_tokens
-    length = 1 if case.op == "token" else mosaic_tpu.largest_part(case.page_size, block)
-    parts = 1 if case.op in ("token", "slice") else case.page_size // length
-    num_entries = case.num_tokens // length
-    has_sources = case.op in ("page_starts", "slice")
-    group = max(1, block // length)
-    unroll = mosaic_tpu.unroll(group, has_lengths=case.op == "slice")
-    tile = 32 // jnp.dtype(case.dtype).itemsize
-    align = tile if case.is_flat else 1
+    entries, config, tiling = case.entries()
+    length, parts = entries.max_len, entries.parts
+    num_entries = case.num_tokens if case.op == "token" else case.num_pages * parts
+    group = mosaic_tpu.group_entries(entries, config)
+    unroll = mosaic_tpu.unroll(group, has_lengths=entries.has_lengths)
+    align = tiling.tile if case.is_flat else 1
     step = min(num_entries, mosaic_tpu.ENTRIES_PER_STEP * parts)
     totals = dict.fromkeys((f.name for f in dataclasses.fields(_Walk)), 0)
     for first_of_step in range(0, num_entries, step):
@@ -217,29 +229,30 @@ def _walk(case: Case) -> tuple[_Walk, int, int]:
         i = first_of_step
         while i < last_of_step:
             size = min(group, last_of_step - i)
-            if has_sources and size >= unroll:
+            if entries.has_sources and size >= unroll:
                 size -= size % unroll
                 totals["plan_chunks"] += size // unroll
-            elif has_sources:
+            elif entries.has_sources:
                 totals["one_by_one"] += 1
                 totals["plan_entries"] += size - 1
             tokens = size * length + (i * length) % align
-            tiles = -(-tokens // tile)
             totals["groups"] += 1
-            totals["bodies"] += tiles // _BODY_TILES
-            totals["tiles"] += tiles % _BODY_TILES
-            totals["chunks"] += size // unroll
-            totals["singles"] += size % unroll
+            totals["bodies"] += -(-tokens // (tiling.tile * tiling.unroll))
+            singles = size % unroll if unroll > 1 else size
+            totals["chunks"] += (size - singles) // unroll
+            totals["singles"] += singles
+            totals["groups_with_singles"] += singles > 0
             i += size
     return _Walk(**totals), unroll, num_entries
 
 
-_BODY_TILES = 4  # mosaic_tpu_interleave.tiling's unroll for the shapes that the bench takes
-
-
 def _roles(tree: ts.Node, case: Case, unroll: int) -> dict[tuple[int, ...], str]:
-    """Path -> role of every loop of the kernel, by what is in it and where it stands."""
+    """Path -> role of every loop of the kernel and of the regions that issue, by what is in them.
+
+    The fast form of a chunk has no role where the compiler has predicated it into the group's loop.
+    """
     loops = [node for node in tree.walk() if node.kind == "loop"]
+    one_chunk = case.op in ("page", "page_starts") and unroll > 1  # Walk.at_most_one_chunk
 
     def stores(node):
         return node.total.vector_stores
@@ -247,37 +260,52 @@ def _roles(tree: ts.Node, case: Case, unroll: int) -> dict[tuple[int, ...], str]
     def sends(node):
         return node.total.dmas.get("vmem_to_hbm", 0)
 
+    names = {"page": ["checked"], "page_starts": ["unchecked", "checked"], "token": ["checked"]}
+    chunks = names.get(case.op, ["equal", "unchecked", "checked"]) if unroll > 1 else []
     issue = [n for n in loops if sends(n) and not stores(n)]
-    names = ["checked", "single"]
-    if unroll == 1:
-        names = ["single"]
-    elif case.op == "page_starts":
-        names = ["unchecked", *names]
-    elif case.op == "slice":
-        names = ["equal", "unchecked", *names]
+    if one_chunk:  # no loop around the chunk; a short one the compiler may have predicated
+        inline = [n for n in loops if _own_sends(n) == unroll and stores(n)]
+        regions = [n for n in tree.walk() if n.kind == "branch" and _own_sends(n) == unroll]
+        chunks = chunks[len(inline) :]
+        issue = [*regions, *issue]
     turn = [n for n in loops if stores(n) and not sends(n)]
     scalar = [n for n in loops if not stores(n) and not sends(n)]
     counts = [n for n in scalar if any(_is_inside(n, other) for other in issue)]
     plans = [n for n in scalar if n not in counts]
     outer = [n for n in loops if stores(n) and sends(n)]
     # Before the loop and in it; where a group is one chunk there is no loop over chunks.
-    plan_names = ["open_entries", "plan_entries"]
-    if case.op == "slice" or case.op == "page_starts" and len(plans) == 4:
+    plan_names = {"page_starts": ["open_entries", "plan_entries"]}.get(case.op, [])
+    if case.op == "slice":
         plan_names = ["open_chunks", "open_entries", "plan_chunks", "plan_entries"]
-    if case.op in ("page", "token"):
-        plan_names = []
-    wanted = (len(names), 2, len(plan_names))
+    wanted = (len(chunks) + 1, 1, len(plan_names))
     if (len(issue), len(turn), len(plans)) != wanted or not outer:
         raise ValueError(
-            f"{case}: the schedule has {len(issue)} issue loops, {len(turn)} turning loops, "
+            f"{case}: the schedule has {len(issue)} issue regions, {len(turn)} turning loops, "
             f"{len(plans)} planning loops; wanted {wanted}:\n{ts.describe(tree)}"
         )
     roles = {n.path: "count" for n in counts}
-    roles |= {n.path: name for n, name in zip(issue, names, strict=True)}
-    roles |= {n.path: name for n, name in zip(turn, ("body", "tile"), strict=True)}
+    roles |= {n.path: name for n, name in zip(issue, [*chunks, "single"], strict=True)}
+    roles |= {n.path: "body" for n in turn}
     roles |= {n.path: name for n, name in zip(plans, plan_names, strict=True)}
     innermost = max(outer, key=lambda n: len(n.path))
     return roles | {n.path: "group" if n is innermost else "step" for n in outer}
+
+
+def _own_sends(node: ts.Node) -> float:
+    """DMAs into the pool that a region issues itself and not in a region or loop inside it."""
+    return node.own.dmas.get("vmem_to_hbm", 0)
+
+
+def _spacing(kernel: ts.Kernel, roles: dict[tuple[int, ...], str]) -> float:
+    """Bundles from one DMA to the next of those that stand in the group's loop itself."""
+    group = next(n for n in kernel.tree.walk() if roles.get(n.path) == "group")
+    inside = {i for child in group.children for i in range(child.first, child.last + 1)}
+    at = [
+        i
+        for i in range(group.first, group.last + 1)
+        if i not in inside and kernel.bundles[i].dmas.get("vmem_to_hbm")
+    ]
+    return (at[-1] - at[0]) / (len(at) - 1)
 
 
 def _is_inside(node: ts.Node, other: ts.Node) -> bool:
@@ -298,16 +326,13 @@ def _predict(case: Case, schedule: ts.Schedule) -> Prediction:
     fast = {"page": "checked", "token": "checked", "page_starts": "unchecked", "slice": "equal"}[
         case.op
     ]
-    if unroll == 1:
-        fast = "single"
     per_group = 1.0 / walk.groups
     trips = {
         "step": walk.steps,
         "group": walk.groups / walk.steps,
         "body": walk.bodies * per_group,
-        "tile": walk.tiles * per_group,
         **dict.fromkeys(("equal", "unchecked", "checked", "count"), 0.0),
-        "single": walk.singles * per_group,
+        "single": walk.singles / max(1, walk.groups_with_singles),
         fast: walk.chunks * per_group,
         "plan_chunks": walk.plan_chunks * per_group,
         # Each step plans its first group before the loop; counted as an average one.
@@ -316,12 +341,22 @@ def _predict(case: Case, schedule: ts.Schedule) -> Prediction:
         "open_entries": walk.plan_entries / max(1, walk.one_by_one),
     }
 
-    def loops_in(node):
-        return {roles[n.path] for n in node.walk() if n.kind == "loop"}
+    def roles_in(node):
+        return {roles[n.path] for n in node.walk() if n.path in roles}
+
+    def is_single(node):
+        """Whether a region runs only where a group has entries that fill no chunk."""
+        inside = roles_in(node)
+        return "single" in inside and not inside & {"group", "step"}
 
     def probability(node) -> float:
-        """How often a region that may be skipped runs, by the loops in it."""
-        inside = loops_in(node)
+        """How often a region that may be skipped runs, when it is reached, by what is in it."""
+        if node.path in roles:
+            return trips[roles[node.path]]
+        inside = roles_in(node)
+        if is_single(node):
+            nested = any(_is_inside(node, other) and is_single(other) for other in branches)
+            return 1.0 if nested else walk.groups_with_singles * per_group
         if inside == {"count"}:
             return 0.0  # a chunk with an entry to skip; a dense case has none
         if inside in ({"plan_entries"}, {"open_entries"}) and not node.total.dma_issues:
@@ -331,20 +366,28 @@ def _predict(case: Case, schedule: ts.Schedule) -> Prediction:
     branches = [node for node in tree.walk() if node.kind == "branch"]
     counts = ts.executed(
         tree,
-        loops=[(ts.at(*path), trips[role]) for path, role in roles.items()],
+        loops=[
+            (ts.at(*n.path), trips[roles[n.path]]) for n in tree.walk() if n.kind == "loop"
+        ],
         branches=[(ts.at(*node.path), probability(node)) for node in branches],
     )
+    fast = fast if unroll > 1 else "single"
+    body = next((n for n in tree.walk() if roles.get(n.path) == fast), None)
     sent = counts.dmas["vmem_to_hbm"]
+    if body is None:
+        sent -= unroll * (walk.groups - walk.chunks)  # predicated off
+        cycles_per_issue = _spacing(kernels[0], roles)
+    else:
+        rare = sum(n.total.bundles for n in body.children)
+        cycles_per_issue = (body.total.bundles - rare) / unroll
     if abs(sent - num_entries) > 1e-6 * num_entries:
         raise ValueError(
             f"{case}: the weighted schedule sends {sent} DMAs; the case has {num_entries} entries"
         )
-    body = next(n for n in tree.walk() if roles.get(n.path) == fast)
-    rare = sum(n.total.bundles for n in body.children)
     return Prediction(
         case=case,
         num_dmas=num_entries,
-        cycles_per_issue=(body.total.bundles - rare) / unroll,
+        cycles_per_issue=cycles_per_issue,
         schedule_cycles=counts.bundles,
         hbm_cycles=ts.hbm_cycles(case.num_bytes, case.generation),
         descriptor_cycles=num_entries * DESCRIPTOR_NS * ts.GENERATIONS[case.generation].clock_ghz,

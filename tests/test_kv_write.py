@@ -86,6 +86,13 @@ SPECIAL = [
     (Case("page_write", 33, 4, 1, 128, "float8_e5m2", num_rows=7, is_flat=False), "eager"),
     # A page longer than a window that has no divisor but 1.
     (Case("page_write", 61, 29, 1, 64, "float32", "live"), "on_wait"),
+    # Pages that leave too much of a window empty, and so go out in two parts.
+    (Case("page_write", 70, 32, 1, 128, entries="holes", block_tokens=48), "eager"),
+    (Case("page_write", 70, 32, 1, 128, entries="implicit", block_tokens=48), "on_wait"),
+    # Slices longer than a window: two equal parts.
+    (Case("slice_write", 70, 64, 1, 128, entries="any", block_tokens=48), "eager"),
+    # A window of nine tiles, interleaved as two bodies of five.
+    (Case("page_write", 160, 16, 1, 128, entries="live", block_tokens=128), "eager"),
 ]
 COPIES = [
     (Case("copy_pages", 5, 4, 2, 128, "bfloat16", "holes"), "on_wait"),

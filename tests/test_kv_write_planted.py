@@ -90,6 +90,8 @@ BEYOND, STEP_BACK, LIVE, NONE = (
     dataclasses.replace(ONE_BY_ONE, entries=kind)
     for kind in ("beyond", "step_back", "live", "none")
 )
+# A window of nine tiles, interleaved as two bodies of five.
+TILES = Case("page_write", 160, 16, 1, 128, entries="live", block_tokens=128)
 
 # name: (module, snippet, what stands there instead, case, DMA mode, how it shows)
 KERNEL_BUGS = {
@@ -181,7 +183,7 @@ KERNEL_BUGS = {
         "mosaic_tpu_walk",
         "return num_walked, jnp.where(-early < num_walked, ANY_ORDER, order)",
         "return num_walked, order",
-        STEP_BACK, "on_wait", "bytes",
+        STEP_BACK, "on_wait", "error",
     ),
     "holes_taken_for_live": (
         "mosaic_tpu_walk",
@@ -195,11 +197,29 @@ KERNEL_BUGS = {
         "is_live = page_ids >= 0",
         BEYOND, "eager", "error",
     ),
+    "whole_group_taken_for_live": (
+        "mosaic_tpu_walk",
+        "is_whole & (order >= ALL_LIVE),",
+        "is_whole,",
+        dataclasses.replace(TILES, num_tokens=320, entries="holes"), "eager", "error",
+    ),
+    "last_body_not_pulled_back": (
+        "mosaic_tpu_interleave",
+        "fill(jnp.minimum(i * tiling.unroll, behind), tiling.unroll)",
+        "fill(i * tiling.unroll, tiling.unroll)",
+        TILES, "eager", "error",
+    ),
+    "turned_over_unread_words": (
+        "mosaic_tpu_interleave",
+        "return (u % _REGIONS * lane_tiles",
+        "return (0 * lane_tiles",
+        TILES, "eager", "bytes",
+    ),
     "start_overflows": (
         "mosaic_tpu",
         "starts = jnp.clip(token_starts, 0, num_tokens)",
         "starts = token_starts",
-        STEP_BACK, "on_wait", "bytes",
+        STEP_BACK, "on_wait", "error",
     ),
     "k_and_v_swapped": (
         "mosaic_tpu_interleave",

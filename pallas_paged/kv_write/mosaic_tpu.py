@@ -29,7 +29,12 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_paged import dispatch, layout
 from pallas_paged.kv_write import oracle
 from pallas_paged.kv_write.mosaic_tpu_copy import copy_pages
-from pallas_paged.kv_write.mosaic_tpu_interleave import Slots, scratch_shape, tiling
+from pallas_paged.kv_write.mosaic_tpu_interleave import (
+    Slots,
+    Tiling,
+    scratch_shape,
+    tiling,
+)
 from pallas_paged.kv_write.mosaic_tpu_walk import (
     Entries,
     Walk,
@@ -72,10 +77,11 @@ class Config:
 
 def default_config(kv_pages, k, num_kv_heads: int, head_dim: int) -> Config:
     """The largest window whose buffers stay inside the VMEM budget."""
-    slots = _slots(kv_pages, k, num_kv_heads)
+    slots = slots_of(kv_pages, k, num_kv_heads)
     turn_packed = dispatch.tpu_generation() == 7
-    # 192 are three whole loop bodies of the interleaving; the small ones are for large slots.
-    for block_tokens in (256, 192, 128, 64, 32, 16):
+    # 208 and the 16 that misaligned sources cost are two loop bodies of the interleaving at 8 heads
+    # of 128; the small ones are for large slots.
+    for block_tokens in (256, 208, 128, 64, 32, 16):
         config = Config(block_tokens, turn_packed)
         if vmem_bytes(slots, k, config) <= _VMEM_BUDGET:
             break
@@ -84,9 +90,8 @@ def default_config(kv_pages, k, num_kv_heads: int, head_dim: int) -> Config:
 
 def vmem_bytes(slots: Slots, k, config: Config) -> int:
     """VMEM that the kernel's buffers take, as tiles."""
-    align = _row_alignment(k)
     turn = tiling(slots, k.dtype, config.block_tokens, config.turn_packed)
-    tokens = _round_up(config.block_tokens + 2 * (align if align > 1 else 0), turn.tile)
+    tokens = _round_up(config.block_tokens + 2 * _misalignment(k), turn.tile)
     lanes = layout.LANES
     if slots.is_flat:
         new_values = _round_up(k.shape[1], lanes)
@@ -107,7 +112,7 @@ def unsupported(kv_pages, k, num_kv_heads: int, head_dim: int) -> str | None:
         return "a TPU has no float16; cast k and v to bfloat16 or float32"
     reason = unsupported_pool(kv_pages)
     if reason is None:
-        smallest = vmem_bytes(_slots(kv_pages, k, num_kv_heads), k, Config(16))
+        smallest = vmem_bytes(slots_of(kv_pages, k, num_kv_heads), k, Config(16))
         if smallest > _VMEM_LIMIT:
             reason = (
                 f"{num_kv_heads} KV heads of {head_dim} in {k.dtype} need {smallest / 2**20:.1f} "
@@ -127,14 +132,14 @@ def unsupported_pool(kv_pages) -> str | None:
 def page_write(
     kv_pages, k, v, page_ids, token_starts, *, k_scale, v_scale, num_kv_heads, config
 ):
-    """See api.page_write. Pages longer than a window are written as equal parts."""
+    """See api.page_write. Pages that do not fill a window well are written as equal parts."""
     num_pages, page_size = kv_pages.shape[:2]
     num_tokens = k.shape[0]
     if num_tokens < page_size or page_ids.shape[0] == 0:
         return kv_pages
-    slots = _slots(kv_pages, k, num_kv_heads)
+    slots = slots_of(kv_pages, k, num_kv_heads)
     config = config or default_config(kv_pages, k, num_kv_heads, slots.head_dim)
-    part = largest_part(page_size, config.block_tokens)
+    part = page_part(page_size, config.block_tokens)
     entries = Entries(
         "pages", part, parts=page_size // part, has_sources=token_starts is not None
     )
@@ -159,21 +164,20 @@ def slice_write(
     num_tokens = k.shape[0]
     if num_tokens == 0 or slices.shape[1] == 0:
         return kv_pages
-    slots = _slots(kv_pages, k, num_kv_heads)
+    slots = slots_of(kv_pages, k, num_kv_heads)
     config = config or default_config(kv_pages, k, num_kv_heads, slots.head_dim)
     slot, token, length = slices
     is_live = oracle.is_live_slice(slices, num_slices, num_pages, page_size, num_tokens)
     token = jnp.clip(token, 0, num_tokens)  # as in page_write
     max_len = min(page_size, num_tokens)
-    if max_len > config.block_tokens:
-        part = jnp.arange(-(-max_len // config.block_tokens), dtype=jnp.int32)
-        offset = (part * config.block_tokens)[None, :]  # [1, parts]
+    num_parts, part = slice_parts(max_len, config.block_tokens)
+    if num_parts > 1:
+        offset = (jnp.arange(num_parts, dtype=jnp.int32) * part)[None, :]  # [1, parts]
         is_live = (is_live[:, None] & (offset < length[:, None])).reshape(-1)
-        length = jnp.minimum(length[:, None] - offset, config.block_tokens).reshape(-1)
+        length = jnp.minimum(length[:, None] - offset, part).reshape(-1)
         slot, token = ((x[:, None] + offset).reshape(-1) for x in (slot, token))
-        max_len = config.block_tokens
     metadata = (jnp.where(is_live, slot, -1), token, jnp.where(is_live, length, 0))
-    entries = Entries("slices", max_len, has_sources=True, has_lengths=True)
+    entries = Entries("slices", part, has_sources=True, has_lengths=True)
     return _write(
         kv_pages, k, v, metadata, k_scale, v_scale, slots=slots, entries=entries, config=config
     )
@@ -183,7 +187,7 @@ def token_write(kv_pages, k, v, slots, *, k_scale, v_scale, num_kv_heads, config
     """See api.token_write. One DMA a token, whatever the slots."""
     if k.shape[0] == 0:
         return kv_pages
-    static = _slots(kv_pages, k, num_kv_heads)
+    static = slots_of(kv_pages, k, num_kv_heads)
     config = config or default_config(kv_pages, k, num_kv_heads, static.head_dim)
     entries = Entries("tokens", 1)
     return _write(
@@ -191,7 +195,8 @@ def token_write(kv_pages, k, v, slots, *, k_scale, v_scale, num_kv_heads, config
     )
 
 
-def _slots(kv_pages, k, num_kv_heads) -> Slots:
+def slots_of(kv_pages, k, num_kv_heads) -> Slots:
+    """The static description of a call's k, v and pool."""
     return Slots(
         num_kv_heads=num_kv_heads,
         head_dim=k.shape[-1] if k.ndim == 3 else k.shape[-1] // num_kv_heads,
@@ -201,9 +206,21 @@ def _slots(kv_pages, k, num_kv_heads) -> Slots:
     )
 
 
-def largest_part(page_size: int, limit: int) -> int:
-    """The largest divisor of `page_size` up to `limit`."""
-    return next(n for n in range(min(page_size, limit), 0, -1) if page_size % n == 0)
+def page_part(page_size: int, block_tokens: int) -> int:
+    """Tokens of a page that one DMA takes: all of them, or a divisor that a window holds.
+
+    Also where a window would be left more than a quarter empty, as 208 tokens are by one page of
+    128: interleaving and planning cost as much as for a full one.
+    """
+    divisors = [n for n in range(min(page_size, block_tokens), 0, -1) if page_size % n == 0]
+    filling = (n for n in divisors if n >= 16 and block_tokens % n <= block_tokens // 4)
+    return next(filling, divisors[0])
+
+
+def slice_parts(max_len: int, block_tokens: int) -> tuple[int, int]:
+    """(parts, tokens of each but the last) in which slices of up to `max_len` tokens are written."""
+    num_parts = -(-max_len // block_tokens)
+    return num_parts, -(-max_len // num_parts)
 
 
 def _survey(metadata, entries: Entries):
@@ -237,6 +254,17 @@ def _survey(metadata, entries: Entries):
         (0,),
     )
     return tuple(x[None] for x in highest)
+
+
+def group_entries(entries: Entries, config: Config) -> int:
+    """Entries of the longest length in a group."""
+    return max(1, config.block_tokens // entries.max_len)
+
+
+def group_tiling(slots: Slots, entries: Entries, config: Config, k) -> Tiling:
+    """The interleaving's loop body, for groups of entries of the longest length."""
+    tokens = group_entries(entries, config) * entries.max_len + _misalignment(k)
+    return tiling(slots, k.dtype, min(tokens, k.shape[0]), config.turn_packed)
 
 
 def unroll(group: int, *, has_lengths: bool) -> int:
@@ -323,6 +351,12 @@ def _row_alignment(k) -> int:
     return 1 if k.ndim == 3 else 32 // k.dtype.itemsize
 
 
+def _misalignment(k) -> int:
+    """Rows more than a group's tokens that its window may take."""
+    align = _row_alignment(k)
+    return align if align > 1 else 0
+
+
 def _pad_rows(x, num_rows):
     return jnp.pad(x, ((0, num_rows - x.shape[0]), (0, 0)))
 
@@ -334,11 +368,11 @@ def _launch(
     """The one pallas_call of the three writes. `pool` is [P*page_size, R or words, C]."""
     align = _row_alignment(k)
     whole = k.shape[0] // align * align
-    window = min(config.block_tokens + (align if align > 1 else 0), whole)
-    turn = tiling(slots, k.dtype, window, config.turn_packed)
+    group = group_entries(entries, config)
+    window = min(config.block_tokens + _misalignment(k), whole)
+    turn = group_tiling(slots, entries, config, k)
     buffer = _round_up(window + (align if tails else 0), turn.tile)
     step = min(metadata[0].shape[0], ENTRIES_PER_STEP)
-    group = max(1, config.block_tokens // entries.max_len)
     word = jnp.float32 if slots.pool_dtype == jnp.float32 else jnp.uint32
 
     def smem(array):

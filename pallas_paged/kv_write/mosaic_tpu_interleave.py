@@ -52,6 +52,9 @@ class Slots:
         return used <= self.num_rows - self.rows_per_word
 
 
+# Tiles that lie in the scratch at a time: one is stored while the one before it is loaded.
+_REGIONS = 2
+
 Turns = Literal["rows", "packed", "nothing"]
 
 
@@ -78,8 +81,8 @@ class Tiling:
         return self.tile + 4
 
 
-def tiling(slots: Slots, new_dtype: jnp.dtype, max_tokens: int, packed: bool) -> Tiling:
-    """Four tiles a body, fewer where a slot is large or the window small."""
+def tiling(slots: Slots, new_dtype: jnp.dtype, num_tokens: int, packed: bool) -> Tiling:
+    """For windows of `num_tokens`: as few bodies as will do, of at most 8 tiles, equally many each."""
     tile = 32 // jnp.dtype(new_dtype).itemsize
     registers = slots.num_words * slots.num_lanes // layout.LANES
     whole_bf16 = (
@@ -90,15 +93,15 @@ def tiling(slots: Slots, new_dtype: jnp.dtype, max_tokens: int, packed: bool) ->
         turns = "nothing"
     elif whole_bf16 and packed:
         turns = "packed"
-    return Tiling(
-        tile=tile, unroll=max(1, min(4, 32 // registers, -(-max_tokens // tile))), turns=turns
-    )
+    num_tiles = -(-num_tokens // tile)
+    num_bodies = -(-num_tiles // max(1, min(8, 64 // registers)))
+    return Tiling(tile=tile, unroll=-(-num_tiles // num_bodies), turns=turns)
 
 
 def scratch_shape(slots: Slots, tiling: Tiling) -> tuple[int, int]:
     """Shape of the words' scratch, [rows, 128]."""
     lane_tiles = slots.num_lanes // layout.LANES
-    return tiling.unroll * lane_tiles * slots.num_words * tiling.pitch, layout.LANES
+    return _REGIONS * lane_tiles * slots.num_words * tiling.pitch, layout.LANES
 
 
 def interleave(slots, tiling, k_ref, v_ref, rows_ref, turn_ref, *, num_tokens, scales):
@@ -117,7 +120,7 @@ def interleave(slots, tiling, k_ref, v_ref, rows_ref, turn_ref, *, num_tokens, s
 
     def region(u, c):
         """Scratch row where lane tile c of tile u begins."""
-        return (u * lane_tiles + c) * slots.num_words * pitch
+        return (u % _REGIONS * lane_tiles + c) * slots.num_words * pitch
 
     def put_heads(u, first):
         """The words of one tile, as rows of a head each."""
@@ -169,11 +172,13 @@ def interleave(slots, tiling, k_ref, v_ref, rows_ref, turn_ref, *, num_tokens, s
             if u:
                 take_tokens(u - 1, firsts[u - 1])
 
-    num_tiles = pl.cdiv(num_tokens, tile)
-    num_bodies = num_tiles // tiling.unroll
-    pl.loop(0, num_bodies)(lambda i: fill(i * tiling.unroll, tiling.unroll))
-    if tiling.unroll > 1:
-        pl.loop(num_bodies * tiling.unroll, num_tiles)(lambda i: fill(i, 1))
+    # Whole bodies, the last one pulled back where it would leave the buffer: a few tiles are done
+    # for nothing or twice, which costs less than a second, shorter body.
+    behind = rows_ref.shape[0] // tile - tiling.unroll
+
+    @pl.loop(0, pl.cdiv(num_tokens, tile * tiling.unroll))
+    def _fill(i):
+        fill(jnp.minimum(i * tiling.unroll, behind), tiling.unroll)
 
 
 def _paired_words(slots, k_ref, v_ref, tokens):

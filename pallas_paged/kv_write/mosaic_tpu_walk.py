@@ -61,6 +61,11 @@ class Walk:
     num_tails: int
     has_scales: bool
 
+    @property
+    def at_most_one_chunk(self) -> bool:
+        """Whether a group has no room for two whole unrolled bodies."""
+        return self.group <= self.unroll and not self.entries.has_lengths
+
 
 def kernel(walk, *refs):
     """Walks this step's entries, group by group, two groups in flight."""
@@ -122,9 +127,9 @@ def kernel(walk, *refs):
 
     def window_of(i):
         """Where the window of entry i starts; inside the batch, whatever a skipped entry says."""
-        start = source(i) & -walk.align  # a power of two
+        start = source(i) & -walk.align  # a power of two; sources are never negative
         if entries.has_sources or walk.num_tails:
-            start = jnp.clip(start, 0, walk.whole - walk.align)
+            start = jnp.minimum(start, walk.whole - walk.align)
         return start
 
     def plan(i):
@@ -135,16 +140,19 @@ def kernel(walk, *refs):
             return i, start, last, end(last - 1)
         limit = jnp.minimum(start + walk.window, source(i) + walk.block)
 
-        # Of entries that ascend, the last of a chunk speaks for it.
-        def chunk_fits(last):
-            until = last + walk.unroll
-            fits = end(jnp.minimum(until, step) - 1) <= limit
-            return (order != ANY_ORDER) & (until <= num_entries) & fits
+        def chunk_end(last):
+            return end(jnp.minimum(last + walk.unroll, step) - 1)
 
-        if walk.group <= walk.unroll and not entries.has_lengths:  # a second one cannot fit
-            last = jnp.where(chunk_fits(i), i + walk.unroll, i)
-        else:
-            last = lax.while_loop(chunk_fits, lambda last: last + walk.unroll, i)
+        # Of entries that ascend, the last of a chunk speaks for it.
+        def chunk_fits(state):
+            last, _, until = state
+            is_ahead = (order != ANY_ORDER) & (last + walk.unroll <= num_entries)
+            return is_ahead & (until <= limit)
+
+        def take_chunk(state):
+            last, _, until = state
+            last += walk.unroll
+            return last, until, until if walk.at_most_one_chunk else chunk_end(last)
 
         # Where no chunk fits, one by one; the first entry of a group always does, or is skipped.
         def entry_fits(state):
@@ -161,18 +169,21 @@ def kernel(walk, *refs):
             return last + 1, needed, taken + jnp.where(live, length(last), 0)
 
         def one_by_one():
-            return lax.while_loop(entry_fits, take, take((i, start, jnp.int32(0))))[:2]
+            # A group of skipped entries needs no token, but a DMA needs some.
+            return lax.while_loop(entry_fits, take, take((i, start + 1, jnp.int32(0))))[:2]
 
         def by_chunks():
-            return last, end(last - 1)
+            chunk = take_chunk(none)
+            if not walk.at_most_one_chunk:
+                chunk = lax.while_loop(chunk_fits, take_chunk, chunk)
+            return chunk[:2]
 
-        return i, start, *lax.cond(last > i, by_chunks, one_by_one)
+        none = (i, start, chunk_end(i))
+        return i, start, *lax.cond(chunk_fits(none), by_chunks, one_by_one)
 
     def loads(start, needed, slot):
         """(condition or None, copy) of a window's k and v, and of the batch's ragged end."""
         rows = (needed - start + walk.align - 1) & -walk.align
-        if entries.has_sources:  # a group of skipped entries needs none, and a DMA needs some
-            rows = jnp.maximum(rows, walk.align)
         if walk.num_tails:
             rows = jnp.minimum(rows, walk.whole - start)
         rows = pl.multiple_of(rows, walk.align)
@@ -216,6 +227,28 @@ def kernel(walk, *refs):
                 return source(i + u) + to_row
             return source(i) + to_row + u * entries.max_len
 
+        def send_one_chunk():
+            """A group that is one chunk, or less: no loop around the chunk."""
+            none = jnp.int32(0)
+
+            def send_rest():
+                return lax.fori_loop(first, last, send_live, none)
+
+            def send_checked():
+                return checked_chunk(none, none)
+
+            def send_unchecked():
+                return unchecked_chunk(entries.max_len, none, none)
+
+            is_whole = last - first == walk.unroll
+            if not entries.has_sources:
+                return lax.cond(is_whole, send_checked, send_rest)
+            return lax.cond(
+                is_whole & (order >= ALL_LIVE),
+                send_unchecked,
+                lambda: lax.cond(is_whole, send_checked, send_rest),
+            )
+
         def send_chunks(num_chunks):
             """The whole chunks, in the cheapest form that what is known of them allows."""
             chunks = [(ASCENDING, checked_chunk)]
@@ -226,8 +259,10 @@ def kernel(walk, *refs):
                     (ANY_ORDER, checked_chunk),
                 ]
             elif entries.has_sources:
-                every = functools.partial(unchecked_chunk, entries.max_len)
-                chunks = [(ALL_LIVE, every), (ANY_ORDER, checked_chunk)]
+                chunks = [
+                    (ALL_LIVE, functools.partial(unchecked_chunk, entries.max_len)),
+                    (ANY_ORDER, checked_chunk),
+                ]
             done, sent = jnp.int32(0), jnp.int32(0)
             for least, chunk in chunks:
                 until = jnp.where(order >= least, num_chunks, done)
@@ -277,6 +312,8 @@ def kernel(walk, *refs):
             return sent if num_tokens is None else sent + walk.unroll * num_tokens
 
         done, sent = first, jnp.int32(0)
+        if walk.unroll > 1 and walk.at_most_one_chunk:
+            return send_one_chunk()
         if walk.unroll > 1:
             done, sent = send_chunks((last - first) // walk.unroll)
         return lax.fori_loop(done, last, send_live, sent)
