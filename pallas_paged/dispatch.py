@@ -2,7 +2,7 @@
 """Which backend runs an op: their names, their order per platform, and the only platform test."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
@@ -21,7 +21,8 @@ _AUTO_ORDER = {
 
 def platform() -> str:
     """The platform that a call made now would run on: "tpu", "gpu" or "cpu"."""
-    device = jax.config.jax_default_device
+    config: Any = jax.config  # has its flags as attributes that not every jax declares
+    device = config.jax_default_device
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform

@@ -60,8 +60,9 @@ def validate(
         slice that is empty or leaves its page; a source outside the batch; a page copied both from
         and to; `num_slices` or `num_seqs` beyond its array; `cu_q_lens` that decrease or leave the
         batch; a `kv_lens` that is negative, less than the new tokens, or more than the table row
-        holds; a table entry in use outside the pool; new tokens of two sequences in one page; an
-        argument of the wrong form or without one that it needs.
+        holds; a table entry in use outside the pool; a page for new tokens that another entry in
+        use has too, be it to write or to read; an argument of the wrong form or without one that
+        it needs.
 
     >>> import numpy as np
     >>> from pallas_paged.layout import make_kv_pages
@@ -250,14 +251,12 @@ class _Fault(NamedTuple):
 
 def _refuse_first(argument: str, faults: Sequence[_Fault]) -> None:
     """Raises the sentence of the first index at which anything is wrong."""
-    is_bad = np.logical_or.reduce([fault.is_bad for fault in faults])
-    if not is_bad.any():
+    bad = np.flatnonzero(np.stack([fault.is_bad for fault in faults]).any(axis=0))
+    if not bad.size:
         return
-    index = int(is_bad.argmax())
+    index = int(bad[0])
     fault = next(f for f in faults if f.is_bad[index])
-    checks.require(
-        False, _OP, argument, got=fault.got(index), wanted=fault.wanted, hint=fault.hint
-    )
+    checks.require(False, _OP, argument, got=fault.got(index), wanted=fault.wanted, hint=fault.hint)
 
 
 def _value_at(array: np.ndarray) -> Callable[[int], str]:
@@ -295,9 +294,11 @@ def _check_pages(arrays, num_pages, page_size, num_tokens) -> _Runs:
         [
             _Fault(
                 is_live & is_bad,
-                lambda i: f"{ids[i]} from token {starts[i]} on at index {i}"
-                if argument == "page_ids"
-                else f"{starts[i]} at index {i}",
+                lambda i: (
+                    f"{ids[i]} from token {starts[i]} on at index {i}"
+                    if argument == "page_ids"
+                    else f"{starts[i]} at index {i}"
+                ),
                 f"a first token in [0, {last}], so that the page's tokens are in the batch",
                 "write what is less than a page with slice_write, or skip it with page id -1",
             )
@@ -457,9 +458,7 @@ def _check_lengths(kv_lens: np.ndarray, q_len: np.ndarray | None, most: int | No
     faults = [_Fault(kv_lens < 0, got, "at least 0", "a length counts all of a sequence's tokens")]
     if most is not None:
         hint = "widen the page table"
-        faults.append(
-            _Fault(kv_lens > most, got, f"at most M * page_size, {most}", hint)
-        )
+        faults.append(_Fault(kv_lens > most, got, f"at most M * page_size, {most}", hint))
     if q_len is not None:
         faults.append(
             _Fault(
@@ -473,24 +472,26 @@ def _check_lengths(kv_lens: np.ndarray, q_len: np.ndarray | None, most: int | No
 
 
 def _check_table(table, kv_lens, q_len, num_pages, page_size) -> None:
-    """Entries in use lie in the pool; entries that get new tokens are nobody else's."""
-    entry = np.arange(table.shape[1])
-    is_used = entry < -(-kv_lens // page_size)[:, None]  # [num_seqs, M]
+    """Entries in use lie in the pool; the page of one that gets new tokens is in use nowhere else.
+
+    A sequence without new tokens has no queries, so it reads nothing and none of its entries is in
+    use.
+    """
+    column = np.arange(table.shape[1])
+    is_used = column < -(-kv_lens // page_size)[:, None]  # [num_seqs, M]
     is_new = np.zeros_like(is_used)
     if q_len is not None:
         is_used &= (q_len > 0)[:, None]
-        is_new = is_used & (entry >= ((kv_lens - q_len) // page_size)[:, None])
+        is_new = is_used & (column >= ((kv_lens - q_len) // page_size)[:, None])
+    conflict = _first_conflicts(table, is_used, is_new)
 
     def got(i):
         return f"{table.flat[i]} at index {divmod(i, table.shape[1])}"
 
-    is_again = np.zeros(table.size, bool)
-    index = np.flatnonzero(is_new)
-    is_again[index] = _is_repeated(table.flat[index])
-
-    def got_again(i):
-        first = int(index[np.flatnonzero(table.flat[index] == table.flat[i])[0]])
-        return f"{got(i)} and at index {divmod(first, table.shape[1])}, both for new tokens"
+    def place(i):
+        row, column = divmod(int(i), table.shape[1])
+        verb = "writes" if is_new[row, column] else "reads"
+        return f"index {row, column}, where sequence {row} {verb}"
 
     faults = [
         _Fault(
@@ -500,10 +501,29 @@ def _check_table(table, kv_lens, q_len, num_pages, page_size) -> None:
             "every page up to a sequence's kv_len must be in the pool",
         ),
         _Fault(
-            is_again,
-            got_again,
+            conflict < np.arange(table.size),
+            lambda i: f"{table.flat[i]} at {place(i)}, and at {place(conflict[i])}",
             "a page of its own for every sequence's new tokens",
-            "share whole prefix pages only; copy a shared page before writing it (copy_pages)",
+            "share a page only after the call that writes it; copy a shared page before writing it "
+            "(copy_pages)",
         ),
     ]
     _refuse_first("page_indices", faults)
+
+
+def _first_conflicts(table, is_used, is_new) -> np.ndarray:
+    """The flat index of the first entry that an entry's page cannot be shared with: [table.size].
+
+    That is the page's first use where the entry writes it, and its first write where the entry only
+    reads it. It is no offence unless it comes earlier than the entry itself, so `table.size` stands
+    where there is none.
+    """
+    used = np.flatnonzero(is_used)
+    writes = is_new.flat[used]
+    # Sorted, not looked up in an array of the pool's size: a pool may be far larger than a batch.
+    pages, first, page = np.unique(table.flat[used], return_index=True, return_inverse=True)
+    first_write = np.full(pages.size, table.size)
+    np.minimum.at(first_write, page[writes], used[writes])
+    conflict = np.full(table.size, table.size)
+    conflict[used] = np.where(writes, used[first][page], first_write[page])
+    return conflict

@@ -85,6 +85,22 @@ VALID = {
     "lengths alone": batch(page_indices=None, cu_q_lens=None),
     "a table without ends": batch(cu_q_lens=None),
     "no sequences": batch(num_seqs=ints(0)),
+    "a call without tokens": {
+        "num_tokens": 0,
+        "page_ids": ints(-1),
+        "slices": columns((-1, 0, 1)),
+        "num_slices": ints(1),
+        "slots": [],
+        "cu_q_lens": ints(0, 0),
+        "num_seqs": ints(1),
+    },
+    "a batch without tokens": batch(num_tokens=0, cu_q_lens=ints(0, 0, 0, 9)),
+    "a batch that ends at T": batch(num_tokens=8),
+    "a sequence without tokens": batch(kv_lens=ints(9, 0, 6), cu_q_lens=ints(0, 6, 6, 9)),
+    "new tokens only": batch(kv_lens=ints(6, 2, 0)),
+    "page 0 and the last page": batch(
+        page_indices=np.array([[0, 2, 5], [1, 7, 0], [0, 0, 0]]),
+    ),
     "the longest length": batch(kv_lens=ints(12, 6, 0)),
     "rows without new tokens use nothing": batch(
         cu_q_lens=ints(0, 0, 2, 0), page_indices=np.array([[99, -1, 5], [7, 3, 0], [0, 0, 0]])
@@ -93,6 +109,18 @@ VALID = {
         kv_lens=ints(9, 6, 0),
         cu_q_lens=ints(0, 5, 7, 7),
         page_indices=np.array([[6, 2, 5], [6, 3, 2], [0, 0, 0]]),
+    ),
+    "a prefix that all share": batch(
+        page_indices=np.array([[0, 1, 2], [0, 1, 3], [0, 1, 4]]),
+        kv_lens=ints(9, 9, 12),
+        cu_q_lens=ints(0, 1, 2, 6),
+        num_seqs=ints(3),
+    ),
+    "a shared page that only a row without new tokens would read": batch(
+        cu_q_lens=ints(0, 6, 6, 0), page_indices=np.array([[6, 2, 5], [5, 2, 0], [0, 0, 0]])
+    ),
+    "a written page beyond the other's length": batch(
+        page_indices=np.array([[6, 2, 5], [7, 3, 5], [0, 0, 0]])
     ),
     "numpy's int64": {"num_tokens": np.int64(9), "page_ids": np.array([3, 0])},
 }
@@ -237,15 +265,58 @@ REFUSALS = [
         batch(cu_q_lens=None, page_indices=np.array([[6, 2, 5], [7, 99, 0], [0, 0, 0]])),
         "`page_indices` is 99 at index (1, 1); wanted a page in [0, 8):",
     ),
+    # One page for two sequences: sequence 0 reads its first entry and writes the others, sequence 1
+    # reads its first and writes its second.
     (
         batch(page_indices=np.array([[6, 2, 5], [7, 5, 0], [0, 0, 0]])),
-        "`page_indices` is 5 at index (1, 1) and at index (0, 2), both for new tokens; wanted a "
-        "page of its own",
+        "`page_indices` is 5 at index (1, 1), where sequence 1 writes, and at index (0, 2), where "
+        "sequence 0 writes; wanted a page of its own for every sequence's new tokens:",
     ),
     (
-        batch(page_indices=np.array([[6, 2, 6], [7, 3, 0], [0, 0, 0]])),
-        "`page_indices` is 6 at index (0, 2) and at index (0, 0), both for new tokens; wanted a "
-        "page of its own",
+        batch(page_indices=np.array([[6, 2, 5], [2, 3, 0], [0, 0, 0]]), kv_lens=ints(9, 7, 0)),
+        "`page_indices` is 2 at index (1, 0), where sequence 1 reads, and at index (0, 1), where "
+        "sequence 0 writes; wanted a page of its own for every sequence's new tokens:",
+    ),
+    (
+        batch(cu_q_lens=ints(0, 5, 7, 0), page_indices=np.array([[6, 2, 5], [7, 6, 0], [0, 0, 0]])),
+        "`page_indices` is 6 at index (1, 1), where sequence 1 writes, and at index (0, 0), where "
+        "sequence 0 reads; wanted a page of its own for every sequence's new tokens:",
+    ),
+    (  # Two may read page 6; the third's first new token lies in its last slot.
+        batch(
+            page_indices=np.array([[6, 2, 5], [6, 3, 0], [6, 4, 0]]),
+            kv_lens=ints(9, 6, 5),
+            cu_q_lens=ints(0, 5, 7, 9),
+            num_seqs=ints(3),
+        ),
+        "`page_indices` is 6 at index (2, 0), where sequence 2 writes, and at index (0, 0), where "
+        "sequence 0 reads; wanted a page of its own for every sequence's new tokens:",
+    ),
+    (
+        batch(cu_q_lens=ints(0, 5, 7, 0), page_indices=np.array([[6, 2, 6], [7, 3, 0], [0, 0, 0]])),
+        "`page_indices` is 6 at index (0, 2), where sequence 0 writes, and at index (0, 0), where "
+        "sequence 0 reads; wanted a page of its own for every sequence's new tokens:",
+    ),
+    (  # What is first in the table is named, whatever is wrong with it.
+        batch(page_indices=np.array([[6, 2, 2], [7, 99, 0], [0, 0, 0]])),
+        "`page_indices` is 2 at index (0, 2), where sequence 0 writes, and at index (0, 1), where "
+        "sequence 0 writes; wanted a page of its own for every sequence's new tokens:",
+    ),
+    # One beyond a boundary.
+    ({"num_tokens": 0, "page_ids": ints(-1, 1)}, "`page_ids` is 1 from token 4 on at index 1;"),
+    (
+        {"num_tokens": 0, "slices": columns((0, 0, 1)), "num_slices": ints(1)},
+        "`slices` is (slot 0, token 0, length 1) at index 0; wanted tokens inside [0, 0):",
+    ),
+    (batch(num_tokens=0), "`cu_q_lens` is 6 at index 1; wanted at most num_tokens, 0:"),
+    (batch(num_tokens=7), "`cu_q_lens` is 8 at index 2; wanted at most num_tokens, 7:"),
+    (
+        batch(kv_lens=ints(9, 0, 0)),
+        "`kv_lens` is 0 at index 1, whose new tokens are 2; wanted at least the new tokens:",
+    ),
+    (
+        batch(kv_lens=ints(5, 2, 0)),
+        "`kv_lens` is 5 at index 0, whose new tokens are 6; wanted at least the new tokens:",
     ),
     # Without what they need.
     ({"token_starts": ints(0)}, "`page_ids` is None; wanted an array, because token_starts is"),
@@ -348,6 +419,50 @@ def test_the_first_of_several_repeats_is_named(first_slots, length):
     assert tuple(map(int, re.search(pattern, str(refusal.value)).groups())) == found
 
 
+def first_conflict(table, kv_lens, q_lens, page_size):
+    """(place, earlier place) of the first entry that shares a written page, by a plain loop."""
+    places = []
+    for row, (kv_len, q_len) in enumerate(zip(kv_lens, q_lens, strict=True)):
+        if not q_len:
+            continue
+        # A page at a time, of the tokens that lie in it.
+        for start in range(0, kv_len, page_size):
+            writes = min(start + page_size, kv_len) > kv_len - q_len
+            page = table[row][start // page_size]
+            place = (row, start // page_size), writes
+            for earlier_page, (earlier, earlier_writes) in places:
+                if page == earlier_page and (writes or earlier_writes):
+                    return place[0], earlier
+            places.append((page, place))
+    return None
+
+
+@hypothesis.settings(deadline=None, derandomize=True, database=None, max_examples=300)
+@hypothesis.given(st.data())
+def test_the_first_shared_page_that_is_written_is_named(data):
+    page_size, width, num_pages = 4, 3, data.draw(st.integers(4, 40))
+    kv_lens = data.draw(st.lists(st.integers(0, width * page_size), max_size=4))
+    q_lens = [data.draw(st.integers(0, kv_len)) for kv_len in kv_lens]
+    entries = st.lists(st.integers(0, num_pages - 1), min_size=width, max_size=width)
+    table = [data.draw(entries) for _ in kv_lens]
+    pool = jax.ShapeDtypeStruct((num_pages, page_size, 2, 128), jnp.bfloat16)
+    arguments = {
+        "num_tokens": sum(q_lens),
+        "page_indices": np.array(table, np.int32).reshape(-1, width),
+        "kv_lens": ints(*kv_lens),
+        "cu_q_lens": np.cumsum([0, *q_lens], dtype=np.int32),
+        "num_seqs": ints(len(kv_lens)),
+    }
+    found = first_conflict(table, kv_lens, q_lens, page_size)
+    if found is None:
+        validate(pool, **arguments)
+        return
+    with pytest.raises(ValueError) as refusal:
+        validate(pool, **arguments)
+    places = re.findall(r"at index \((\d+), (\d+)\), where", str(refusal.value))
+    assert tuple(tuple(map(int, place)) for place in places) == found
+
+
 def make_call(rng, page_size):
     """A batch of four sequences on permuted pages, and garbage rows."""
     kv_lens = rng.integers(0, 5 * page_size + 1, 4)
@@ -397,4 +512,24 @@ def test_many_entries():
     validate(pool, **arguments)
     slots[70_000] = slots[60_000] - 3
     with pytest.raises(ValueError, match="at index 70000, .* that slices at index 60000 writes"):
+        validate(pool, **arguments)
+
+
+def test_many_sequences():
+    """256 sequences of 4,096 pages, a prefix shared by all; the one page that is not is found."""
+    num_seqs, width, page_size = 256, 4096, 16
+    num_pages = num_seqs * width
+    pool = jax.ShapeDtypeStruct((num_pages, page_size, 16, 128), jnp.bfloat16)
+    table = np.random.default_rng(0).permutation(num_pages).astype(np.int32).reshape(-1, width)
+    table[:, :1000] = table[0, :1000]
+    arguments = {
+        "num_tokens": num_seqs * 32,
+        "page_indices": table,
+        "kv_lens": np.full(num_seqs, width * page_size, np.int32),
+        "cu_q_lens": np.arange(num_seqs + 1, dtype=np.int32) * 32,
+        "num_seqs": ints(num_seqs),
+    }
+    validate(pool, **arguments)
+    table[200, 3000] = table[100, 4094]
+    with pytest.raises(ValueError, match=r"\(200, 3000\), .* reads, and at index \(100, 4094\)"):
         validate(pool, **arguments)

@@ -218,7 +218,7 @@ def page_part(page_size: int, block_tokens: int) -> int:
 
 
 def slice_parts(max_len: int, block_tokens: int) -> tuple[int, int]:
-    """(parts, tokens of each but the last) in which slices of up to `max_len` tokens are written."""
+    """(parts, tokens of each but the last) that slices of up to `max_len` tokens are written in."""
     num_parts = -(-max_len // block_tokens)
     return num_parts, -(-max_len // num_parts)
 
