@@ -82,7 +82,7 @@ class Tiling:
 
 
 def tiling(slots: Slots, new_dtype: jnp.dtype, num_tokens: int, packed: bool) -> Tiling:
-    """For windows of `num_tokens`: as few bodies as will do, of at most 8 tiles, all equally long."""
+    """For windows of `num_tokens`: as few bodies as will do, of at most 8 tiles, all alike."""
     tile = 32 // jnp.dtype(new_dtype).itemsize
     registers = slots.num_words * slots.num_lanes // layout.LANES
     whole_bf16 = (
