@@ -10,7 +10,7 @@ from pallas_paged.kv_write.api import (
     write_indices,
 )
 from pallas_paged.layout import make_kv_pages
-from pallas_paged.ragged_paged_attention.api import ragged_paged_attention
+from pallas_paged.ragged_paged_attention.api import ragged_paged_attention, write_and_attend
 from pallas_paged.validation import validate
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "slice_write",
     "token_write",
     "validate",
+    "write_and_attend",
     "write_indices",
 ]

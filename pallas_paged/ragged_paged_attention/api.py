@@ -8,14 +8,13 @@ import jax.numpy as jnp
 
 from pallas_paged import checks, dispatch, layout
 from pallas_paged.dispatch import Backend
-from pallas_paged.ragged_paged_attention import oracle
+from pallas_paged.kv_write import api as kv_write
+from pallas_paged.ragged_paged_attention import mosaic_tpu, oracle
 
-_REASONS = {
-    "oracle": None,
-    "mosaic_tpu": "the Mosaic TPU attention kernel is not written yet; the oracle runs on a TPU",
-    "mosaic_gpu": "the Mosaic GPU attention kernels are not written yet; the oracle runs on a GPU",
-}
 _OP = "ragged_paged_attention"
+_NO_GPU_YET = "the Mosaic GPU attention kernels are not written yet; the oracle runs on a GPU"
+# Below this, a score that the mask adds it to weighs nothing in float32.
+_LEAVES_OUT = -1e9
 
 
 def ragged_paged_attention(
@@ -36,7 +35,7 @@ def ragged_paged_attention(
     sinks: jax.Array | None = None,
     num_kv_heads: int | None = None,
     return_lse: bool = False,
-    config: None = None,
+    config: mosaic_tpu.Config | None = None,
     backend: Backend = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention of new tokens over the pages of their sequences, prefill and decode in one batch.
@@ -68,8 +67,8 @@ def ragged_paged_attention(
         value.
       num_kv_heads: K; None means that all rows of the pool are in use.
       return_lse: whether to return the log-sum-exp too.
-      config: block sizes of the kernel; no backend takes one yet.
-      backend: "auto" or "oracle".
+      config: block sizes of the kernel; None lets the backend choose.
+      backend: "auto", "oracle" or "mosaic_tpu".
 
     Returns:
       q's dtype [T, N, H]; with `return_lse` also the natural log of the sum of the exponentials of
@@ -91,50 +90,164 @@ def ragged_paged_attention(
     >>> out[:, 0, 0].tolist()
     [4.0, 6.0]
     """
-    num_kv_heads = _check_arrays(q, kv_pages, num_kv_heads)
-    _check_metadata(kv_lens, page_indices, cu_q_lens, num_seqs)
-    _check_options(q, sliding_window, soft_cap, sinks, config)
+    num_kv_heads = _check_arrays(_OP, q, kv_pages, num_kv_heads)
+    _check_metadata(_OP, kv_lens, page_indices, cu_q_lens, num_seqs)
+    _check_options(_OP, q, sliding_window, soft_cap, sinks, config)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         checks.require_scale(_OP, name, scale, num_kv_heads, kv_pages)
-    dispatch.choose(_OP, backend, _REASONS)  # the oracle, or a refusal
+    chosen = _choose(_OP, backend, q, kv_pages, page_indices, num_kv_heads, mask_value, config)
     out, lse = _attention(
         q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window, k_scale,
         v_scale, sinks, causal=causal, soft_cap=soft_cap, mask_value=mask_value,
-        num_kv_heads=num_kv_heads,
+        num_kv_heads=num_kv_heads, return_lse=return_lse, config=config, backend=chosen,
     )
     return (out, lse) if return_lse else out
 
 
-@functools.partial(
-    jax.jit, static_argnames=("causal", "soft_cap", "mask_value", "num_kv_heads")
+def write_and_attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv_pages: jax.Array,
+    kv_lens: jax.Array,
+    page_indices: jax.Array,
+    cu_q_lens: jax.Array,
+    num_seqs: jax.Array,
+    *,
+    sm_scale: float = 1.0,
+    causal: bool = True,
+    sliding_window: jax.Array | int | None = None,
+    soft_cap: float | None = None,
+    mask_value: float | None = None,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
+    sinks: jax.Array | None = None,
+    num_kv_heads: int | None = None,
+    return_lse: bool = False,
+    config: mosaic_tpu.Config | None = None,
+    backend: Backend = "auto",
+) -> tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, jax.Array]:
+    """Writes a batch's new keys and values into its pages, then attends over them.
+
+    The new tokens of sequence s are rows `cu_q_lens[s] .. cu_q_lens[s + 1]` of q, k and v, and the
+    last of its `kv_lens[s]`. No sequence may read a page that another writes in the same call.
+
+    Args:
+      q: [T, N, H], as in `ragged_paged_attention`.
+      k, v: [T, K, H] or [T, K*H], as in `page_write`.
+      kv_pages: [P, page_size, R, C], the pool; donated.
+      The rest is as in `ragged_paged_attention`; the scales serve the write as well.
+
+    Returns:
+      `(out, kv_pages)`, with `return_lse` `(out, kv_pages, lse)`.
+
+    Raises:
+      ValueError: an argument has the wrong form.
+      NotImplementedError: the named backend cannot run this call.
+
+    A sequence of 2 tokens, both new, in page 1. The second query averages the two values:
+
+    >>> pool = layout.make_kv_pages(3, 2, num_kv_heads=1, head_dim=128, dtype=jnp.float32)
+    >>> v = jnp.array([3.0, 5.0])[:, None, None] * jnp.ones((2, 1, 128))
+    >>> out, pool = write_and_attend(
+    ...     jnp.ones((2, 1, 128)), jnp.ones((2, 1, 128)), v, pool, jnp.array([2], jnp.int32),
+    ...     jnp.array([[1]], jnp.int32), jnp.array([0, 2], jnp.int32), jnp.array([1], jnp.int32))
+    >>> out[:, 0, 0].tolist(), pool[1, :, 1, 0].tolist()
+    ([3.0, 4.0], [3.0, 5.0])
+    """
+    op = "write_and_attend"
+    checks.require_pool(op, kv_pages)
+    if num_kv_heads is None and getattr(k, "ndim", None) == 3:
+        num_kv_heads = k.shape[1]
+    num_kv_heads = _check_arrays(op, q, kv_pages, num_kv_heads)
+    heads, head_dim = checks.require_write(op, kv_pages, k, v, k_scale, v_scale, num_kv_heads)
+    checks.require(
+        (k.shape[0], head_dim) == (q.shape[0], q.shape[2]),
+        op, "k", got=f"{checks.describe(k)} ({heads} heads of {head_dim})",
+        wanted=f"{q.shape[0]} tokens and heads of {q.shape[2]}, as q {checks.describe(q)}",
+        hint="q, k and v are of the same tokens",
+    )
+    _check_metadata(op, kv_lens, page_indices, cu_q_lens, num_seqs)
+    _check_options(op, q, sliding_window, soft_cap, sinks, config)
+    chosen = _choose(op, backend, q, kv_pages, page_indices, num_kv_heads, mask_value, config)
+    out, lse, kv_pages = _write_and_attend(
+        q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window,
+        k_scale, v_scale, sinks, causal=causal, soft_cap=soft_cap, mask_value=mask_value,
+        num_kv_heads=num_kv_heads, return_lse=return_lse, config=config, backend=chosen,
+    )
+    return (out, kv_pages, lse) if return_lse else (out, kv_pages)
+
+
+def _choose(op, backend, q, kv_pages, page_indices, num_kv_heads, mask_value, config):
+    reason = mosaic_tpu.unsupported(q, kv_pages, page_indices, num_kv_heads, config)
+    if mask_value is not None and mask_value > _LEAVES_OUT:
+        reason = (
+            f"mask_value {mask_value} would let hidden keys count, and their pages may not be "
+            f"there; the kernel leaves them out: pass None or a number below {_LEAVES_OUT:.0e}"
+        )
+    reasons = {"oracle": None, "mosaic_tpu": reason, "mosaic_gpu": _NO_GPU_YET}
+    return dispatch.choose(op, backend, reasons)
+
+
+_STATIC = (
+    "causal", "soft_cap", "mask_value", "num_kv_heads", "return_lse", "config", "backend"
 )
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def _attention(
     q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window, k_scale,
-    v_scale, sinks, *, causal, soft_cap, mask_value, num_kv_heads,
+    v_scale, sinks, *, mask_value, return_lse, config, backend, **options,
 ):
     q, kv_pages = checks.refuse_transforms(_OP, (q, kv_pages, kv_lens, page_indices))[:2]
-    return oracle.ragged_paged_attention(
-        q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale=sm_scale, causal=causal,
-        sliding_window=sliding_window, soft_cap=soft_cap, mask_value=mask_value, k_scale=k_scale,
-        v_scale=v_scale, sinks=sinks, num_kv_heads=num_kv_heads,
+    arrays = (q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
+    options |= {
+        "sm_scale": sm_scale, "sliding_window": sliding_window, "k_scale": k_scale,
+        "v_scale": v_scale, "sinks": sinks,
+    }
+    if backend == "oracle":
+        return oracle.ragged_paged_attention(*arrays, mask_value=mask_value, **options)
+    return mosaic_tpu.ragged_paged_attention(
+        *arrays, return_lse=return_lse, config=config, **options
     )
 
 
-def _check_arrays(q, kv_pages, num_kv_heads) -> int:
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="kv_pages")
+def _write_and_attend(
+    q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window,
+    k_scale, v_scale, sinks, *, num_kv_heads, backend, **options,
+):
+    """Composed of the two ops. Returns (out, log-sum-exp, pool)."""
+    w = kv_write.write_indices(
+        page_indices, kv_lens, cu_q_lens, num_seqs, kv_pages.shape[1], num_tokens=q.shape[0]
+    )
+    write = {
+        "k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads, "backend": backend
+    }
+    kv_pages = kv_write.page_write(kv_pages, k, v, w.page_ids, w.token_starts, **write)
+    kv_pages = kv_write.slice_write(kv_pages, k, v, w.slices, w.num_slices, **write)
+    out, lse = _attention(
+        q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window, k_scale,
+        v_scale, sinks, num_kv_heads=num_kv_heads, backend=backend, **options,
+    )
+    return out, lse, kv_pages
+
+
+def _check_arrays(op, q, kv_pages, num_kv_heads) -> int:
     """Checks q against the pool and returns K."""
-    checks.require_pool(_OP, kv_pages)
-    checks.require_array(_OP, "q", q)
+    checks.require_pool(op, kv_pages)
+    checks.require_array(op, "q", q)
     checks.require(
         q.ndim == 3 and 0 not in q.shape[1:]
         and q.dtype in (jnp.float32, jnp.bfloat16, jnp.float16),
-        _OP, "q", got=checks.describe(q), wanted="float32, bfloat16 or float16 [T, N, H]",
+        op, "q", got=checks.describe(q), wanted="float32, bfloat16 or float16 [T, N, H]",
         hint="pack the batch's tokens into one leading dimension",
     )
     num_heads, head_dim = q.shape[1:]
     num_rows, num_lanes = kv_pages.shape[2:]
     checks.require(
         layout.num_lanes(head_dim) == num_lanes,
-        _OP, "q", got=f"{checks.describe(q)} (head_dim {head_dim})",
+        op, "q", got=f"{checks.describe(q)} (head_dim {head_dim})",
         wanted=f"a head_dim whose pool has C = {num_lanes}, as kv_pages"
         f" {checks.describe(kv_pages)}",
         hint=f"a pool for this head_dim has C = {layout.num_lanes(head_dim)}",
@@ -144,28 +257,28 @@ def _check_arrays(q, kv_pages, num_kv_heads) -> int:
     checks.require(
         isinstance(num_kv_heads, int) and num_kv_heads >= 1
         and layout.num_rows_used(num_kv_heads, head_dim) <= num_rows,
-        _OP, "num_kv_heads", got=num_kv_heads,
+        op, "num_kv_heads", got=num_kv_heads,
         wanted=f"an int >= 1 whose rows fit the R = {num_rows} of kv_pages"
         f" {checks.describe(kv_pages)}",
         hint="pass the number of KV heads that the pool was made for",
     )
     checks.require(
         num_heads % num_kv_heads == 0,
-        _OP, "q", got=f"{checks.describe(q)} ({num_heads} query heads)",
+        op, "q", got=f"{checks.describe(q)} ({num_heads} query heads)",
         wanted=f"a multiple of the {num_kv_heads} KV heads",
         hint="where not all rows of the pool are in use, pass num_kv_heads",
     )
     return num_kv_heads
 
 
-def _check_metadata(kv_lens, page_indices, cu_q_lens, num_seqs):
-    checks.require_int32(_OP, "kv_lens", kv_lens, 1, "[S]")
-    checks.require_int32(_OP, "page_indices", page_indices, 2, "[S, M]")
-    checks.require_int32(_OP, "cu_q_lens", cu_q_lens, 1, "[S + 1]")
-    checks.require_int32(_OP, "num_seqs", num_seqs, 1, "[1]")
+def _check_metadata(op, kv_lens, page_indices, cu_q_lens, num_seqs):
+    checks.require_int32(op, "kv_lens", kv_lens, 1, "[S]")
+    checks.require_int32(op, "page_indices", page_indices, 2, "[S, M]")
+    checks.require_int32(op, "cu_q_lens", cu_q_lens, 1, "[S + 1]")
+    checks.require_int32(op, "num_seqs", num_seqs, 1, "[1]")
     checks.require(
         0 not in page_indices.shape,
-        _OP, "page_indices", got=checks.describe(page_indices), wanted="int32[S, M], neither 0",
+        op, "page_indices", got=checks.describe(page_indices), wanted="int32[S, M], neither 0",
         hint="give the table one row per sequence slot and one column per page",
     )
     max_seqs = page_indices.shape[0]
@@ -175,35 +288,37 @@ def _check_metadata(kv_lens, page_indices, cu_q_lens, num_seqs):
     ):
         checks.require(
             array.shape[0] == size,
-            _OP, name, got=checks.describe(array), wanted=f"int32[{size}]",
+            op, name, got=checks.describe(array), wanted=f"int32[{size}]",
             hint=f"page_indices {checks.describe(page_indices)} has S = {max_seqs}",
         )
 
 
-def _check_options(q, sliding_window, soft_cap, sinks, config):
+def _check_options(op, q, sliding_window, soft_cap, sinks, config):
     is_array = hasattr(sliding_window, "dtype")
     checks.require(
         sliding_window is None
         or (is_array and sliding_window.shape == ()
             and jnp.issubdtype(sliding_window.dtype, jnp.integer))
         or (isinstance(sliding_window, int) and sliding_window >= 1),
-        _OP, "sliding_window", got=checks.describe(sliding_window),
+        op, "sliding_window", got=checks.describe(sliding_window),
         wanted="None, an int >= 1 or an int32 scalar",
         hint="a query always sees its own key, so the smallest window is 1",
     )
     checks.require(
         soft_cap is None or soft_cap > 0,
-        _OP, "soft_cap", got=soft_cap, wanted="None or a number > 0",
+        op, "soft_cap", got=soft_cap, wanted="None or a number > 0",
         hint="None turns it off",
     )
     num_heads = q.shape[1]
     checks.require(
         sinks is None or (getattr(sinks, "shape", None) == (num_heads,)
                           and sinks.dtype == jnp.float32),
-        _OP, "sinks", got=checks.describe(sinks), wanted=f"None or float32[{num_heads}]",
+        op, "sinks", got=checks.describe(sinks), wanted=f"None or float32[{num_heads}]",
         hint="one sink per query head",
     )
     checks.require(
-        config is None, _OP, "config", got=checks.describe(config), wanted="None",
-        hint="no backend of this op takes a config yet",
+        config is None or isinstance(config, mosaic_tpu.Config),
+        op, "config", got=checks.describe(config),
+        wanted="None or a ragged_paged_attention Config",
+        hint="pallas_paged.ragged_paged_attention.mosaic_tpu.Config",
     )

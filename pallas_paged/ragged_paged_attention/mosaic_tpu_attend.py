@@ -1,0 +1,282 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Attention of one unit's queries over one block of keys, on the matrix unit: two forms.
+
+`Decode` takes the one row of a decode with all its heads: heads are rows, keys are lanes, K and V
+are what the matrix unit holds. `Prefill` takes many rows, head by head, and everything transposed:
+keys are rows and queries are lanes. So the running maximum and sum are vectors along the lanes,
+no reduction crosses lanes, and the second product fills the matrix unit although a head has only
+128 lanes.
+
+Both keep the running maximum, the sum and the accumulator in float32, in the base 2.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_paged import layout
+from pallas_paged.ragged_paged_attention.mosaic_tpu_operands import Heads, keys, values
+
+_LOG2_E = math.log2(math.e)
+_SUBLANES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What is done to a product of q and k, and which of them count; static.
+
+    Attributes:
+      soft_cap: None or the bound on the scores.
+      causal: whether a query sees no later key.
+      has_window, has_scales, has_sinks: whether the call has these arrays.
+    """
+
+    soft_cap: float | None
+    causal: bool
+    has_window: bool
+    has_scales: bool
+    has_sinks: bool
+
+
+def scores(score: Score, product, scale):
+    """Scores in the base 2 of products; `scale` is sm_scale, times K's if the pool has scales."""
+    if score.soft_cap is None:
+        return product * (scale * _LOG2_E)
+    return jnp.tanh(product * (scale / score.soft_cap)) * (score.soft_cap * _LOG2_E)
+
+
+def is_seen(score: Score, key_position, query_position, window):
+    """Which keys of a sequence the mask lets a query see; positions broadcast."""
+    seen = key_position >= 0
+    if score.causal:
+        seen &= key_position <= query_position
+    if score.has_window:
+        seen &= key_position > query_position - window
+    return seen
+
+
+def _exp2(x):
+    return jnp.exp2(x)
+
+
+def decode_rows(num_heads: int) -> int:
+    """Rows that a decode's heads take, whole registers."""
+    return -(-num_heads // _SUBLANES) * _SUBLANES
+
+
+def _head_rows(heads: Heads, head: int):
+    """(first row, bool[8, 1] or None) of each register of rows that has heads of a KV head."""
+    first, end = head * heads.group, (head + 1) * heads.group
+    row = lax.broadcasted_iota(jnp.int32, (_SUBLANES, 1), 0)
+    for start in range(first // _SUBLANES * _SUBLANES, end, _SUBLANES):
+        is_all = first <= start and end >= min(start + _SUBLANES, heads.num_heads)
+        yield start, None if is_all else (row + start >= first) & (row + start < end)
+
+
+def _select(mask, new, old):
+    return new if mask is None or old is None else jnp.where(mask, new, old)
+
+
+def start_decode(m_ref, l_ref, acc_ref):
+    """Empties the running state: f32[rows, 128] twice, f32[rows, C]."""
+    m_ref[...] = jnp.full_like(m_ref, -jnp.inf)
+    l_ref[...] = jnp.zeros_like(l_ref)
+    acc_ref[...] = jnp.zeros_like(acc_ref)
+
+
+def decode(
+    heads: Heads, score: Score, q_ref, load, scales, window, sm_scale,
+    *, first, position, end, num_keys, m_ref, l_ref, acc_ref,
+):
+    """Takes one block of keys into a decode's running state.
+
+    Args:
+      heads, score: static.
+      q_ref: f32[rows, C], the heads of one token.
+      load: see `keys`.
+      scales: `scales(which, head)`, K's (0) or V's (1) float32 scale.
+      window, sm_scale: scalars.
+      first: position of the block's first key.
+      position: of the query.
+      end: keys from this position on do not count, and their slots may hold anything.
+      num_keys: keys in the block.
+      m_ref, l_ref, acc_ref: running maximum f32[rows, 128] (all lanes equal), sum f32[rows, 128]
+        (each lane its part) and accumulator f32[rows, C].
+    """
+    position_of_key = first + lax.broadcasted_iota(jnp.int32, (_SUBLANES, num_keys), 1)
+    seen = is_seen(score, position_of_key, position, window) & (position_of_key < end)
+    product: dict = {}
+    for head in range(heads.num_kv_heads):
+        k = keys(heads, load, head)
+        for row, mask in _head_rows(heads, head):
+            q = q_ref[pl_rows(row)].astype(heads.compute_dtype)
+            s = lax.dot_general(
+                q, k, (((1,), (1,)), ((), ())), precision=heads.precision,
+                preferred_element_type=jnp.float32,
+            )
+            scale = sm_scale * scales(0, head) if score.has_scales else sm_scale
+            product[row] = _select(mask, scores(score, s, scale), product.get(row))
+    weights, rescale = {}, {}
+    for row, s in product.items():
+        s = jnp.where(seen, s, -jnp.inf)
+        before = m_ref[pl_rows(row)]
+        m = jnp.maximum(before, jnp.max(s, axis=1, keepdims=True))
+        shift = jnp.where(m == -jnp.inf, 0.0, m)  # nothing seen yet: 0, not NaN
+        rescale[row] = _exp2(before - shift)
+        p = _exp2(s - shift[:, :1])
+        m_ref[pl_rows(row)] = m
+        l_ref[pl_rows(row)] = l_ref[pl_rows(row)] * rescale[row] + sum(
+            p[:, c : c + layout.LANES] for c in range(0, num_keys, layout.LANES)
+        )
+        weights[row] = p.astype(heads.compute_dtype)
+
+    def is_token(parity):
+        step, offset = (1, 0) if parity is None else (2, parity)
+        slot = lax.broadcasted_iota(jnp.int32, (num_keys // step, layout.LANES), 0)
+        return first + slot * step + offset < end
+
+    attended: dict = {}
+    for head in range(heads.num_kv_heads):
+        v = values(heads, load, head, is_token)
+        for row, mask in _head_rows(heads, head):
+            o = jnp.dot(
+                weights[row], v, precision=heads.precision, preferred_element_type=jnp.float32
+            )
+            attended[row] = _select(mask, o, attended.get(row))
+    for row, o in attended.items():
+        for c in range(heads.lane_tiles):
+            lanes = slice(c * layout.LANES, (c + 1) * layout.LANES)
+            acc_ref[pl_rows(row), lanes] = (
+                acc_ref[pl_rows(row), lanes] * rescale[row] + o[:, lanes]
+            )
+
+
+def pl_rows(row):
+    return slice(row, row + _SUBLANES)
+
+
+def finish_decode(heads: Heads, score: Score, sinks_ref, scales, m_ref, l_ref, acc_ref):
+    """Returns the attended values, f32[rows, C] with V in lane 0, and the log-sum-exp [rows, 1]."""
+    m = m_ref[:, :1]
+    total = jnp.sum(l_ref[...], axis=1, keepdims=True)
+    acc = acc_ref[...]
+    if score.has_sinks:
+        sink = sinks_ref[:, :1] * _LOG2_E
+        top = jnp.maximum(m, sink)
+        rescale = _exp2(m - top)
+        m, total, acc = top, total * rescale + _exp2(sink - top), acc * rescale
+    if score.has_scales:
+        v_scale = jnp.ones_like(total)
+        row = lax.broadcasted_iota(jnp.int32, v_scale.shape, 0)
+        for head in range(heads.num_kv_heads):
+            is_head = (row >= head * heads.group) & (row < (head + 1) * heads.group)
+            v_scale = jnp.where(is_head, scales(1, head), v_scale)
+        acc = acc * v_scale
+    out = acc / jnp.where(total > 0, total, 1.0)
+    if heads.value_lane:
+        out = jnp.roll(out, -heads.value_lane, axis=1)
+    return out, (m + jnp.log2(total)) / _LOG2_E
+
+
+def start_prefill(m_ref, l_ref, acc_ref):
+    """Empties the running state: f32[K, 8, rows] twice, f32[K, C, rows]."""
+    m_ref[...] = jnp.full_like(m_ref, -jnp.inf)
+    l_ref[...] = jnp.zeros_like(l_ref)
+    acc_ref[...] = jnp.zeros_like(acc_ref)
+
+
+def prefill(
+    heads: Heads, score: Score, q_ref, load, scales, window, sm_scale,
+    *, first, first_position, end, num_keys, m_ref, l_ref, acc_ref,
+):
+    """Takes one block of keys into the running state of a window of queries.
+
+    Args:
+      q_ref: [tokens, N * C], the window.
+      first_position: of the window's first query; the others follow.
+      m_ref, l_ref, acc_ref: running maximum f32[K, 8, rows] (one of 8), sum f32[K, 8, rows] (its
+        parts) and accumulator f32[K, C, rows]; rows are `tokens` of one query head after another.
+      The rest is as for `decode`.
+    """
+    tokens = q_ref.shape[0]
+    num_rows = tokens * heads.group
+    slot = lax.broadcasted_iota(jnp.int32, (num_keys, num_rows), 0)
+    row = lax.broadcasted_iota(jnp.int32, (1, num_rows), 1)
+    token = lax.rem(row, tokens)
+    position_of_key = first + slot
+    seen = is_seen(score, position_of_key, first_position + token, window)
+    seen &= position_of_key < end
+
+    def is_token(parity):
+        step, offset = (1, 0) if parity is None else (2, parity)
+        slot = lax.broadcasted_iota(jnp.int32, (num_keys // step, layout.LANES), 0)
+        return first + slot * step + offset < end
+
+    for head in range(heads.num_kv_heads):
+        q = jnp.concatenate(
+            [
+                q_ref[:, n * heads.lanes : (n + 1) * heads.lanes].astype(heads.compute_dtype)
+                for n in range(head * heads.group, (head + 1) * heads.group)
+            ],
+            axis=0,
+        )
+        k = keys(heads, load, head)
+        s = lax.dot_general(
+            k, q, (((1,), (1,)), ((), ())), precision=heads.precision,
+            preferred_element_type=jnp.float32,
+        )  # [keys, rows]
+        scale = sm_scale * scales(0, head) if score.has_scales else sm_scale
+        s = jnp.where(seen, scores(score, s, scale), -jnp.inf)
+        before = m_ref[head, :1]  # [1, rows]
+        m = jnp.maximum(before, jnp.max(s, axis=0, keepdims=True))
+        shift = jnp.where(m == -jnp.inf, 0.0, m)
+        rescale = _exp2(before - shift)
+        p = _exp2(s - shift)
+        parts = jnp.sum(p.reshape(-1, _SUBLANES, num_rows), axis=0)
+        m_ref[head, :1] = m
+        l_ref[head] = l_ref[head] * rescale + parts
+        v = values(heads, load, head, is_token)
+        o = lax.dot_general(
+            v, p.astype(heads.compute_dtype), (((0,), (0,)), ((), ())), precision=heads.precision,
+            preferred_element_type=jnp.float32,
+        )  # [C, rows]
+        acc_ref[head] = acc_ref[head] * rescale + o
+
+
+def finish_prefill(heads: Heads, score: Score, head: int, sinks, scales, m_ref, l_ref, acc_ref):
+    """One KV head's attended values f32[rows, C], V in lane 0, and log-sum-exp f32[1, rows].
+
+    `sinks(head)` is the float32 sink of a query head.
+    """
+    m = m_ref[head, :1]
+    total = jnp.sum(l_ref[head], axis=0, keepdims=True)
+    acc = acc_ref[head]
+    if score.has_sinks:
+        tokens = m.shape[1] // heads.group
+        row = lax.broadcasted_iota(jnp.int32, m.shape, 1)
+        sink = jnp.zeros_like(m)
+        for g in range(heads.group):
+            is_head = (row >= g * tokens) & (row < (g + 1) * tokens)
+            sink = jnp.where(is_head, sinks(head * heads.group + g) * _LOG2_E, sink)
+        top = jnp.maximum(m, sink)
+        rescale = _exp2(m - top)
+        m, total, acc = top, total * rescale + _exp2(sink - top), acc * rescale
+    factor = 1.0 / jnp.where(total > 0, total, 1.0)
+    if score.has_scales:
+        factor = factor * scales(1, head)
+    out = (acc * factor).T
+    if heads.value_lane:
+        out = jnp.roll(out, -heads.value_lane, axis=1)
+    return out, (m + jnp.log2(total)) / _LOG2_E
+
+
+def as_row(column: jax.Array, num_lanes: int) -> jax.Array:
+    """A column f32[rows, 1] as a row f32[1, num_lanes], 0 behind it."""
+    shape = (column.shape[0], num_lanes)
+    is_diagonal = lax.broadcasted_iota(jnp.int32, shape, 0) == lax.broadcasted_iota(
+        jnp.int32, shape, 1
+    )
+    return jnp.sum(jnp.where(is_diagonal, column, 0.0), axis=0, keepdims=True)
