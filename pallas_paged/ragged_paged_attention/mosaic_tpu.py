@@ -23,6 +23,7 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_operands import Heads
 from pallas_paged.ragged_paged_attention.mosaic_tpu_walk import (
     ROW_TILE,
     STATE_SIZE,
+    UNIT_SIZE,
     Walk,
     kernel,
 )
@@ -43,36 +44,44 @@ class Config:
       block_keys: keys of a block, a multiple of 128.
       window_rows: rows of the batch whose queries a prefill takes together, a multiple of 128; also
         the rows of decodes that share a window of q.
-      num_buffers: blocks in VMEM: one being computed, the others on their way.
+      num_buffers: blocks in VMEM: those being computed, the others on their way.
+      blocks_per_body: blocks that a long decode takes at a time, fewer than `num_buffers`.
     """
 
     block_keys: int
     window_rows: int
     num_buffers: int = 3
+    blocks_per_body: int = 1
 
     def __post_init__(self):
-        for name, multiple in (("block_keys", 128), ("window_rows", 128), ("num_buffers", 1)):
+        for name, multiple in (
+            ("block_keys", 128), ("window_rows", 128), ("num_buffers", 1), ("blocks_per_body", 1)
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < multiple or value % multiple:
                 raise ValueError(
                     f"ragged_paged_attention Config: {name} is {value!r}; wanted a positive "
                     f"multiple of {multiple}"
                 )
-        if self.num_buffers < 2:
+        if self.num_buffers <= self.blocks_per_body:
             raise ValueError(
-                "ragged_paged_attention Config: num_buffers is 1; wanted at least 2, so that one "
-                "block comes in while another is computed"
+                f"ragged_paged_attention Config: num_buffers is {self.num_buffers}; wanted more "
+                f"than blocks_per_body, {self.blocks_per_body}, so that blocks come in while "
+                "others are computed"
             )
 
 
 def default_config(heads: Heads) -> Config:
     """The largest blocks whose buffers fit the generation's VMEM."""
     budget = _VMEM_SHARE * _vmem_capacity()
-    # A block of all heads is one straight body: 4,096 keys of heads are about 2,000 bundles.
+    # A block of all heads is one straight body: 4,096 keys of heads are about 1,000 bundles.
     block_keys = max(128, min(1024, 4096 // heads.num_kv_heads // 128 * 128))
     while True:
-        config = Config(block_keys, 128)
-        if vmem_bytes(heads, config, return_lse=True) <= budget or block_keys == 128:
+        for num_buffers, blocks_per_body in ((8, 4), (4, 2), (3, 1)):
+            config = Config(block_keys, 128, num_buffers, blocks_per_body)
+            if vmem_bytes(heads, config, return_lse=True) <= budget:
+                return config
+        if block_keys == 128:
             return config
         block_keys = max(128, block_keys // 2 // 128 * 128)
 
@@ -86,10 +95,11 @@ def vmem_bytes(heads: Heads, config: Config, *, return_lse: bool) -> int:
     window, width = config.window_rows, heads.num_heads * heads.lanes
     rows = window * heads.group
     ring = config.num_buffers * config.block_keys * heads.pitch * heads.lanes * 4
-    windows = 3 * window * width * heads.q_dtype.itemsize + window * width * 4
+    windows = 3 * window * width * heads.q_dtype.itemsize
+    windows += 2 * window * attend.row_pitch(heads.num_heads) * heads.lanes * 4
     prefill = heads.num_kv_heads * rows * (heads.lanes + 16) * 4
-    decode = attend.decode_rows(heads.num_heads) * (3 * heads.lanes + 2 * layout.LANES) * 4
-    lse = 3 * window * _round_up(heads.num_heads, layout.LANES) * 4 if return_lse else 0
+    decode = attend.decode_rows(heads.num_heads) * (heads.lanes + 2 * layout.LANES) * 4
+    lse = 2 * window * _round_up(heads.num_heads, layout.LANES) * 4 if return_lse else 0
     body = 3 * config.block_keys * rows * 4  # scores, weights and the mask of one head
     return ring + windows + prefill + decode + lse + body
 
@@ -165,6 +175,7 @@ def ragged_paged_attention(
         piece=_piece(page_size, config.block_keys),
         block=config.block_keys,
         ring=config.num_buffers,
+        blocks_per_body=config.blocks_per_body,
         window=config.window_rows,
         return_lse=return_lse,
         is_interpreted=False,
@@ -223,6 +234,7 @@ def _launch(walk: Walk, metadata, vectors, q, pool):
     heads, window = walk.heads, walk.window
     width = heads.num_heads * heads.lanes
     decode_rows = attend.decode_rows(heads.num_heads)
+    pitch = attend.row_pitch(heads.num_heads)
     prefill_rows = window * heads.group
     lse_lanes = _round_up(heads.num_heads, layout.LANES)
     word = jnp.float32 if heads.pool_dtype == jnp.float32 else jnp.uint32
@@ -251,14 +263,13 @@ def _launch(walk: Walk, metadata, vectors, q, pool):
         out_specs=[hbm for _ in out_shape],
         scratch_shapes=[
             pltpu.SMEM((STATE_SIZE,), jnp.int32),
+            pltpu.SMEM((walk.max_units, UNIT_SIZE), jnp.int32),
             pltpu.VMEM(
                 (walk.ring, heads.lane_tiles, walk.block, heads.pitch, 1, layout.LANES), word
             ),
             pltpu.VMEM((window, width), heads.q_dtype),
             pltpu.VMEM((2, window, width), heads.q_dtype),
-            vmem(window, width),
-            vmem(decode_rows, heads.lanes),
-            vmem(decode_rows, heads.lanes),
+            *[vmem(heads.lane_tiles, window, pitch, 1, layout.LANES)] * 2,
             vmem(decode_rows, layout.LANES),
             vmem(decode_rows, layout.LANES),
             vmem(decode_rows, heads.lanes),
@@ -268,7 +279,7 @@ def _launch(walk: Walk, metadata, vectors, q, pool):
             pltpu.SemaphoreType.DMA((walk.ring,)),
             pltpu.SemaphoreType.DMA((1,)),
             pltpu.SemaphoreType.DMA((2,)),
-            *([vmem(3, window, lse_lanes)] if walk.return_lse else []),
+            *([vmem(2, window, lse_lanes)] if walk.return_lse else []),
         ],
         # The kernel checks every id (fetch_block) and keeps every row inside the batch (rows_of).
         compiler_params=pltpu.CompilerParams(

@@ -58,10 +58,6 @@ def is_seen(score: Score, key_position, query_position, window):
     return seen
 
 
-def _exp2(x):
-    return jnp.exp2(x)
-
-
 def decode_rows(num_heads: int) -> int:
     """Rows that a decode's heads take, whole registers."""
     return -(-num_heads // _SUBLANES) * _SUBLANES
@@ -80,102 +76,147 @@ def _select(mask, new, old):
     return new if mask is None or old is None else jnp.where(mask, new, old)
 
 
-def start_decode(m_ref, l_ref, acc_ref):
-    """Empties the running state: f32[rows, 128] twice, f32[rows, C]."""
-    m_ref[...] = jnp.full_like(m_ref, -jnp.inf)
-    l_ref[...] = jnp.zeros_like(l_ref)
-    acc_ref[...] = jnp.zeros_like(acc_ref)
+def row_pitch(num_heads: int) -> int:
+    """Rows from one decode to the next where their heads are rows: odd, whole registers and one."""
+    return decode_rows(num_heads) + 1
 
 
 def decode(
-    heads: Heads, score: Score, q_ref, load, scales, window, sm_scale,
-    *, first, position, end, num_keys, m_ref, l_ref, acc_ref,
+    heads: Heads, score: Score, sinks_ref, scales, window, sm_scale,
+    *, q, loads, spans, position, num_keys, is_full, issue, is_first, store, m_ref, l_ref, acc_ref,
 ):
-    """Takes one block of keys into a decode's running state.
+    """Takes blocks of keys into a decode's running state, and stores its result so far.
+
+    Blocks are pipelined: the products with the next block's keys come before the softmax of this
+    one's, so that the matrix unit has work while that is computed.
 
     Args:
       heads, score: static.
-      q_ref: f32[rows, C], the heads of one token.
-      load: see `keys`.
+      sinks_ref: f32[rows, 128], a head's sink in all lanes; None without sinks.
       scales: `scales(which, head)`, K's (0) or V's (1) float32 scale.
       window, sm_scale: scalars.
-      first: position of the block's first key.
+      q: `q(row, lane_tile)`, f32[8, 128], eight heads of the token.
+      loads: for each block, see `keys`.
+      spans: for each block (position of its first key, of the first that it does not hold).
       position: of the query.
-      end: keys from this position on do not count, and their slots may hold anything.
-      num_keys: keys in the block.
+      num_keys: keys in a block.
+      is_full: whether all keys of the blocks are known to count; static.
+      issue: called twice for each KV head of each block, where DMAs are welcome.
+      is_first: whether the state is to be empty before.
+      store: `store(row, lane_tile, x)` takes f32[8, 128] of the attended values.
       m_ref, l_ref, acc_ref: running maximum f32[rows, 128] (all lanes equal), sum f32[rows, 128]
         (each lane its part) and accumulator f32[rows, C].
+
+    Returns:
+      the log-sum-exp so far, f32[rows, 1].
     """
-    position_of_key = first + lax.broadcasted_iota(jnp.int32, (_SUBLANES, num_keys), 1)
-    seen = is_seen(score, position_of_key, position, window) & (position_of_key < end)
-    product: dict = {}
-    for head in range(heads.num_kv_heads):
-        k = keys(heads, load, head)
-        for row, mask in _head_rows(heads, head):
-            q = q_ref[pl_rows(row)].astype(heads.compute_dtype)
-            s = lax.dot_general(
-                q, k, (((1,), (1,)), ((), ())), precision=heads.precision,
-                preferred_element_type=jnp.float32,
-            )
-            scale = sm_scale * scales(0, head) if score.has_scales else sm_scale
-            product[row] = _select(mask, scores(score, s, scale), product.get(row))
-    weights, rescale = {}, {}
-    for row, s in product.items():
-        s = jnp.where(seen, s, -jnp.inf)
-        before = m_ref[pl_rows(row)]
-        m = jnp.maximum(before, jnp.max(s, axis=1, keepdims=True))
-        shift = jnp.where(m == -jnp.inf, 0.0, m)  # nothing seen yet: 0, not NaN
-        rescale[row] = _exp2(before - shift)
-        p = _exp2(s - shift[:, :1])
-        m_ref[pl_rows(row)] = m
-        l_ref[pl_rows(row)] = l_ref[pl_rows(row)] * rescale[row] + sum(
-            p[:, c : c + layout.LANES] for c in range(0, num_keys, layout.LANES)
+    rows = range(0, decode_rows(heads.num_heads), _SUBLANES)
+    queries = {
+        row: jnp.concatenate([q(row, c) for c in range(heads.lane_tiles)], axis=1).astype(
+            heads.compute_dtype
         )
-        weights[row] = p.astype(heads.compute_dtype)
+        for row in rows
+    }
+    m = {row: jnp.where(is_first, -jnp.inf, m_ref[pl_rows(row)]) for row in rows}
+    total = {row: jnp.where(is_first, 0.0, l_ref[pl_rows(row)]) for row in rows}
+    acc = {row: jnp.where(is_first, 0.0, acc_ref[pl_rows(row)]) for row in rows}
 
-    def is_token(parity):
-        step, offset = (1, 0) if parity is None else (2, parity)
-        slot = lax.broadcasted_iota(jnp.int32, (num_keys // step, layout.LANES), 0)
-        return first + slot * step + offset < end
+    def products(b):
+        first, end = spans[b]
+        position_of_key = first + lax.broadcasted_iota(jnp.int32, (_SUBLANES, num_keys), 1)
+        seen = is_seen(score, position_of_key, position, window) & (position_of_key < end)
+        product: dict = {}
+        for head in range(heads.num_kv_heads):
+            issue()
+            k = keys(heads, loads[b], head)
+            scale = sm_scale * scales(0, head) if score.has_scales else sm_scale
+            for row, mask in _head_rows(heads, head):
+                s = lax.dot_general(
+                    queries[row], k, (((1,), (1,)), ((), ())), precision=heads.precision,
+                    preferred_element_type=jnp.float32,
+                )
+                product[row] = _select(mask, scores(score, s, scale), product.get(row))
+        if is_full:
+            return product
+        return {row: jnp.where(seen, s, -jnp.inf) for row, s in product.items()}
 
-    attended: dict = {}
-    for head in range(heads.num_kv_heads):
-        v = values(heads, load, head, is_token)
-        for row, mask in _head_rows(heads, head):
-            o = jnp.dot(
-                weights[row], v, precision=heads.precision, preferred_element_type=jnp.float32
+    def attend(b, product):
+        first, end = spans[b]
+        weights, rescale = {}, {}
+        for row, s in product.items():
+            before = m[row]
+            m[row] = jnp.maximum(before, jnp.max(s, axis=1, keepdims=True))
+            shift = jnp.where(m[row] == -jnp.inf, 0.0, m[row])  # nothing seen yet: 0, not NaN
+            rescale[row] = jnp.exp2(before - shift)
+            p = jnp.exp2(s - shift[:, :1])
+            total[row] = total[row] * rescale[row] + sum(
+                p[:, c : c + layout.LANES] for c in range(0, num_keys, layout.LANES)
             )
-            attended[row] = _select(mask, o, attended.get(row))
-    for row, o in attended.items():
+            weights[row] = p.astype(heads.compute_dtype)
+
+        def is_token(parity):
+            step, offset = (1, 0) if parity is None else (2, parity)
+            slot = lax.broadcasted_iota(jnp.int32, (num_keys // step, layout.LANES), 0)
+            return first + slot * step + offset < end
+
+        attended: dict = {}
+        for head in range(heads.num_kv_heads):
+            issue()
+            v = values(heads, loads[b], head, None if is_full else is_token)
+            for row, mask in _head_rows(heads, head):
+                o = jnp.dot(
+                    weights[row], v, precision=heads.precision, preferred_element_type=jnp.float32
+                )
+                attended[row] = _select(mask, o, attended.get(row))
+        for row, o in attended.items():
+            acc[row] = acc[row] * _wide(rescale[row], heads.lane_tiles) + o
+
+    product = products(0)
+    for b in range(len(loads)):
+        ahead = products(b + 1) if b + 1 < len(loads) else None
+        attend(b, product)
+        product = ahead
+
+    lse = []
+    for row in rows:
+        m_ref[pl_rows(row)], l_ref[pl_rows(row)] = m[row], total[row]
+        acc_ref[pl_rows(row)] = acc[row]
+        out, lse_of_row = _finish_decode(
+            heads, score, sinks_ref, scales, row, m[row], total[row], acc[row]
+        )
+        lse.append(lse_of_row)
         for c in range(heads.lane_tiles):
-            lanes = slice(c * layout.LANES, (c + 1) * layout.LANES)
-            acc_ref[pl_rows(row), lanes] = (
-                acc_ref[pl_rows(row), lanes] * rescale[row] + o[:, lanes]
-            )
+            store(row, c, out[:, c * layout.LANES : (c + 1) * layout.LANES])
+    return jnp.concatenate(lse, axis=0)
+
+
+def _wide(x, lane_tiles):
+    """f32[8, 128] with equal lanes as f32[8, C]."""
+    return x if lane_tiles == 1 else jnp.concatenate([x] * lane_tiles, axis=1)
 
 
 def pl_rows(row):
+    """The rows of one register."""
     return slice(row, row + _SUBLANES)
 
 
-def finish_decode(heads: Heads, score: Score, sinks_ref, scales, m_ref, l_ref, acc_ref):
-    """Returns the attended values, f32[rows, C] with V in lane 0, and the log-sum-exp [rows, 1]."""
-    m = m_ref[:, :1]
-    total = jnp.sum(l_ref[...], axis=1, keepdims=True)
-    acc = acc_ref[...]
+def _finish_decode(heads, score, sinks_ref, scales, row, m, total, acc):
+    """Attended values of eight heads, f32[8, C] with V in lane 0, and log-sum-exp f32[8, 1]."""
+    m, total = m[:, :1], jnp.sum(total, axis=1, keepdims=True)
     if score.has_sinks:
-        sink = sinks_ref[:, :1] * _LOG2_E
+        sink = sinks_ref[pl_rows(row), :1] * _LOG2_E
         top = jnp.maximum(m, sink)
-        rescale = _exp2(m - top)
-        m, total, acc = top, total * rescale + _exp2(sink - top), acc * rescale
+        rescale = jnp.exp2(m - top)
+        m, total, acc = top, total * rescale + jnp.exp2(sink - top), acc * rescale
+    factor = 1.0 / jnp.where(total > 0, total, 1.0)
     if score.has_scales:
-        v_scale = jnp.ones_like(total)
-        row = lax.broadcasted_iota(jnp.int32, v_scale.shape, 0)
+        head_row = row + lax.broadcasted_iota(jnp.int32, factor.shape, 0)
+        v_scale = jnp.ones_like(factor)
         for head in range(heads.num_kv_heads):
-            is_head = (row >= head * heads.group) & (row < (head + 1) * heads.group)
+            is_head = (head_row >= head * heads.group) & (head_row < (head + 1) * heads.group)
             v_scale = jnp.where(is_head, scales(1, head), v_scale)
-        acc = acc * v_scale
-    out = acc / jnp.where(total > 0, total, 1.0)
+        factor = factor * v_scale
+    out = acc * factor
     if heads.value_lane:
         out = jnp.roll(out, -heads.value_lane, axis=1)
     return out, (m + jnp.log2(total)) / _LOG2_E
@@ -190,7 +231,7 @@ def start_prefill(m_ref, l_ref, acc_ref):
 
 def prefill(
     heads: Heads, score: Score, q_ref, load, scales, window, sm_scale,
-    *, first, first_position, end, num_keys, m_ref, l_ref, acc_ref,
+    *, first, first_position, end, num_keys, issue, m_ref, l_ref, acc_ref,
 ):
     """Takes one block of keys into the running state of a window of queries.
 
@@ -223,6 +264,7 @@ def prefill(
             ],
             axis=0,
         )
+        issue()
         k = keys(heads, load, head)
         s = lax.dot_general(
             k, q, (((1,), (1,)), ((), ())), precision=heads.precision,
@@ -233,11 +275,12 @@ def prefill(
         before = m_ref[head, :1]  # [1, rows]
         m = jnp.maximum(before, jnp.max(s, axis=0, keepdims=True))
         shift = jnp.where(m == -jnp.inf, 0.0, m)
-        rescale = _exp2(before - shift)
-        p = _exp2(s - shift)
+        rescale = jnp.exp2(before - shift)
+        p = jnp.exp2(s - shift)
         parts = jnp.sum(p.reshape(-1, _SUBLANES, num_rows), axis=0)
         m_ref[head, :1] = m
         l_ref[head] = l_ref[head] * rescale + parts
+        issue()
         v = values(heads, load, head, is_token)
         o = lax.dot_general(
             v, p.astype(heads.compute_dtype), (((0,), (0,)), ((), ())), precision=heads.precision,
@@ -262,8 +305,8 @@ def finish_prefill(heads: Heads, score: Score, head: int, sinks, scales, m_ref, 
             is_head = (row >= g * tokens) & (row < (g + 1) * tokens)
             sink = jnp.where(is_head, sinks(head * heads.group + g) * _LOG2_E, sink)
         top = jnp.maximum(m, sink)
-        rescale = _exp2(m - top)
-        m, total, acc = top, total * rescale + _exp2(sink - top), acc * rescale
+        rescale = jnp.exp2(m - top)
+        m, total, acc = top, total * rescale + jnp.exp2(sink - top), acc * rescale
     factor = 1.0 / jnp.where(total > 0, total, 1.0)
     if score.has_scales:
         factor = factor * scales(1, head)

@@ -111,9 +111,11 @@ def values(heads: Heads, load, head: int, is_token) -> jax.Array:
     Args:
       heads, load, head: as for `keys`.
       is_token: `is_token(parity)`, bool[tokens or tokens / 2, 128]: rows that hold a token; the
-        others may hold anything, and a weight of 0 would not make 0 of it.
+        others may hold anything, and a weight of 0 would not make 0 of it. None if all do.
     """
-    if heads.compute_dtype == jnp.float32:
+    if is_token is None:
+        mask = None
+    elif heads.compute_dtype == jnp.float32:
         mask = jnp.where(is_token(None), jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
     else:
         mask = jnp.where(is_token(0), jnp.uint32(_LOW), jnp.uint32(0))

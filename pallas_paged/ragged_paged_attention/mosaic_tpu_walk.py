@@ -8,6 +8,9 @@ a unit takes at a time; blocks of all units, in order, stream through a ring of 
 """
 
 import dataclasses
+import functools
+import itertools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -21,23 +24,34 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_operands import Heads
 
 # Rows of q and of the output that a DMA's offset and size are multiples of: a bfloat16 tile.
 ROW_TILE = 16
+# DMAs of one body that are written out, so that their issue hides behind the arithmetic; beyond
+# them a loop issues first.
+_MAX_UNROLL = 128
 
 # Places in the walk's state, int32 in SMEM.
 (
-    _AHEAD_SEQ,  # the unit whose blocks are being fetched: sequence,
-    _AHEAD_ROW,  # first row,
-    _AHEAD_BLOCK,  # and the next of its blocks
-    _FETCHED,  # blocks fetched,
-    _TAKEN,  # and taken, since the start
+    _AHEAD_SEQ,  # where the search for the next unit goes on: sequence
+    _AHEAD_ROW,  # and row
+    _AHEAD_TABLE,  # of the unit that is being fetched: its place in the page table,
+    _AHEAD_PIECE,  # the next of its pieces,
+    _AHEAD_END,  # and their end
+    _FETCHED,  # blocks fetched
+    _TAKEN,  # and taken since the start
+    _FOUND,  # units found since the start
     _WINDOW,  # first row of the open window
+    _WINDOW_ROW,  # first row that a unit has in it
     _WINDOW_END,  # where the last unit in it ended
     _WINDOW_KIND,  # _NONE, _DECODES or _PREFILL
     _DONE,  # rows of the output that are written, or on their way
     _PARITY,  # which output buffer the open window leaves through
     _LEAVING,  # rows of the window before it that are on their way
-) = range(11)
-STATE_SIZE = 11
+) = range(15)
+STATE_SIZE = 15
 _NONE, _DECODES, _PREFILL = 0, 1, 2
+
+# Of a unit that is found and not over yet, int32 in SMEM.
+UNIT_SIZE = 7
+_SEQ, _ROW, _END, _POSITION, _FIRST_PIECE, _KEY_END, _NUM_BLOCKS = range(UNIT_SIZE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +68,7 @@ class Walk:
     piece: int  # tokens of a page that one DMA brings: a page, or an equal part of it
     block: int  # tokens of a buffer: whole register tiles
     ring: int  # buffers
+    blocks_per_body: int  # blocks that a long decode takes at a time
     window: int  # rows of a window
     return_lse: bool
     is_interpreted: bool
@@ -62,6 +77,12 @@ class Walk:
     def pieces_per_block(self) -> int:
         """Pieces that a buffer has room for."""
         return self.block // self.piece
+
+    @property
+    def max_units(self) -> int:
+        """Units that may have been found and not be over: one a block on its way, and the one
+        whose blocks are next."""
+        return self.ring + 1
 
 
 def kernel(walk: Walk, *refs):
@@ -83,42 +104,39 @@ def kernel(walk: Walk, *refs):
     # scratch
     (
         state,  # int32[STATE_SIZE]
+        units,  # int32[max_units, UNIT_SIZE]
         ring,  # uint32 or float32 [ring, lane tiles, block, pitch, 1, 128]
         q_vmem,  # q's dtype [window, N*C]
-        out_vmem,  # q's dtype [2, window, N*C]: on its way out
-        out_rows,  # float32[window, N*C]: being computed
-        q_heads,  # float32[rows, C]: the heads of one decode
-        out_heads,  # float32[rows, C]
-        decode_m, decode_l, decode_acc,
-        prefill_m, prefill_l, prefill_acc,
+        out_vmem,  # q's dtype [2, window, N*C]: one being computed, one on its way
+        q_heads, out_heads,  # float32[lane tiles, window, row pitch, 1, 128]: heads of decodes
+        decode_m, decode_l, decode_acc,  # see attend.decode
+        prefill_m, prefill_l, prefill_acc,  # see attend.prefill
         ring_sems, window_sem, out_sems,
         *refs,
     ) = refs
     if walk.return_lse:
-        (lse_vmem,) = refs  # float32[3, window, 128s]: two on their way out, one being computed
+        (lse_vmem,) = refs  # float32[2, window, 128s], as out_vmem
 
     pool = pool_ref if pool_ref.dtype.itemsize == 4 else pool_ref.bitcast(jnp.uint32)
     num_seqs = jnp.clip(num_seqs_ref[0], 0, walk.max_seqs)
     window_len = jnp.clip(window_ref[0], 1, 2**30) if score.has_window else None
     lanes = heads.lanes
-
     sm_scale = factors_ref[0]
 
     def scales(which, head):
         return factors_ref[1 + which * heads.num_kv_heads + head]
 
-    # --- units ---
+    # --- units: found in order, as their blocks are fetched ---
 
     def rows_of(seq):
         """The rows of a sequence, inside the batch whatever the metadata says."""
         start = jnp.clip(cu_q_lens_ref[seq], 0, walk.num_tokens)
         return start, jnp.clip(cu_q_lens_ref[seq + 1], start, walk.num_tokens)
 
-    def unit(seq, row):
-        """(end row, is decode, position of the first row, first piece, end of keys, blocks)."""
-        start, stop = rows_of(seq)
+    def unit_at(seq, row):
+        """(end row, position of the first row, first piece, end of its pieces, of its keys)."""
+        _, stop = rows_of(seq)
         kv_len = jnp.clip(kv_lens_ref[seq], 0, walk.table_width * walk.page_size)
-        is_decode = stop - start == 1
         end = jnp.minimum(stop, (row & -ROW_TILE) + walk.window)
         position = kv_len - (stop - row)
         key_end = kv_len
@@ -127,101 +145,111 @@ def kernel(walk: Walk, *refs):
         first_key = jnp.int32(0)
         if score.has_window:
             first_key = jnp.clip(position - window_len + 1, 0, key_end)
-        first_piece = first_key // walk.piece
-        num_pieces = pl.cdiv(key_end, walk.piece) - first_piece
-        num_blocks = pl.cdiv(num_pieces, walk.pieces_per_block)
-        return end, is_decode, position, first_piece, key_end, num_blocks
+        return end, position, first_key // walk.piece, pl.cdiv(key_end, walk.piece), key_end
 
-    def first_unit_from(seq, row):
-        """The first unit that has keys to see, from a row of a sequence on; past all: num_seqs."""
+    def after(seq, end):
+        """Where the search goes on behind a unit: (sequence, row)."""
+        following = jnp.minimum(seq + 1, walk.max_seqs - 1)
+        is_over = end >= rows_of(seq)[1]
+        return jnp.where(is_over, seq + 1, seq), jnp.where(is_over, rows_of(following)[0], end)
 
-        def has_none(state):
-            seq, row = state
-            at = jnp.minimum(seq, walk.max_seqs - 1)
-            _, stop = rows_of(at)
-            return (seq < num_seqs) & ((row >= stop) | (unit(at, row)[-1] == 0))
+    def find_unit():
+        """Finds the next unit that has keys to see and makes its blocks the next to be fetched."""
 
-        def step(state):
-            seq, row = state
-            _, stop = rows_of(seq)
-            following = jnp.minimum(seq + 1, walk.max_seqs - 1)
-            is_over = row >= stop
-            end = unit(seq, row)[0]
-            return (
-                jnp.where(is_over, seq + 1, seq),
-                jnp.where(is_over, rows_of(following)[0], end),
-            )
+        def candidate(seq, row):
+            return seq, row, *unit_at(jnp.minimum(seq, walk.max_seqs - 1), row)
 
-        return lax.while_loop(has_none, step, (seq, row))
+        def is_empty(found):
+            seq, row, end, _, first_piece, end_piece, _ = found
+            return (seq < num_seqs) & ((row >= end) | (first_piece >= end_piece))
 
-    def next_unit(seq, row):
-        return first_unit_from(seq, unit(seq, row)[0])
+        def skip(found):
+            seq, row, end, *_ = found
+            return candidate(*after(seq, jnp.maximum(row, end)))
+
+        found = candidate(state[_AHEAD_SEQ], state[_AHEAD_ROW])
+        found = lax.while_loop(is_empty, skip, found)
+        seq, row, end, position, first_piece, end_piece, key_end = found
+        state[_AHEAD_SEQ] = seq
+
+        @pl.when(seq < num_seqs)
+        def _found():
+            state[_AHEAD_SEQ], state[_AHEAD_ROW] = after(seq, end)
+            state[_AHEAD_TABLE] = seq * walk.table_width
+            state[_AHEAD_PIECE] = first_piece
+            state[_AHEAD_END] = end_piece
+            at = lax.rem(state[_FOUND], walk.max_units)
+            state[_FOUND] = state[_FOUND] + 1
+            num_blocks = pl.cdiv(end_piece - first_piece, walk.pieces_per_block)
+            record = (seq, row, end, position, first_piece, key_end, num_blocks)
+            for i, value in enumerate(record):
+                units[at, i] = value
 
     # --- blocks: fetched ahead, taken in order ---
 
-    def pieces_in(seq, row, block):
-        """(first piece, how many) of a unit's block."""
-        _, _, _, first_piece, key_end, _ = unit(seq, row)
-        first = first_piece + block * walk.pieces_per_block
-        last = jnp.minimum(pl.cdiv(key_end, walk.piece), first + walk.pieces_per_block)
-        return first, last - first
-
-    def fetch_block():
-        """Sets the next block on its way."""
-        seq, row, block = state[_AHEAD_SEQ], state[_AHEAD_ROW], state[_AHEAD_BLOCK]
+    def next_fetch():
+        """(buffer, place in the page table, first piece, pieces) of the next block to fetch; the
+        last is 0 where there is none."""
+        is_over = state[_AHEAD_PIECE] >= state[_AHEAD_END]
+        pl.when(is_over & (state[_AHEAD_SEQ] < num_seqs))(find_unit)
+        first = state[_AHEAD_PIECE]
+        count = jnp.clip(state[_AHEAD_END] - first, 0, walk.pieces_per_block)
         slot = lax.rem(state[_FETCHED], walk.ring)
-        first, count = pieces_in(seq, row, block)
+        state[_AHEAD_PIECE] = first + count
+        state[_FETCHED] = state[_FETCHED] + jnp.where(count > 0, 1, 0)
+        return slot, state[_AHEAD_TABLE], first, count
+
+    def start_piece(fetch, i):
+        """Starts the DMA of piece i of a block."""
+        slot, table, first, _ = fetch
         pieces_per_page = walk.page_size // walk.piece
+        page, part = first + i, 0
+        if pieces_per_page > 1:
+            page, part = (first + i) // pieces_per_page, (first + i) % pieces_per_page
+        # Inside the pool whatever the table says: as an unsigned number, no id is negative.
+        page_id = table_ref[table + page].astype(jnp.uint32)
+        page_id = jnp.minimum(page_id, jnp.uint32(walk.num_pages - 1)).astype(jnp.int32)
+        source = pl.ds(page_id * walk.page_size + part * walk.piece, walk.piece)
+        for c in range(heads.lane_tiles):
+            pltpu.make_async_copy(
+                pool.at[source, :, pl.ds(c * layout.LANES, layout.LANES)],
+                ring.at[slot, c, pl.ds(i * walk.piece, walk.piece), pl.ds(0, heads.num_words), 0],
+                ring_sems.at[slot],
+            ).start()
 
-        def fetch_piece(i, _):
-            piece = first + i
-            page = table_ref[seq * walk.table_width + piece // pieces_per_page]
-            page = jnp.clip(page, 0, walk.num_pages - 1)
-            source = page * walk.page_size + piece % pieces_per_page * walk.piece
-            for c in range(heads.lane_tiles):
-                pltpu.make_async_copy(
-                    pool.at[pl.ds(source, walk.piece), :, pl.ds(c * layout.LANES, layout.LANES)],
-                    ring.at[
-                        slot, c, pl.ds(i * walk.piece, walk.piece), pl.ds(0, heads.num_words), 0
-                    ],
-                    ring_sems.at[slot],
-                ).start()
-            return _
+    def issues(fetches, num_points):
+        """A function that, called `num_points` times, starts the DMAs of some blocks.
 
-        lax.fori_loop(0, count, fetch_piece, 0)
-        is_last = block + 1 == unit(seq, row)[-1]
+        The compiler keeps the order of DMAs and loads, so those that are to hide behind a body's
+        arithmetic must stand among its loads. Where they are many, a loop starts all at once.
+        """
+        num_dmas = len(fetches) * walk.pieces_per_block
+        if num_dmas > _MAX_UNROLL:
+            for fetch in fetches:
+                pl.loop(0, fetch[3])(lambda i, fetch=fetch: start_piece(fetch, i))
+            return lambda: None
+        pieces = iter([(fetch, i) for fetch in fetches for i in range(walk.pieces_per_block)])
 
-        @pl.when(is_last)
-        def _next_unit():
-            state[_AHEAD_SEQ], state[_AHEAD_ROW] = next_unit(seq, row)
-            state[_AHEAD_BLOCK] = 0
+        def issue():
+            for fetch, i in itertools.islice(pieces, pl.cdiv(num_dmas, num_points)):
+                pl.when(i < fetch[3])(functools.partial(start_piece, fetch, i))
 
-        @pl.when(jnp.logical_not(is_last))
-        def _next_block():
-            state[_AHEAD_BLOCK] = block + 1
+        return issue
 
-        state[_FETCHED] = state[_FETCHED] + 1
+    def block_of(unit, block):
+        """(position of a unit's block's first key, of the first that its buffer does not hold)."""
+        first = unit[_FIRST_PIECE] + block * walk.pieces_per_block
+        end = (first + walk.pieces_per_block) * walk.piece
+        return first * walk.piece, jnp.minimum(unit[_KEY_END], end)
 
-    def fetch_ahead():
-        """Fills the ring."""
-
-        def has_room():
-            is_free = state[_FETCHED] - state[_TAKEN] < walk.ring
-            return is_free & (state[_AHEAD_SEQ] < num_seqs)
-
-        def fetch(_):
-            fetch_block()
-            return has_room()
-
-        lax.while_loop(lambda is_room: is_room, fetch, has_room())
-
-    def take_block(seq, row, block):
+    def take_block(unit, block):
         """Waits for a unit's block; returns how to load its words."""
         slot = lax.rem(state[_TAKEN], walk.ring)
-        _, count = pieces_in(seq, row, block)
+        state[_TAKEN] = state[_TAKEN] + 1
+        first, end = block_of(unit, block)
+        num_tokens = pl.cdiv(end - first, walk.piece) * walk.piece
         view = ring.at[
-            slot, pl.ds(0, heads.lane_tiles), pl.ds(0, count * walk.piece),
-            pl.ds(0, heads.num_words), 0,
+            slot, pl.ds(0, heads.lane_tiles), pl.ds(0, num_tokens), pl.ds(0, heads.num_words), 0
         ]
         pltpu.make_async_copy(view, view, ring_sems.at[slot]).wait()
 
@@ -239,23 +267,7 @@ def kernel(walk: Walk, *refs):
 
         return load
 
-    def keys_in(block, first_piece, key_end):
-        """(position of a block's first key, of the first that its buffer does not hold)."""
-        first = (first_piece + block * walk.pieces_per_block) * walk.piece
-        return first, jnp.minimum(key_end, first + walk.pieces_per_block * walk.piece)
-
-    def release_block():
-        state[_TAKEN] = state[_TAKEN] + 1
-        fetch_ahead()
-
     # --- windows ---
-
-    def copy_window(first, num_rows):
-        num_rows = pl.multiple_of(num_rows, ROW_TILE)
-        rows = pl.ds(pl.multiple_of(first, ROW_TILE), num_rows)
-        return pltpu.make_async_copy(
-            q_hbm.at[rows], q_vmem.at[pl.ds(0, num_rows)], window_sem.at[0]
-        )
 
     def leaves(parity, first, num_rows):
         """The copies that take a window's output away."""
@@ -285,33 +297,18 @@ def kernel(walk: Walk, *refs):
         state[_LEAVING] = num_rows
         state[_DONE] = jnp.maximum(state[_DONE], first + num_rows)
 
-    def close_window():
-        @pl.when(state[_WINDOW_KIND] != _NONE)
-        def _close():
-            parity, first = state[_PARITY], state[_WINDOW]
-            out_vmem[parity] = out_rows[...].astype(out_vmem.dtype)
-            if walk.return_lse:
-                lse_vmem[parity] = lse_vmem[2]
-            num_rows = ((state[_WINDOW_END] + ROW_TILE - 1) & -ROW_TILE) - first
-            send(parity, first, num_rows)
-            state[_PARITY] = 1 - parity
-            state[_WINDOW_KIND] = _NONE
-
-    def clear_rows():
-        out_rows[...] = jnp.zeros_like(out_rows)
+    def clear(parity, num_rows):
+        out_vmem[parity, :num_rows] = jnp.zeros((num_rows, out_vmem.shape[2]), out_vmem.dtype)
         if walk.return_lse:
-            lse_vmem[2] = jnp.full(lse_vmem.shape[1:], -jnp.inf, jnp.float32)
+            lse_vmem[parity] = jnp.full(lse_vmem.shape[1:], -jnp.inf, jnp.float32)
 
     def zero_until(row):
-        """Fills the output's rows that no unit has, up to a row tile."""
+        """Fills the output's rows that no unit has, up to a row tile, from the free buffer."""
 
         @pl.when(state[_DONE] < row)
         def _zero():
             parity = state[_PARITY]
-            clear_rows()
-            out_vmem[parity] = jnp.zeros(out_vmem.shape[1:], out_vmem.dtype)
-            if walk.return_lse:
-                lse_vmem[parity] = lse_vmem[2]
+            clear(parity, walk.window)
 
             def send_some(first):
                 num_rows = jnp.minimum(row - first, walk.window)
@@ -321,93 +318,141 @@ def kernel(walk: Walk, *refs):
             lax.while_loop(lambda first: first < row, send_some, state[_DONE])
             state[_PARITY] = 1 - parity
 
+    def gather_decodes(parity):
+        """Moves the decodes' rows from heads in rows to a row of the output each."""
+        first_row = state[_WINDOW_ROW] - state[_WINDOW]
+
+        @pl.loop(0, pl.cdiv(state[_WINDOW_END] - state[_WINDOW], ROW_TILE))
+        def _tile(i):
+            tile = pl.ds(pl.multiple_of(i * ROW_TILE, ROW_TILE), ROW_TILE)
+            row = i * ROW_TILE + lax.broadcasted_iota(jnp.int32, (ROW_TILE, 1), 0)
+            for n in range(heads.num_heads):
+                for c in range(heads.lane_tiles):
+                    lane = n * lanes + c * layout.LANES
+                    at = slice(lane, lane + layout.LANES)
+                    new = head_rows(out_heads, n, c, i).load().astype(out_vmem.dtype)
+                    out_vmem[parity, tile, at] = jnp.where(
+                        row >= first_row, new, out_vmem[parity, tile, at]
+                    )
+
+    def head_rows(ref, n, c, i):
+        return HeadRows(ref, n, c, i, attend.row_pitch(heads.num_heads), walk.is_interpreted)
+
+    def close_window():
+        @pl.when(state[_WINDOW_KIND] != _NONE)
+        def _close():
+            parity, first = state[_PARITY], state[_WINDOW]
+            pl.when(state[_WINDOW_KIND] == _DECODES)(lambda: gather_decodes(parity))
+            num_rows = ((state[_WINDOW_END] + ROW_TILE - 1) & -ROW_TILE) - first
+            send(parity, first, num_rows)
+            state[_PARITY] = 1 - parity
+            state[_WINDOW_KIND] = _NONE
+
     def open_window(row, kind):
-        """Closes the open window and loads the one whose first row tile has `row`."""
+        """Closes the open window and opens the one whose first row tile has `row`."""
         close_window()
         first = row & -ROW_TILE
-        num_rows = jnp.minimum(walk.window, walk.num_tokens - first)
-        load = copy_window(first, num_rows)
+        num_rows = pl.multiple_of(jnp.minimum(walk.window, walk.num_tokens - first), ROW_TILE)
+        load = pltpu.make_async_copy(
+            q_hbm.at[pl.ds(pl.multiple_of(first, ROW_TILE), num_rows)],
+            q_vmem.at[pl.ds(0, num_rows)],
+            window_sem.at[0],
+        )
         load.start()
-
-        # The last window may end in the tile where this one begins.
+        # The last window may end in the tile where this one begins: its rows go out once more.
         is_shared = state[_DONE] > first
-        before = jnp.clip(first - state[_WINDOW], 0, walk.window - ROW_TILE)
-        tile = pl.ds(pl.multiple_of(before & -ROW_TILE, ROW_TILE), ROW_TILE)
-        kept = out_rows[tile]
-        kept_lse = lse_vmem[2, tile] if walk.return_lse else None
+        before = jnp.clip(first - state[_WINDOW], 0, walk.window - ROW_TILE) & -ROW_TILE
+        tile = pl.ds(pl.multiple_of(before, ROW_TILE), ROW_TILE)
         zero_until(first)
-        clear_rows()
+        parity = state[_PARITY]
+        clear(parity, walk.window if kind == _PREFILL else ROW_TILE)
 
         @pl.when(is_shared)
         def _keep():
-            out_rows[:ROW_TILE] = kept
+            out_vmem[parity, :ROW_TILE] = out_vmem[1 - parity, tile]
             if walk.return_lse:
-                lse_vmem[2, :ROW_TILE] = kept_lse
+                lse_vmem[parity, :ROW_TILE] = lse_vmem[1 - parity, tile]
 
         state[_WINDOW] = first
+        state[_WINDOW_ROW] = row
         state[_WINDOW_KIND] = kind
         load.wait()
+        if kind == _DECODES:
+            out_heads[...] = jnp.zeros_like(out_heads)
 
-    # --- the two kinds of units ---
+            @pl.loop(0, num_rows // ROW_TILE)
+            def _tile(i):
+                tile = pl.ds(pl.multiple_of(i * ROW_TILE, ROW_TILE), ROW_TILE)
+                for n in range(heads.num_heads):
+                    for c in range(heads.lane_tiles):
+                        lane = n * lanes + c * layout.LANES
+                        q = q_vmem[tile, lane : lane + layout.LANES].astype(jnp.float32)
+                        head_rows(q_heads, n, c, i).store(q)
 
-    def run_decode(seq, row, position, first_piece, key_end, num_blocks):
+    # --- bodies ---
+
+    def open_decode(row):
         is_inside = (row >= state[_WINDOW]) & (row < state[_WINDOW] + walk.window)
 
         @pl.when(jnp.logical_not(is_inside) | (state[_WINDOW_KIND] != _DECODES))
         def _open():
             open_window(row, _DECODES)
 
-        place = row - state[_WINDOW]
-        tile = pl.ds(pl.multiple_of(place & -ROW_TILE, ROW_TILE), ROW_TILE)
-        is_row = lax.broadcasted_iota(jnp.int32, (ROW_TILE, 1), 0) == place % ROW_TILE
-        for n in range(heads.num_heads):
-            q = q_vmem[tile, n * lanes : (n + 1) * lanes].astype(jnp.float32)
-            q_heads[n : n + 1] = jnp.sum(jnp.where(is_row, q, 0.0), axis=0, keepdims=True)
-        refs = {"m_ref": decode_m, "l_ref": decode_l, "acc_ref": decode_acc}
-        attend.start_decode(**refs)
-
-        def take(block, _):
-            first, end = keys_in(block, first_piece, key_end)
-            attend.decode(
-                heads, score, q_heads, take_block(seq, row, block), scales, window_len,
-                sm_scale, position=position, first=first, end=end, num_keys=walk.block, **refs,
-            )
-            release_block()
-            return _
-
-        lax.fori_loop(0, num_blocks, take, 0)
-        out, lse = attend.finish_decode(heads, score, sinks_vmem, scales, **refs)
-        out_heads[...] = out
-        # A row at a dynamic place: into its register of 8 rows, by a select.
-        registers = pl.ds(pl.multiple_of(place & -8, 8), 8)
-        is_row = lax.broadcasted_iota(jnp.int32, (8, 1), 0) == place % 8
-        for n in range(heads.num_heads):
-            at = slice(n * lanes, (n + 1) * lanes)
-            row_n = out_heads[n : n + 1]
-            out_rows[registers, at] = jnp.where(is_row, row_n, out_rows[registers, at])
+    def decode(unit, block, num_blocks, *, is_full):
+        """Takes some blocks of a decode; its result so far goes to its row."""
+        pl.when(block == 0)(lambda: open_decode(unit[_ROW]))
+        place = unit[_ROW] - state[_WINDOW]
+        fetches = [next_fetch() for _ in range(num_blocks)]
+        loads = [take_block(unit, block + b) for b in range(num_blocks)]
+        lse = attend.decode(
+            heads, score, sinks_vmem, scales, window_len, sm_scale,
+            q=lambda row, c: q_heads[c, place, row : row + 8, 0, :],
+            loads=loads,
+            spans=[block_of(unit, block + b) for b in range(num_blocks)],
+            position=unit[_POSITION],
+            num_keys=walk.block,
+            is_full=is_full,
+            issue=issues(fetches, 2 * heads.num_kv_heads * num_blocks),
+            is_first=block == 0,
+            store=functools.partial(store_decode, place),
+            m_ref=decode_m, l_ref=decode_l, acc_ref=decode_acc,
+        )
         if walk.return_lse:
-            lse_row = attend.as_row(lse, lse_vmem.shape[2])
-            lse_vmem[2, registers] = jnp.where(is_row, lse_row, lse_vmem[2, registers])
+            parity = state[_PARITY]
+            registers = pl.ds(pl.multiple_of(place & -8, 8), 8)
+            is_row = lax.broadcasted_iota(jnp.int32, (8, 1), 0) == place % 8
+            row = attend.as_row(lse, lse_vmem.shape[2])
+            lse_vmem[parity, registers] = jnp.where(is_row, row, lse_vmem[parity, registers])
+        return block + num_blocks
 
-    def run_prefill(seq, row, end, position, first_piece, key_end, num_blocks):
-        open_window(row, _PREFILL)
-        first_row = state[_WINDOW]
+    def store_decode(place, row, c, x):
+        out_heads[c, place, row : row + 8, 0, :] = x
+
+    def prefill(unit, block):
+        """Takes one block of a prefill unit; the last writes the unit's rows."""
         refs = {"m_ref": prefill_m, "l_ref": prefill_l, "acc_ref": prefill_acc}
-        attend.start_prefill(**refs)
 
-        def take(block, _):
-            first, stop = keys_in(block, first_piece, key_end)
-            attend.prefill(
-                heads, score, q_vmem, take_block(seq, row, block), scales, window_len,
-                sm_scale, first_position=position - (row - first_row), first=first, end=stop,
-                num_keys=walk.block, **refs,
-            )
-            release_block()
-            return _
+        @pl.when(block == 0)
+        def _start():
+            open_window(unit[_ROW], _PREFILL)
+            attend.start_prefill(**refs)
 
-        lax.fori_loop(0, num_blocks, take, 0)
-        window_row = first_row + lax.broadcasted_iota(jnp.int32, (walk.window, 1), 0)
-        is_row = (window_row >= row) & (window_row < end)
+        fetch = next_fetch()
+        load = take_block(unit, block)
+        first, end = block_of(unit, block)
+        attend.prefill(
+            heads, score, q_vmem, load, scales, window_len, sm_scale,
+            first_position=unit[_POSITION] - (unit[_ROW] - state[_WINDOW]),
+            first=first, end=end, num_keys=walk.block,
+            issue=issues([fetch], 2 * heads.num_kv_heads), **refs,
+        )
+        pl.when(block + 1 == unit[_NUM_BLOCKS])(lambda: finish_prefill(unit, **refs))
+        return block + 1
+
+    def finish_prefill(unit, **refs):
+        parity = state[_PARITY]
+        window_row = state[_WINDOW] + lax.broadcasted_iota(jnp.int32, (walk.window, 1), 0)
+        is_row = (window_row >= unit[_ROW]) & (window_row < unit[_END])
         lse_columns = []
         for head in range(heads.num_kv_heads):
             out, lse = attend.finish_prefill(
@@ -417,40 +462,95 @@ def kernel(walk: Walk, *refs):
                 n = head * heads.group + g
                 at = slice(n * lanes, (n + 1) * lanes)
                 rows = slice(g * walk.window, (g + 1) * walk.window)
-                out_rows[:, at] = jnp.where(is_row, out[rows], out_rows[:, at])
+                out_vmem[parity, :, at] = jnp.where(
+                    is_row, out[rows].astype(out_vmem.dtype), out_vmem[parity, :, at]
+                )
                 lse_columns.append(lse[:, rows])
         if walk.return_lse:
-            num_lanes = lse_vmem.shape[2]
-            missing = num_lanes - heads.num_heads
+            missing = lse_vmem.shape[2] - heads.num_heads
             lse_columns.append(jnp.zeros((missing, walk.window), jnp.float32))
             columns = jnp.concatenate(lse_columns, axis=0).T  # [window, lanes]
-            lse_vmem[2] = jnp.where(is_row, columns, lse_vmem[2])
+            lse_vmem[parity] = jnp.where(is_row, columns, lse_vmem[parity])
 
     # --- the walk ---
 
     for i in range(STATE_SIZE):
         state[i] = 0
-    out_rows[...] = jnp.zeros_like(out_rows)
-    start = first_unit_from(jnp.int32(0), rows_of(0)[0])
-    state[_AHEAD_SEQ], state[_AHEAD_ROW] = start
-    fetch_ahead()
+    state[_AHEAD_ROW] = rows_of(0)[0]
+    for _ in range(walk.ring - walk.blocks_per_body):
+        fetch = next_fetch()
+        pl.loop(0, fetch[3])(lambda i, fetch=fetch: start_piece(fetch, i))
 
     def run(at):
-        seq, row = at
-        end, is_decode, position, first_piece, key_end, num_blocks = unit(seq, row)
+        index, block = at
+        record = lax.rem(index, walk.max_units)
+        unit = tuple(units[record, i] for i in range(UNIT_SIZE))
+        start, stop = rows_of(unit[_SEQ])
+        is_decode = stop - start == 1
 
-        @pl.when(is_decode)
-        def _decode():
-            run_decode(seq, row, position, first_piece, key_end, num_blocks)
+        def run_decode():
+            many = walk.blocks_per_body
+            if many == 1:
+                return decode(unit, block, 1, is_full=False)
+            # A body of many blocks takes none that is not full.
+            _, end = block_of(unit, block + many - 1)
+            first, _ = block_of(unit, block)
+            is_long = end - first == many * walk.pieces_per_block * walk.piece
+            is_full = walk.pieces_per_block * walk.piece == walk.block and not score.has_window
+            return lax.cond(
+                is_long,
+                lambda: decode(unit, block, many, is_full=is_full),
+                lambda: decode(unit, block, 1, is_full=False),
+            )
 
-        @pl.when(jnp.logical_not(is_decode))
-        def _prefill():
-            run_prefill(seq, row, end, position, first_piece, key_end, num_blocks)
+        done = lax.cond(is_decode, run_decode, lambda: prefill(unit, block))
+        state[_WINDOW_END] = unit[_END]
+        is_over = done == unit[_NUM_BLOCKS]
+        return jnp.where(is_over, index + 1, index), jnp.where(is_over, 0, done)
 
-        state[_WINDOW_END] = end
-        return next_unit(seq, row)
-
-    lax.while_loop(lambda at: at[0] < num_seqs, run, start)
+    zero = jnp.int32(0)
+    lax.while_loop(lambda _: state[_TAKEN] < state[_FETCHED], run, (zero, zero))
     close_window()
     zero_until(walk.num_tokens)
     wait_leaving()
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadRows:
+    """One lane tile of one head of a row tile's tokens, in a ref [lane tiles, rows, pitch, 1, 128].
+
+    The pitch is odd, so that the stride from token to token meets all memory banks.
+    """
+
+    ref: Any
+    head: int
+    lane_tile: int
+    tile: Any  # which row tile
+    pitch: int
+    is_interpreted: bool
+
+    def load(self):
+        """float32[ROW_TILE, 128]."""
+        if self.is_interpreted:  # it cannot reshape a ref
+            return self.ref[self._rows]
+        return self._flat[self._strided, :]
+
+    def store(self, x):
+        """Takes float32[ROW_TILE, 128]."""
+        if self.is_interpreted:
+            self.ref[self._rows] = x
+        else:
+            self._flat[self._strided, :] = x
+
+    @property
+    def _rows(self):
+        return self.lane_tile, pl.ds(self.tile * ROW_TILE, ROW_TILE), self.head, 0
+
+    @property
+    def _flat(self):
+        return self.ref.reshape(-1, layout.LANES)
+
+    @property
+    def _strided(self):
+        row = self.lane_tile * self.ref.shape[1] + self.tile * ROW_TILE
+        return pl.ds(row * self.pitch + self.head, ROW_TILE, stride=self.pitch)
