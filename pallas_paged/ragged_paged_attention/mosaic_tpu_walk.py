@@ -154,7 +154,8 @@ def kernel(walk: Walk, *refs):
         return jnp.where(is_over, seq + 1, seq), jnp.where(is_over, rows_of(following)[0], end)
 
     def find_unit():
-        """Finds the next unit that has keys to see and makes its blocks the next to be fetched."""
+        """Finds the next unit that has keys to see; returns what to fetch: its place in the page
+        table, its first piece and their end."""
 
         def candidate(seq, row):
             return seq, row, *unit_at(jnp.minimum(seq, walk.max_seqs - 1), row)
@@ -175,9 +176,6 @@ def kernel(walk: Walk, *refs):
         @pl.when(seq < num_seqs)
         def _found():
             state[_AHEAD_SEQ], state[_AHEAD_ROW] = after(seq, end)
-            state[_AHEAD_TABLE] = seq * walk.table_width
-            state[_AHEAD_PIECE] = first_piece
-            state[_AHEAD_END] = end_piece
             at = lax.rem(state[_FOUND], walk.max_units)
             state[_FOUND] = state[_FOUND] + 1
             num_blocks = pl.cdiv(end_piece - first_piece, walk.pieces_per_block)
@@ -185,19 +183,27 @@ def kernel(walk: Walk, *refs):
             for i, value in enumerate(record):
                 units[at, i] = value
 
+        is_found = seq < num_seqs
+        return seq * walk.table_width, first_piece, jnp.where(is_found, end_piece, first_piece)
+
     # --- blocks: fetched ahead, taken in order ---
 
-    def next_fetch():
-        """(buffer, place in the page table, first piece, pieces) of the next block to fetch; the
-        last is 0 where there is none."""
-        is_over = state[_AHEAD_PIECE] >= state[_AHEAD_END]
-        pl.when(is_over & (state[_AHEAD_SEQ] < num_seqs))(find_unit)
-        first = state[_AHEAD_PIECE]
-        count = jnp.clip(state[_AHEAD_END] - first, 0, walk.pieces_per_block)
-        slot = lax.rem(state[_FETCHED], walk.ring)
-        state[_AHEAD_PIECE] = first + count
-        state[_FETCHED] = state[_FETCHED] + jnp.where(count > 0, 1, 0)
-        return slot, state[_AHEAD_TABLE], first, count
+    def next_fetches(num_blocks):
+        """The next blocks to fetch: (buffer, place in the page table, first piece, pieces) of each;
+        the last is 0 where there is none."""
+        ahead = state[_AHEAD_TABLE], state[_AHEAD_PIECE], state[_AHEAD_END]
+        fetched, num_found = state[_FETCHED], jnp.int32(0)
+        fetches = []
+        for _ in range(num_blocks):
+            is_over = (ahead[1] >= ahead[2]) & (state[_AHEAD_SEQ] < num_seqs)
+            table, first, end = lax.cond(is_over, find_unit, lambda ahead=ahead: ahead)
+            count = jnp.clip(end - first, 0, walk.pieces_per_block)
+            fetches.append((lax.rem(fetched + num_found, walk.ring), table, first, count))
+            num_found += jnp.where(count > 0, 1, 0)
+            ahead = table, first + count, end
+        state[_AHEAD_TABLE], state[_AHEAD_PIECE], state[_AHEAD_END] = ahead
+        state[_FETCHED] = fetched + num_found
+        return fetches
 
     def start_piece(fetch, i):
         """Starts the DMA of piece i of a block."""
@@ -402,7 +408,7 @@ def kernel(walk: Walk, *refs):
         """Takes some blocks of a decode; its result so far goes to its row."""
         pl.when(block == 0)(lambda: open_decode(unit[_ROW]))
         place = unit[_ROW] - state[_WINDOW]
-        fetches = [next_fetch() for _ in range(num_blocks)]
+        fetches = next_fetches(num_blocks)
         loads = [take_block(unit, block + b) for b in range(num_blocks)]
         lse = attend.decode(
             heads, score, sinks_vmem, scales, window_len, sm_scale,
@@ -437,14 +443,14 @@ def kernel(walk: Walk, *refs):
             open_window(unit[_ROW], _PREFILL)
             attend.start_prefill(**refs)
 
-        fetch = next_fetch()
+        fetches = next_fetches(1)
         load = take_block(unit, block)
         first, end = block_of(unit, block)
         attend.prefill(
             heads, score, q_vmem, load, scales, window_len, sm_scale,
             first_position=unit[_POSITION] - (unit[_ROW] - state[_WINDOW]),
             first=first, end=end, num_keys=walk.block,
-            issue=issues([fetch], 2 * heads.num_kv_heads), **refs,
+            issue=issues(fetches, 2 * heads.num_kv_heads), **refs,
         )
         pl.when(block + 1 == unit[_NUM_BLOCKS])(lambda: finish_prefill(unit, **refs))
         return block + 1
@@ -477,9 +483,11 @@ def kernel(walk: Walk, *refs):
     for i in range(STATE_SIZE):
         state[i] = 0
     state[_AHEAD_ROW] = rows_of(0)[0]
-    for _ in range(walk.ring - walk.blocks_per_body):
-        fetch = next_fetch()
-        pl.loop(0, fetch[3])(lambda i, fetch=fetch: start_piece(fetch, i))
+
+    @pl.loop(0, walk.ring - walk.blocks_per_body)
+    def _fill_ring(_):
+        (fetch,) = next_fetches(1)
+        pl.loop(0, fetch[3])(lambda i: start_piece(fetch, i))
 
     def run(at):
         index, block = at
