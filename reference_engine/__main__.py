@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from reference_engine import replay as replay_lib
 from reference_engine import traffic
-from reference_engine.config import KV_WRITES, EngineConfig, ModelConfig, num_pages_for
+from reference_engine.config import BACKENDS, KV_WRITES, EngineConfig, ModelConfig, num_pages_for
 from reference_engine.engine import Engine, Output
 from reference_engine.replay import Comparison, Job, Result
 from reference_engine.scheduler import Segment
@@ -66,9 +66,13 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string(
     "write_backend", EngineConfig.write_backend,
-    "Backend of the writes; mosaic_tpu is interpreted on a CPU (right, and very slow).",
+    f"Backend of the writes: one of {', '.join(BACKENDS)}. A CPU interprets mosaic_tpu (right, and"
+    " very slow).",
 )
-flags.DEFINE_string("attention", EngineConfig.attention, "Backend of the attention.")
+flags.DEFINE_string(
+    "attention", EngineConfig.attention,
+    "Backend of the attention, and of the writes with --kv_write=fused; as --write_backend.",
+)
 flags.DEFINE_bool("page_aligned_scheduling", True, "Which of the two runs `explain` prints.")
 
 MODEL = ModelConfig(
@@ -104,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _interpreted(config: EngineConfig) -> contextlib.AbstractContextManager:
     """What TPU kernels need in order to run where there is no TPU."""
-    if config.write_backend == "mosaic_tpu" and jax.default_backend() == "cpu":
+    if "mosaic_tpu" in (config.write_backend, config.attention) and jax.default_backend() == "cpu":
         return pltpu.force_tpu_interpret_mode()
     return contextlib.nullcontext()
 
@@ -202,10 +206,15 @@ def _describe(jobs: list[Job], config: EngineConfig) -> str:
         f" {MODEL.dtype}, on {jax.default_backend()}",
         f"engine   page_size {config.page_size}, {config.num_pages:,} pages, at most"
         f" {config.max_num_batched_tokens} tokens and {config.max_num_seqs} requests a step,"
-        f" kv_write {config.kv_write} by {config.write_backend},"
-        f" attention by {config.attention}",
+        f" {_describe_writes(config)}, attention by {config.attention}",
         "",
     ])
+
+
+def _describe_writes(config: EngineConfig) -> str:
+    if config.kv_write == "fused":
+        return "kv_write fused with the attention"
+    return f"kv_write {config.kv_write} by {config.write_backend}"
 
 
 def _table(results: list[Result], seconds: list[float]) -> str:

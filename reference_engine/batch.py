@@ -40,7 +40,7 @@ class BatchShape:
 
 class Batch(NamedTuple):
     """What the model takes. Writes are given in the form that EngineConfig.kv_write names; the
-    arrays of the other forms have length 0."""
+    arrays of the other forms have length 0, with "fused" those of all."""
 
     token_ids: jax.Array  # i32[T]
     positions: jax.Array  # i32[T]
@@ -93,7 +93,9 @@ def make_batch(segments: Sequence[Segment], config: EngineConfig) -> Batch:
     def padded(values, size, fill):
         return jnp.asarray(_pad(values, size, fill))
 
-    writes = plan_writes(segments, config.page_size)
+    # The fused op finds its writes in the page table.
+    planned = () if config.kv_write == "fused" else segments
+    writes = plan_writes(planned, config.page_size)
     nothing = np.empty(0, np.int32)
     pages = config.kv_write == "pages"
     slices = writes.slices if pages else writes.all_slices(config.page_size)
@@ -122,9 +124,9 @@ def _shape(num_tokens: int, num_seqs: int, config: EngineConfig) -> BatchShape:
         num_tokens,
         num_seqs,
         num_page_writes=whole if config.kv_write == "pages" else 0,
-        num_slices={"pages": ends, "slices": min(num_tokens, whole + ends), "tokens": 0}[
-            config.kv_write
-        ],
+        num_slices={"pages": ends, "slices": min(num_tokens, whole + ends)}.get(
+            config.kv_write, 0
+        ),
         num_slots=num_tokens if config.kv_write == "tokens" else 0,
     )
 

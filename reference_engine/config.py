@@ -6,9 +6,11 @@ from __future__ import annotations
 import dataclasses
 import warnings
 
+from pallas_paged import dispatch
 from pallas_paged.checks import require
 
-KV_WRITES = ("tokens", "slices", "pages")
+KV_WRITES = ("tokens", "slices", "pages", "fused")
+BACKENDS = ("auto", *dispatch.BACKENDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +77,12 @@ class EngineConfig:
       max_deferrals: most steps in a row that alignment may make a request wait; after that it
         takes a chunk that ends inside a page, and the next chunk returns to the boundary.
       kv_write: how new keys and values reach the pool. "tokens": one index a token; "slices": one
-        slice a page touched; "pages": whole pages by page id, and slices for the rest.
+        slice a page touched; "pages": whole pages by page id, and slices for the rest; "fused": the
+        attention's own call writes them, from the page table (`pallas_paged.write_and_attend`).
       write_backend: backend of the writes, see `pallas_paged.dispatch`. "mosaic_tpu" on a CPU wants
         jax's TPU interpret mode around the engine.
-      attention: backend of the attention; only its oracle is there yet.
+      attention: backend of the attention, and of the writes too where kv_write is "fused"; as
+        write_backend.
       token_buckets: allowed padded lengths of the packed batch; None for powers of two.
       seq_buckets: allowed padded numbers of sequences; None for powers of two. With one token
         bucket and one sequence bucket a request's numbers do not depend on how it is chunked.
@@ -118,10 +122,25 @@ class EngineConfig:
             self.kv_write in KV_WRITES, "EngineConfig", "kv_write", got=f"{self.kv_write!r}",
             wanted=f"one of {KV_WRITES}", hint="pages is the page-granular form",
         )
+        self._check_backends()
         self._check_buckets("token_buckets", self.max_num_batched_tokens)
         self._check_buckets("seq_buckets", self.max_num_seqs)
         if self.page_aligned_scheduling:
             self._check_alignment()
+
+    def _check_backends(self):
+        for name in ("write_backend", "attention"):
+            value = getattr(self, name)
+            require(
+                value in BACKENDS, "EngineConfig", name, got=f"{value!r}",
+                wanted=f"one of {BACKENDS}", hint="auto takes the fastest that runs here",
+            )
+        require(
+            self.kv_write != "fused" or self.write_backend in ("auto", self.attention),
+            "EngineConfig", "write_backend", got=f"{self.write_backend!r}",
+            wanted=f"'auto' or attention={self.attention!r}, as kv_write is 'fused'",
+            hint="one call writes and attends: name its backend in attention",
+        )
 
     def _check_buckets(self, name: str, largest: int):
         buckets = getattr(self, name)

@@ -164,7 +164,8 @@ class Engine:
         batch = make_batch(plan.segments, self.config)
         logits, kv_pages = forward(
             self._params, self._kv_pages, batch, config=self.model_config,
-            write_backend=self.config.write_backend, attention=self.config.attention,
+            kv_write=self.config.kv_write, write_backend=self.config.write_backend,
+            attention=self.config.attention,
         )
         tokens = np.asarray(greedy(logits))[: len(plan.segments)].tolist()
         self._kv_pages = kv_pages  # not before the step has come to its end without an error

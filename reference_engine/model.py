@@ -30,12 +30,12 @@ def make_pool(config: ModelConfig, num_pages: int, page_size: int) -> jax.Array:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "write_backend", "attention"),
+    static_argnames=("config", "kv_write", "write_backend", "attention"),
     donate_argnames=("kv_pages",),
 )
 def forward(
     params: Params, kv_pages: jax.Array, batch: Batch, *, config: ModelConfig,
-    write_backend: str, attention: str,
+    kv_write: str, write_backend: str, attention: str,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs one step.
 
@@ -44,7 +44,8 @@ def forward(
       kv_pages: [L*P, page_size, R, C]; donated.
       batch: see batch.Batch.
       config: the parameters' shape.
-      write_backend: backend of the writes.
+      kv_write: the form of the writes, see EngineConfig.
+      write_backend: backend of the writes; not read where kv_write is "fused".
       attention: backend of the attention.
 
     Returns:
@@ -59,8 +60,8 @@ def forward(
         first_page = index * pages_per_layer
         attended, kv_pages = _attention(
             _rms_norm(x, weights["attention_norm"], config), weights, kv_pages,
-            _in_layer(batch, first_page, kv_pages.shape[1]), rotation, config, write_backend,
-            attention,
+            _in_layer(batch, first_page, kv_pages.shape[1]), rotation, config, kv_write,
+            write_backend, attention,
         )
         x += attended
         x += _mlp(_rms_norm(x, weights["mlp_norm"], config), weights)
@@ -89,18 +90,25 @@ def _in_layer(batch: Batch, first_page: jax.Array, page_size: int) -> Batch:
     )
 
 
-def _attention(x, weights, kv_pages, batch, rotation, config, write_backend, attention):
+def _attention(
+    x, weights, kv_pages, batch, rotation, config, kv_write, write_backend, attention
+):
     """Writes the new keys and values, then attends; x [T, D] -> [T, D], and the pool."""
     num_tokens = x.shape[0]
     q = _rotate(_matmul(x, weights["q"]), rotation, config.num_heads)  # [T, N*H]
     k = _rotate(_matmul(x, weights["k"]), rotation, config.num_kv_heads)  # [T, K*H]
     v = _matmul(x, weights["v"])  # [T, K*H]
-    kv_pages = _write(kv_pages, k, v, batch, config, write_backend)
-    out = ragged_paged_attention(
-        q.reshape(num_tokens, config.num_heads, -1), kv_pages,
-        batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.num_seqs,
-        sm_scale=config.head_dim**-0.5, num_kv_heads=config.num_kv_heads, backend=attention,
-    )
+    q = q.reshape(num_tokens, config.num_heads, -1)
+    metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.num_seqs)
+    options = {
+        "sm_scale": config.head_dim**-0.5, "num_kv_heads": config.num_kv_heads,
+        "backend": attention,
+    }
+    if kv_write == "fused":
+        out, kv_pages = pallas_paged.write_and_attend(q, k, v, kv_pages, *metadata, **options)
+    else:
+        kv_pages = _write(kv_pages, k, v, batch, config, write_backend)
+        out = ragged_paged_attention(q, kv_pages, *metadata, **options)
     return _matmul(out.reshape(num_tokens, -1), weights["o"]), kv_pages
 
 

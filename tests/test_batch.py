@@ -61,6 +61,12 @@ def test_slots_alone():
     assert batch.page_ids.shape == (0,) and batch.slices.shape == (3, 0)
 
 
+def test_fused_brings_no_writes():
+    batch = make_batch(SEGMENTS, config_of("fused"))
+    assert batch.page_ids.shape == batch.token_starts.shape == batch.slots.shape == (0,)
+    assert batch.slices.shape == (3, 0) and batch.num_slices.tolist() == [0]
+
+
 @pytest.mark.parametrize("kv_write", KV_WRITES)
 def test_every_step_has_one_of_the_announced_shapes(kv_write):
     config = config_of(kv_write)

@@ -1,6 +1,7 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """The command line: its tables, its words, its exit codes."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from absl.testing import flagsaver
 
 from reference_engine import __main__ as cli
 from reference_engine import batch as batch_lib
+from reference_engine import engine as engine_lib
 
 SMALL = {"num_requests": 5, "length_scale": 0.04, "max_num_batched_tokens": 48, "max_num_seqs": 4}
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -81,6 +83,59 @@ def test_explain_without_alignment_defers_nobody(capsys):
     assert "page_aligned_scheduling off" in out and "deferred" not in out
 
 
+@pytest.mark.parametrize("kv_write", ["tokens", "fused"])
+def test_other_forms_of_write_replay_to_the_same(capsys, kv_write):
+    main("replay", **SMALL, kv_write=kv_write, attention="oracle")
+    out, err = capsys.readouterr()
+    assert err == "" and "5 of 5 requests" in out
+    how = "fused with the attention" if kv_write == "fused" else f"{kv_write} by auto"
+    assert f"kv_write {how}, attention by oracle\n" in out
+
+
+def test_replay_fails_where_one_run_has_a_wrong_page_table(capsys, monkeypatch):
+    real, calls = engine_lib.make_batch, []
+
+    def planted(segments, config):  # once, in the first run
+        batch = real(segments, config)
+        calls.append(1)
+        if len(calls) == 2:
+            batch = batch._replace(page_indices=batch.page_indices + 1)
+        return batch
+
+    monkeypatch.setattr(engine_lib, "make_batch", planted)
+    with pytest.raises(SystemExit) as exit_info:
+        main("replay", **SMALL, kv_write="fused")
+    assert exit_info.value.code == 1
+    assert capsys.readouterr().err == "reference_engine: the two runs differ\n"
+
+
+@pytest.mark.parametrize(
+    "values, wanted",
+    [
+        ({}, 0), ({"kv_write": "fused", "attention": "oracle"}, 0),
+        ({"write_backend": "mosaic_tpu"}, 1), ({"attention": "mosaic_tpu"}, 1),
+        ({"kv_write": "fused", "attention": "mosaic_tpu"}, 1),
+    ],
+)
+def test_a_cpu_interprets_the_tpu_kernels(monkeypatch, values, wanted):
+    entered = []
+
+    @contextlib.contextmanager
+    def interpreting():
+        entered.append("in")
+        yield
+        entered.append("out")
+
+    def replay(jobs, params, model, config, observe):
+        assert entered == ["in"] * wanted
+        assert {name: getattr(config, name) for name in values} == values
+
+    monkeypatch.setattr(cli.pltpu, "force_tpu_interpret_mode", interpreting)
+    monkeypatch.setattr(cli.replay_lib, "replay", replay)
+    main("explain", **SMALL, **values)
+    assert entered == ["in", "out"] * wanted
+
+
 def test_soft_alignment_is_announced_on_stderr(capsys):
     main("explain", **(SMALL | {"max_num_batched_tokens": 17, "num_requests": 1}))
     assert capsys.readouterr().err.startswith("warning: EngineConfig: max_num_batched_tokens=17")
@@ -101,7 +156,11 @@ def test_soft_alignment_is_announced_on_stderr(capsys):
         ("replay", {"kv_write": "rows"}, "argument `kv_write` is 'rows'"),
         ("replay", {"num_pages": 1}, "wanted at most the pool's 1 pages"),
         ("replay", {"num_pages": -3}, "argument `num_pages` is -3"),
-        ("replay", {"write_backend": "cuda"}, "backend is 'cuda'"),
+        ("replay", {"write_backend": "cuda"}, "argument `write_backend` is 'cuda'"),
+        ("replay", {"attention": "flash"}, "argument `attention` is 'flash'; wanted one of"),
+        ("replay", {"kv_write": "fused", "write_backend": "oracle"},
+         "argument `write_backend` is 'oracle'; wanted 'auto' or attention='auto'"),
+        ("replay", {"attention": "mosaic_gpu"}, "backend 'mosaic_gpu' cannot run this call"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(capsys, command, values, message):

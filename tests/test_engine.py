@@ -6,15 +6,18 @@ import functools
 import random
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+import pallas_paged
+from pallas_paged.ragged_paged_attention import mosaic_tpu as attention_tpu
 from reference_engine import batch as batch_lib
 from reference_engine import engine as engine_lib
 from reference_engine import model as model_lib
 from reference_engine import replay as replay_lib
-from reference_engine.config import EngineConfig, ModelConfig
+from reference_engine.config import KV_WRITES, EngineConfig, ModelConfig
 from reference_engine.engine import Engine
 from reference_engine.replay import Job, compare, replay
 from reference_engine.request import FinishReason, SamplingParams
@@ -86,6 +89,8 @@ def test_outputs_are_diverse():
         {"kv_write": "slices"},
         {"kv_write": "tokens"},
         {"kv_write": "tokens", "page_aligned_scheduling": False},
+        {"kv_write": "fused"},
+        {"kv_write": "fused", "page_aligned_scheduling": False, "attention": "oracle"},
         {"max_num_batched_tokens": 64},
         {"max_num_batched_tokens": 14},
         {"max_num_batched_tokens": 9, "max_num_seqs": 1},
@@ -103,21 +108,104 @@ def test_scheduling_and_writes_change_nothing(changes):
 
 def test_the_tpu_kernels_write_what_the_oracle_writes():
     """The engine through the interpreted TPU writes: whole pages and slices, bit for bit."""
-    few = [Job(job.prompt_ids[:n], 3, 0) for job, n in zip(jobs()[::2], (21, 13), strict=False)]
-    config = dataclasses.replace(CONFIG, max_num_batched_tokens=24, max_num_seqs=2)
-    want = replay(few, params(), MODEL, config)
-    with pltpu.force_tpu_interpret_mode():
-        config = dataclasses.replace(config, write_backend="mosaic_tpu")
-        got = replay(few, params(), MODEL, config)
+    want, got = run_few(), run_few_interpreted(write_backend="mosaic_tpu")
     assert compare(want, got).is_equal
-    assert got.num_whole_pages > 0 and got.num_slices > 0
+    assert got.num_whole_pages > 0 and got.num_slices > got.num_whole_pages
 
 
+@pytest.mark.parametrize("kv_write", ["pages", "fused"])
+def test_the_tpu_attention_yields_the_oracles_tokens(monkeypatch, kv_write):
+    """Its sums have another order, so the last bits of logits and of later layers' keys may go."""
+    # The default blocks would hold thirty times these contexts, and take thrice as long to compile.
+    small = attention_tpu.Config(block_keys=128, window_rows=128)
+    monkeypatch.setattr(attention_tpu, "default_config", lambda *args: small)
+    want, got = run_few(), run_few_interpreted(attention="mosaic_tpu", kv_write=kv_write)
+    comparison = compare(want, got)
+    assert comparison.num_equal_tokens == comparison.num_outputs == 6
+    assert comparison.num_distinct_tokens > 3
+    # Not 0: another backend computed them.
+    assert 0 < comparison.max_logit_difference < 1e-4
+
+
+def run_few(**changes):
+    """Two requests in four steps: a prefill, one beside a decode, decodes."""
+    few = [Job(job.prompt_ids[:n], 3, 0) for job, n in zip(jobs()[::2], (21, 13), strict=False)]
+    config = dataclasses.replace(CONFIG, max_num_batched_tokens=24, max_num_seqs=2, **changes)
+    return replay(few, params(), MODEL, config)
+
+
+def run_few_interpreted(**changes):
+    with pltpu.force_tpu_interpret_mode():
+        return run_few(**changes)
+
+
+@pytest.mark.parametrize("kv_write", KV_WRITES)
+def test_each_form_calls_its_ops_with_the_backends_asked_for(monkeypatch, kv_write):
+    calls = {}
+
+    def recording(name, real):
+        def op(*args, backend, **kwargs):
+            calls[name] = backend
+            return real(*args, backend="oracle", **kwargs)
+
+        return op
+
+    for name in ("page_write", "slice_write", "token_write", "write_and_attend"):
+        monkeypatch.setattr(pallas_paged, name, recording(name, getattr(pallas_paged, name)))
+    name = "ragged_paged_attention"
+    monkeypatch.setattr(model_lib, name, recording(name, getattr(model_lib, name)))
+    config = dataclasses.replace(CONFIG, kv_write=kv_write)
+    segments = [batch_lib.Segment(0, 0, (1,) * 20, (0, 1, 2), True)]
+    jax.eval_shape(
+        functools.partial(
+            model_lib.forward.__wrapped__, config=MODEL, kv_write=kv_write, write_backend="W",
+            attention="A",
+        ),
+        params(), model_lib.make_pool(MODEL, config.num_pages, config.page_size),
+        batch_lib.make_batch(segments, config),
+    )
+    assert calls == {
+        "tokens": {"token_write": "W", "ragged_paged_attention": "A"},
+        "slices": {"slice_write": "W", "ragged_paged_attention": "A"},
+        "pages": {"page_write": "W", "slice_write": "W", "ragged_paged_attention": "A"},
+        "fused": {"write_and_attend": "A"},
+    }[kv_write]
+
+
+@pytest.mark.parametrize("kv_write", ["pages", "fused"])
 @pytest.mark.parametrize("aligned", [True, False])
-def test_preemption_changes_nothing(aligned):
-    result = run(num_pages=16, page_aligned_scheduling=aligned)
+def test_preemption_changes_nothing(aligned, kv_write):
+    result = run(num_pages=16, page_aligned_scheduling=aligned, kv_write=kv_write)
     assert result.num_preemptions > 0
     assert_same_bits(result)
+
+
+def test_no_request_reads_a_page_that_another_writes(monkeypatch):
+    """What write_and_attend asks of its caller, in every batch, with pages changing hands."""
+    real, batches = engine_lib.make_batch, []
+
+    def recording(segments, config):
+        batches.append(real(segments, config))
+        return batches[-1]
+
+    monkeypatch.setattr(engine_lib, "make_batch", recording)
+    result = run(num_pages=16, kv_write="fused")
+    assert result.num_preemptions > 0 and len(batches) == result.num_steps
+    pool = jax.eval_shape(lambda: model_lib.make_pool(MODEL, 16, CONFIG.page_size))
+    for batch in batches:
+        validate_table(pool, batch)
+    largest = max(batches, key=lambda batch: batch.num_seqs[0])
+    own = largest.page_indices
+    shared = largest._replace(page_indices=own.at[0, 0].set(own[1, 0]))
+    with pytest.raises(ValueError, match="argument `page_indices`"):
+        validate_table(pool, shared)
+
+
+def validate_table(pool, batch):
+    pallas_paged.validate(
+        pool, num_tokens=batch.token_ids.shape[0], page_indices=batch.page_indices,
+        kv_lens=batch.kv_lens, cu_q_lens=batch.cu_q_lens, num_seqs=batch.num_seqs,
+    )
 
 
 def test_other_shapes_change_the_last_bits_at_most():
@@ -177,14 +265,15 @@ def dense_logits(token_ids):
     return norm(x, p["norm"]) @ p["unembedding"]
 
 
-def test_the_pool_is_not_copied():
+@pytest.mark.parametrize("kv_write", ["pages", "fused"])
+def test_the_pool_is_not_copied(kv_write):
     """The flat pool goes through the layers in place: no temporary of its size."""
-    config = dataclasses.replace(CONFIG, num_pages=4096)
+    config = dataclasses.replace(CONFIG, num_pages=4096, kv_write=kv_write)
     pool = jax.eval_shape(lambda: model_lib.make_pool(MODEL, config.num_pages, config.page_size))
     segments = [batch_lib.Segment(0, 0, (1,) * 20, (0, 1, 2), True)]
     compiled = model_lib.forward.lower(
         params(), pool, batch_lib.make_batch(segments, config), config=MODEL,
-        write_backend="oracle", attention="oracle",
+        kv_write=kv_write, write_backend="oracle", attention="oracle",
     ).compile()
     pool_bytes = pool.size * pool.dtype.itemsize
     assert compiled.memory_analysis().alias_size_in_bytes >= pool_bytes
@@ -221,10 +310,53 @@ def test_a_planted_write_is_seen(monkeypatch, kv_write, plant):
 
     batch_lib_write_plan = type(real([], 1))
     monkeypatch.setattr(batch_lib, "plan_writes", planted)
-    comparison = compare(undisturbed(), run(kv_write=kv_write))
+    assert_plant_is_seen(run(kv_write=kv_write))
+
+
+def _wrong_table_row(table):
+    return table.at[0].set(table[1])
+
+
+def _wrong_table_entry(table):
+    return table.at[0, 0].set((table[0, 0] + 1) % CONFIG.num_pages)
+
+
+@pytest.mark.parametrize("plant", [_wrong_table_row, _wrong_table_entry])
+def test_a_planted_page_table_is_seen_by_the_fused_form(monkeypatch, plant):
+    real = engine_lib.make_batch
+
+    def planted(segments, config):
+        batch = real(segments, config)
+        return batch._replace(page_indices=plant(batch.page_indices))
+
+    monkeypatch.setattr(engine_lib, "make_batch", planted)
+    assert_plant_is_seen(run(kv_write="fused"))
+
+
+def test_a_planted_token_is_seen_by_the_fused_form(monkeypatch):
+    real = pallas_paged.write_and_attend
+
+    def planted(q, k, v, *args, **kwargs):
+        return real(q, jnp.roll(k, 1, axis=0), v, *args, **kwargs)
+
+    monkeypatch.setattr(pallas_paged, "write_and_attend", planted)
+    assert_plant_is_seen(run_anew(kv_write="fused"))
+
+
+def assert_plant_is_seen(result):
+    comparison = compare(undisturbed(), result)
     assert comparison.num_equal_pools < comparison.num_requests
     assert comparison.num_equal_tokens < comparison.num_outputs
     assert comparison.max_logit_difference > 0.1
+
+
+def run_anew(**changes):
+    """A run of which no function comes from the cache of the jitted model, nor stays there."""
+    model_lib.forward.clear_cache()
+    try:
+        return run(**changes)
+    finally:
+        model_lib.forward.clear_cache()
 
 
 def _layers_share_their_pages(batch, first_page, page_size):
@@ -239,16 +371,16 @@ def _skipped_ids_are_shifted(batch, first_page, page_size):
 _real_in_layer = model_lib._in_layer
 
 
-@pytest.mark.parametrize("bug", [_layers_share_their_pages, _skipped_ids_are_shifted])
-def test_a_planted_layer_offset_is_seen(monkeypatch, bug):
-    undisturbed()
+@pytest.mark.parametrize(
+    "kv_write, bug",
+    [
+        ("tokens", _layers_share_their_pages), ("tokens", _skipped_ids_are_shifted),
+        ("fused", _layers_share_their_pages),
+    ],
+)
+def test_a_planted_layer_offset_is_seen(monkeypatch, kv_write, bug):
     monkeypatch.setattr(model_lib, "_in_layer", bug)
-    model_lib.forward.clear_cache()
-    try:
-        result = run(num_pages=16, kv_write="tokens")
-    finally:
-        model_lib.forward.clear_cache()
-    comparison = compare(undisturbed(), result)
+    comparison = compare(undisturbed(), run_anew(num_pages=16, kv_write=kv_write))
     assert comparison.num_equal_pools < comparison.num_requests
     assert comparison.max_logit_difference > 0.01
 
@@ -406,6 +538,33 @@ def test_sampling_params_are_checked():
 def test_model_configs_are_checked(fields, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(MODEL, **fields)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"kv_write": "rows"},
+         r"argument `kv_write` is 'rows'; wanted one of \('tokens', 'slices', 'pages', 'fused'\)"),
+        ({"kv_write": None}, "argument `kv_write` is None"),
+        ({"attention": "flash"},
+         r"argument `attention` is 'flash'; wanted one of \('auto', 'oracle', 'mosaic_tpu'"),
+        ({"write_backend": "cuda"}, "argument `write_backend` is 'cuda'; wanted one of"),
+        ({"kv_write": "fused", "write_backend": "mosaic_tpu"},
+         "argument `write_backend` is 'mosaic_tpu'; wanted 'auto' or attention='auto'"),
+        ({"kv_write": "fused", "write_backend": "oracle", "attention": "mosaic_tpu"},
+         "argument `write_backend` is 'oracle'; wanted 'auto' or attention='mosaic_tpu'"),
+    ],
+)
+def test_ways_to_write_and_attend_are_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **fields)
+
+
+def test_a_backend_that_cannot_run_is_refused_and_never_replaced():
+    engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, attention="mosaic_gpu"))
+    engine.add_request([1, 2, 3])
+    with pytest.raises(NotImplementedError, match="backend 'mosaic_gpu' cannot run this call"):
+        engine.step()
 
 
 def test_replay_jumps_over_idle_steps():

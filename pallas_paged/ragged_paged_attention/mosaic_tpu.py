@@ -94,10 +94,10 @@ def vmem_bytes(heads: Heads, config: Config, *, return_lse: bool) -> int:
     """VMEM that the kernel's scratch takes, and the largest values of a body."""
     window, width = config.window_rows, heads.num_heads * heads.lanes
     rows = window * heads.group
-    ring = config.num_buffers * config.block_keys * heads.pitch * heads.lanes * 4
+    ring = (config.num_buffers + 1) * config.block_keys * heads.pitch * heads.lanes * 4
     windows = 3 * window * width * heads.q_dtype.itemsize
     windows += 2 * window * attend.row_pitch(heads.num_heads) * heads.lanes * 4
-    prefill = heads.num_kv_heads * rows * (heads.lanes + 16) * 4
+    prefill = heads.num_kv_heads * rows * (heads.lanes + 24) * 4
     decode = attend.decode_rows(heads.num_heads) * (heads.lanes + 2 * layout.LANES) * 4
     lse = 2 * window * _round_up(heads.num_heads, layout.LANES) * 4 if return_lse else 0
     body = 3 * config.block_keys * rows * 4  # scores, weights and the mask of one head
@@ -162,6 +162,7 @@ def ragged_paged_attention(
         has_window=sliding_window is not None,
         has_scales=has_scales,
         has_sinks=sinks is not None,
+        return_lse=return_lse,
     )
     rows = _round_up(num_tokens, ROW_TILE)
     static = Walk(
@@ -177,7 +178,6 @@ def ragged_paged_attention(
         ring=config.num_buffers,
         blocks_per_body=config.blocks_per_body,
         window=config.window_rows,
-        return_lse=return_lse,
         is_interpreted=False,
     )
     factors = [jnp.asarray(sm_scale, jnp.float32).reshape(1)]
@@ -244,7 +244,7 @@ def _launch(walk: Walk, metadata, vectors, q, pool):
         return pltpu.VMEM(shape, jnp.float32)
 
     out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype, manual_axis_type=_varying(q, pool))]
-    if walk.return_lse:
+    if walk.score.return_lse:
         out_shape.append(
             jax.ShapeDtypeStruct(
                 (q.shape[0], lse_lanes), jnp.float32, manual_axis_type=_varying(q, pool)
@@ -265,7 +265,7 @@ def _launch(walk: Walk, metadata, vectors, q, pool):
             pltpu.SMEM((STATE_SIZE,), jnp.int32),
             pltpu.SMEM((walk.max_units, UNIT_SIZE), jnp.int32),
             pltpu.VMEM(
-                (walk.ring, heads.lane_tiles, walk.block, heads.pitch, 1, layout.LANES), word
+                (walk.ring + 1, heads.lane_tiles, walk.block, heads.pitch, 1, layout.LANES), word
             ),
             pltpu.VMEM((window, width), heads.q_dtype),
             pltpu.VMEM((2, window, width), heads.q_dtype),
@@ -274,12 +274,12 @@ def _launch(walk: Walk, metadata, vectors, q, pool):
             vmem(decode_rows, layout.LANES),
             vmem(decode_rows, heads.lanes),
             vmem(heads.num_kv_heads, 8, prefill_rows),
-            vmem(heads.num_kv_heads, 8, prefill_rows),
+            vmem(heads.num_kv_heads, 16, prefill_rows),
             vmem(heads.num_kv_heads, heads.lanes, prefill_rows),
-            pltpu.SemaphoreType.DMA((walk.ring,)),
+            pltpu.SemaphoreType.DMA((walk.ring + 1,)),
             pltpu.SemaphoreType.DMA((1,)),
             pltpu.SemaphoreType.DMA((2,)),
-            *([vmem(2, window, lse_lanes)] if walk.return_lse else []),
+            *([vmem(2, window, lse_lanes)] if walk.score.return_lse else []),
         ],
         # The kernel checks every id (fetch_block) and keeps every row inside the batch (rows_of).
         compiler_params=pltpu.CompilerParams(

@@ -70,7 +70,6 @@ class Walk:
     ring: int  # buffers
     blocks_per_body: int  # blocks that a long decode takes at a time
     window: int  # rows of a window
-    return_lse: bool
     is_interpreted: bool
 
     @property
@@ -99,22 +98,22 @@ def kernel(walk: Walk, *refs):
     # inputs and outputs, in HBM
     q_hbm, pool_ref, out_hbm, *refs = refs  # [T, N*C], [P*page_size, R or words, C], [T, N*C]
     lse_hbm = lse_vmem = None
-    if walk.return_lse:
+    if score.return_lse:
         lse_hbm, *refs = refs  # float32[T, 128s]
     # scratch
     (
         state,  # int32[STATE_SIZE]
         units,  # int32[max_units, UNIT_SIZE]
-        ring,  # uint32 or float32 [ring, lane tiles, block, pitch, 1, 128]
+        ring,  # uint32 or float32 [ring + 1, lane tiles, block, pitch, 1, 128]
         q_vmem,  # q's dtype [window, N*C]
         out_vmem,  # q's dtype [2, window, N*C]: one being computed, one on its way
         q_heads, out_heads,  # float32[lane tiles, window, row pitch, 1, 128]: heads of decodes
         decode_m, decode_l, decode_acc,  # see attend.decode
-        prefill_m, prefill_l, prefill_acc,  # see attend.prefill
+        prefill_shift, prefill_l, prefill_acc,  # see attend.prefill
         ring_sems, window_sem, out_sems,
         *refs,
     ) = refs
-    if walk.return_lse:
+    if score.return_lse:
         (lse_vmem,) = refs  # float32[2, window, 128s], as out_vmem
 
     pool = pool_ref if pool_ref.dtype.itemsize == 4 else pool_ref.bitcast(jnp.uint32)
@@ -248,10 +247,8 @@ def kernel(walk: Walk, *refs):
         end = (first + walk.pieces_per_block) * walk.piece
         return first * walk.piece, jnp.minimum(unit[_KEY_END], end)
 
-    def take_block(unit, block):
-        """Waits for a unit's block; returns how to load its words."""
-        slot = lax.rem(state[_TAKEN], walk.ring)
-        state[_TAKEN] = state[_TAKEN] + 1
+    def wait_block(slot, unit, block):
+        """Waits for a unit's block in a buffer."""
         first, end = block_of(unit, block)
         num_tokens = pl.cdiv(end - first, walk.piece) * walk.piece
         view = ring.at[
@@ -259,19 +256,32 @@ def kernel(walk: Walk, *refs):
         ]
         pltpu.make_async_copy(view, view, ring_sems.at[slot]).wait()
 
-        def load(word, lane_tile, parity):
-            first, step = (0, 1) if parity is None else (parity, 2)
-            if walk.is_interpreted:  # it cannot reshape a ref
-                words = ring[slot, lane_tile, :, word, 0, :][first::step]
-            else:
-                flat = ring.reshape(-1, layout.LANES)
-                start = ((slot * heads.lane_tiles + lane_tile) * walk.block + first) * heads.pitch
-                words = flat[
-                    pl.ds(start + word, walk.block // step, stride=step * heads.pitch), :
-                ]
-            return lax.bitcast_convert_type(words, jnp.uint32)
+    def take_block(unit, block):
+        """Waits for a unit's block, the next in the ring; returns its buffer."""
+        slot = lax.rem(state[_TAKEN], walk.ring)
+        state[_TAKEN] = state[_TAKEN] + 1
+        wait_block(slot, unit, block)
+        return slot
 
-        return load
+    def take_again(unit, block):
+        """Brings a block that was taken before, to the buffer behind the ring."""
+        first, end = block_of(unit, block)
+        table = unit[_SEQ] * walk.table_width
+        fetch = jnp.int32(walk.ring), table, first // walk.piece, None
+        pl.loop(0, pl.cdiv(end - first, walk.piece))(lambda i: start_piece(fetch, i))
+        wait_block(walk.ring, unit, block)
+        return jnp.int32(walk.ring)
+
+    def load(slot, word, lane_tile, parity):
+        """Words of the block in a buffer; see attend's `keys`."""
+        first, step = (0, 1) if parity is None else (parity, 2)
+        if walk.is_interpreted:  # it cannot reshape a ref
+            words = ring[slot, lane_tile, :, word, 0, :][first::step]
+        else:
+            flat = ring.reshape(-1, layout.LANES)
+            start = ((slot * heads.lane_tiles + lane_tile) * walk.block + first) * heads.pitch
+            words = flat[pl.ds(start + word, walk.block // step, stride=step * heads.pitch), :]
+        return lax.bitcast_convert_type(words, jnp.uint32)
 
     # --- windows ---
 
@@ -282,7 +292,7 @@ def kernel(walk: Walk, *refs):
         yield pltpu.make_async_copy(
             out_vmem.at[parity, pl.ds(0, num_rows)], out_hbm.at[rows], out_sems.at[0]
         )
-        if walk.return_lse:
+        if score.return_lse:
             yield pltpu.make_async_copy(
                 lse_vmem.at[parity, pl.ds(0, num_rows)], lse_hbm.at[rows], out_sems.at[1]
             )
@@ -305,7 +315,7 @@ def kernel(walk: Walk, *refs):
 
     def clear(parity, num_rows):
         out_vmem[parity, :num_rows] = jnp.zeros((num_rows, out_vmem.shape[2]), out_vmem.dtype)
-        if walk.return_lse:
+        if score.return_lse:
             lse_vmem[parity] = jnp.full(lse_vmem.shape[1:], -jnp.inf, jnp.float32)
 
     def zero_until(row):
@@ -376,7 +386,7 @@ def kernel(walk: Walk, *refs):
         @pl.when(is_shared)
         def _keep():
             out_vmem[parity, :ROW_TILE] = out_vmem[1 - parity, tile]
-            if walk.return_lse:
+            if score.return_lse:
                 lse_vmem[parity, :ROW_TILE] = lse_vmem[1 - parity, tile]
 
         state[_WINDOW] = first
@@ -409,11 +419,11 @@ def kernel(walk: Walk, *refs):
         pl.when(block == 0)(lambda: open_decode(unit[_ROW]))
         place = unit[_ROW] - state[_WINDOW]
         fetches = next_fetches(num_blocks)
-        loads = [take_block(unit, block + b) for b in range(num_blocks)]
+        slots = [take_block(unit, block + b) for b in range(num_blocks)]
         lse = attend.decode(
             heads, score, sinks_vmem, scales, window_len, sm_scale,
             q=lambda row, c: q_heads[c, place, row : row + 8, 0, :],
-            loads=loads,
+            loads=[functools.partial(load, slot) for slot in slots],
             spans=[block_of(unit, block + b) for b in range(num_blocks)],
             position=unit[_POSITION],
             num_keys=walk.block,
@@ -423,7 +433,7 @@ def kernel(walk: Walk, *refs):
             store=functools.partial(store_decode, place),
             m_ref=decode_m, l_ref=decode_l, acc_ref=decode_acc,
         )
-        if walk.return_lse:
+        if score.return_lse:
             parity = state[_PARITY]
             registers = pl.ds(pl.multiple_of(place & -8, 8), 8)
             is_row = lax.broadcasted_iota(jnp.int32, (8, 1), 0) == place % 8
@@ -434,26 +444,77 @@ def kernel(walk: Walk, *refs):
     def store_decode(place, row, c, x):
         out_heads[c, place, row : row + 8, 0, :] = x
 
-    def prefill(unit, block):
-        """Takes one block of a prefill unit; the last writes the unit's rows."""
-        refs = {"m_ref": prefill_m, "l_ref": prefill_l, "acc_ref": prefill_acc}
+    prefill_refs = {"shift_ref": prefill_shift, "l_ref": prefill_l, "acc_ref": prefill_acc}
 
-        @pl.when(block == 0)
+    def prefill(unit, block, is_again):
+        """Takes one block of a prefill unit; returns whether the unit must start again."""
+        first, end = block_of(unit, block)
+
+        @pl.when((block == 0) & jnp.logical_not(is_again))
         def _start():
             open_window(unit[_ROW], _PREFILL)
-            attend.start_prefill(**refs)
+            attend.start_prefill(**prefill_refs)
 
-        fetches = next_fetches(1)
-        load = take_block(unit, block)
-        first, end = block_of(unit, block)
-        attend.prefill(
-            heads, score, q_vmem, load, scales, window_len, sm_scale,
-            first_position=unit[_POSITION] - (unit[_ROW] - state[_WINDOW]),
-            first=first, end=end, num_keys=walk.block,
-            issue=issues(fetches, 2 * heads.num_kv_heads), **refs,
+        def from_ring():
+            fetches = next_fetches(1)
+            return take_block(unit, block), fetches[0]
+
+        def from_pool():
+            nothing = (jnp.int32(0),) * 4
+            return take_again(unit, block), nothing
+
+        slot, fetch = lax.cond(is_again, from_pool, from_ring)
+        # Some key is later than some query, or too early for it, or the block is not full.
+        is_edge = end < first + walk.block
+        if score.causal:
+            is_edge |= end - 1 > unit[_POSITION]
+        if score.has_window:
+            is_edge |= first <= unit[_POSITION] + unit[_END] - unit[_ROW] - 1 - window_len
+
+        def take(is_masked):
+            attend.prefill(
+                heads, score, q_vmem, functools.partial(load, slot), scales, window_len, sm_scale,
+                is_masked=is_masked, issue=issues([fetch], 2 * heads.num_kv_heads),
+                first_position=unit[_POSITION] - (unit[_ROW] - state[_WINDOW]),
+                first=first, end=end, num_keys=walk.block, **prefill_refs,
+            )
+
+        lax.cond(is_edge, lambda: take(True), lambda: take(False))
+        is_last = block + 1 == unit[_NUM_BLOCKS]
+        must_repeat = is_last & jnp.logical_not(is_again)
+        must_repeat = lax.cond(
+            must_repeat, lambda: jnp.logical_not(is_sound(unit)), lambda: jnp.bool_(False)
         )
-        pl.when(block + 1 == unit[_NUM_BLOCKS])(lambda: finish_prefill(unit, **refs))
-        return block + 1
+        pl.when(is_last & jnp.logical_not(must_repeat))(
+            lambda: finish_prefill(unit, **prefill_refs)
+        )
+        pl.when(must_repeat)(lambda: find_shifts(unit))
+        return must_repeat
+
+    def is_sound(unit):
+        """Whether the weights of every row of a unit that sees a key were in range."""
+        row = lax.broadcasted_iota(jnp.int32, (1, prefill_l.shape[2]), 1)
+        window_row = state[_WINDOW] + lax.rem(row, walk.window)
+        counts = (window_row >= unit[_ROW]) & (window_row < unit[_END])
+        if score.causal:
+            counts &= unit[_POSITION] + window_row - unit[_ROW] >= 0
+        return attend.is_sound(heads, counts, prefill_l, prefill_acc)
+
+    def find_shifts(unit):
+        """A round over a unit's blocks for the largest score of each row, as its shift."""
+        prefill_shift[...] = jnp.full_like(prefill_shift, -jnp.inf)
+
+        @pl.loop(0, unit[_NUM_BLOCKS])
+        def _find(block):
+            first, end = block_of(unit, block)
+            attend.find_shifts(
+                heads, score, q_vmem, functools.partial(load, take_again(unit, block)), scales,
+                window_len, sm_scale,
+                first_position=unit[_POSITION] - (unit[_ROW] - state[_WINDOW]),
+                first=first, end=end, num_keys=walk.block, shift_ref=prefill_shift,
+            )
+
+        attend.start_again(**prefill_refs)
 
     def finish_prefill(unit, **refs):
         parity = state[_PARITY]
@@ -472,7 +533,7 @@ def kernel(walk: Walk, *refs):
                     is_row, out[rows].astype(out_vmem.dtype), out_vmem[parity, :, at]
                 )
                 lse_columns.append(lse[:, rows])
-        if walk.return_lse:
+        if score.return_lse:
             missing = lse_vmem.shape[2] - heads.num_heads
             lse_columns.append(jnp.zeros((missing, walk.window), jnp.float32))
             columns = jnp.concatenate(lse_columns, axis=0).T  # [window, lanes]
@@ -490,14 +551,14 @@ def kernel(walk: Walk, *refs):
         pl.loop(0, fetch[3])(lambda i: start_piece(fetch, i))
 
     def run(at):
-        index, block = at
+        index, block, is_again = at
         record = lax.rem(index, walk.max_units)
         unit = tuple(units[record, i] for i in range(UNIT_SIZE))
         start, stop = rows_of(unit[_SEQ])
         is_decode = stop - start == 1
+        many = walk.blocks_per_body
 
         def run_decode():
-            many = walk.blocks_per_body
             if many == 1:
                 return decode(unit, block, 1, is_full=False)
             # A body of many blocks takes none that is not full.
@@ -511,13 +572,25 @@ def kernel(walk: Walk, *refs):
                 lambda: decode(unit, block, 1, is_full=False),
             )
 
-        done = lax.cond(is_decode, run_decode, lambda: prefill(unit, block))
+        def run_prefill():
+            must_repeat = prefill(unit, block, is_again)
+            return jnp.where(must_repeat, 0, block + 1), must_repeat
+
+        done, must_repeat = lax.cond(
+            is_decode, lambda: (run_decode(), jnp.bool_(False)), run_prefill
+        )
         state[_WINDOW_END] = unit[_END]
         is_over = done == unit[_NUM_BLOCKS]
-        return jnp.where(is_over, index + 1, index), jnp.where(is_over, 0, done)
+        return (
+            jnp.where(is_over, index + 1, index),
+            jnp.where(is_over, 0, done),
+            must_repeat | (is_again & jnp.logical_not(is_over)),
+        )
 
     zero = jnp.int32(0)
-    lax.while_loop(lambda _: state[_TAKEN] < state[_FETCHED], run, (zero, zero))
+    lax.while_loop(
+        lambda at: (state[_TAKEN] < state[_FETCHED]) | at[2], run, (zero, zero, jnp.bool_(False))
+    )
     close_window()
     zero_until(walk.num_tokens)
     wait_leaving()
