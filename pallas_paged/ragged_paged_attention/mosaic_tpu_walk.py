@@ -190,18 +190,38 @@ def kernel(walk: Walk, *refs):
     def next_fetches(num_blocks):
         """The next blocks to fetch: (buffer, place in the page table, first piece, pieces) of each;
         the last is 0 where there is none."""
+        per_block = walk.pieces_per_block
+        fetched = state[_FETCHED]
+
+        def within_unit(table, first, end):
+            """All full blocks of the unit that is being fetched."""
+            counts = [jnp.int32(per_block)] * num_blocks
+            starts = [(table, first + b * per_block) for b in range(num_blocks)]
+            return starts, counts, (table, first + num_blocks * per_block, end)
+
+        def block_by_block(*ahead):
+            starts, counts = [], []
+            for _ in range(num_blocks):
+                is_over = (ahead[1] >= ahead[2]) & (state[_AHEAD_SEQ] < num_seqs)
+                table, first, end = lax.cond(is_over, find_unit, lambda ahead=ahead: ahead)
+                starts.append((table, first))
+                counts.append(jnp.clip(end - first, 0, per_block))
+                ahead = table, first + counts[-1], end
+            return starts, counts, ahead
+
         ahead = state[_AHEAD_TABLE], state[_AHEAD_PIECE], state[_AHEAD_END]
-        fetched, num_found = state[_FETCHED], jnp.int32(0)
-        fetches = []
-        for _ in range(num_blocks):
-            is_over = (ahead[1] >= ahead[2]) & (state[_AHEAD_SEQ] < num_seqs)
-            table, first, end = lax.cond(is_over, find_unit, lambda ahead=ahead: ahead)
-            count = jnp.clip(end - first, 0, walk.pieces_per_block)
-            fetches.append((lax.rem(fetched + num_found, walk.ring), table, first, count))
-            num_found += jnp.where(count > 0, 1, 0)
-            ahead = table, first + count, end
+        if num_blocks == 1:
+            starts, counts, ahead = block_by_block(*ahead)
+        else:
+            starts, counts, ahead = lax.cond(
+                ahead[2] - ahead[1] >= num_blocks * per_block, within_unit, block_by_block, *ahead
+            )
         state[_AHEAD_TABLE], state[_AHEAD_PIECE], state[_AHEAD_END] = ahead
-        state[_FETCHED] = fetched + num_found
+        fetches = []
+        for start, count in zip(starts, counts, strict=True):
+            fetches.append((lax.rem(fetched, walk.ring), *start, count))
+            fetched += jnp.where(count > 0, 1, 0)
+        state[_FETCHED] = fetched
         return fetches
 
     def start_piece(fetch, i):
@@ -247,21 +267,30 @@ def kernel(walk: Walk, *refs):
         end = (first + walk.pieces_per_block) * walk.piece
         return first * walk.piece, jnp.minimum(unit[_KEY_END], end)
 
-    def wait_block(slot, unit, block):
-        """Waits for a unit's block in a buffer."""
-        first, end = block_of(unit, block)
-        num_tokens = pl.cdiv(end - first, walk.piece) * walk.piece
+    def wait_block(slot, num_tokens):
+        """Waits for the tokens of a block in a buffer."""
         view = ring.at[
             slot, pl.ds(0, heads.lane_tiles), pl.ds(0, num_tokens), pl.ds(0, heads.num_words), 0
         ]
         pltpu.make_async_copy(view, view, ring_sems.at[slot]).wait()
 
-    def take_block(unit, block):
-        """Waits for a unit's block, the next in the ring; returns its buffer."""
-        slot = lax.rem(state[_TAKEN], walk.ring)
-        state[_TAKEN] = state[_TAKEN] + 1
-        wait_block(slot, unit, block)
-        return slot
+    def num_tokens_of(unit, block):
+        """How many tokens of a unit's block are fetched: whole pieces."""
+        first, end = block_of(unit, block)
+        return pl.cdiv(end - first, walk.piece) * walk.piece
+
+    def take_blocks(unit, block, num_blocks):
+        """Waits for a unit's next blocks in the ring, several only if full; returns their buffers."""
+        taken = state[_TAKEN]
+        state[_TAKEN] = taken + num_blocks
+        slots = [lax.rem(taken + b, walk.ring) for b in range(num_blocks)]
+        for slot in slots:
+            is_any = num_blocks == 1
+            wait_block(
+                slot,
+                num_tokens_of(unit, block) if is_any else walk.pieces_per_block * walk.piece,
+            )
+        return slots
 
     def take_again(unit, block):
         """Brings a block that was taken before, to the buffer behind the ring."""
@@ -269,7 +298,7 @@ def kernel(walk: Walk, *refs):
         table = unit[_SEQ] * walk.table_width
         fetch = jnp.int32(walk.ring), table, first // walk.piece, None
         pl.loop(0, pl.cdiv(end - first, walk.piece))(lambda i: start_piece(fetch, i))
-        wait_block(walk.ring, unit, block)
+        wait_block(walk.ring, num_tokens_of(unit, block))
         return jnp.int32(walk.ring)
 
     def load(slot, word, lane_tile, parity):
@@ -394,7 +423,11 @@ def kernel(walk: Walk, *refs):
         state[_WINDOW_KIND] = kind
         load.wait()
         if kind == _DECODES:
-            out_heads[...] = jnp.zeros_like(out_heads)
+            if walk.is_interpreted:  # it cannot reshape a ref
+                out_heads[...] = jnp.zeros_like(out_heads)
+            else:
+                flat = out_heads.reshape(-1, layout.LANES)
+                flat[...] = jnp.zeros(flat.shape, jnp.float32)
 
             @pl.loop(0, num_rows // ROW_TILE)
             def _tile(i):
@@ -419,7 +452,7 @@ def kernel(walk: Walk, *refs):
         pl.when(block == 0)(lambda: open_decode(unit[_ROW]))
         place = unit[_ROW] - state[_WINDOW]
         fetches = next_fetches(num_blocks)
-        slots = [take_block(unit, block + b) for b in range(num_blocks)]
+        slots = take_blocks(unit, block, num_blocks)
         lse = attend.decode(
             heads, score, sinks_vmem, scales, window_len, sm_scale,
             q=lambda row, c: q_heads[c, place, row : row + 8, 0, :],
@@ -457,7 +490,7 @@ def kernel(walk: Walk, *refs):
 
         def from_ring():
             fetches = next_fetches(1)
-            return take_block(unit, block), fetches[0]
+            return take_blocks(unit, block, 1)[0], fetches[0]
 
         def from_pool():
             nothing = (jnp.int32(0),) * 4
