@@ -92,7 +92,8 @@ def decode(
     """Takes blocks of keys into a decode's running state, and stores its result so far.
 
     Blocks are pipelined: the products with the next block's keys come before the softmax of this
-    one's, so that the matrix unit has work while that is computed.
+    one's, so that the matrix unit has work while that is computed. Where they are small, one
+    softmax takes all.
 
     Args:
       heads, score: static.
@@ -144,38 +145,43 @@ def decode(
             return product
         return {row: jnp.where(seen, s, -jnp.inf) for row, s in product.items()}
 
-    def attend(b, product):
-        first, end = spans[b]
+    def attend(blocks, found):
+        """Softmax over some blocks' products, and the products with their values."""
         weights, rescale = {}, {}
-        for row, s in product.items():
+        for row in rows:
             before = m[row]
-            m[row] = jnp.maximum(before, jnp.max(s, axis=1, keepdims=True))
+            largest = (jnp.max(product[row], axis=1, keepdims=True) for product in found)
+            m[row] = functools.reduce(jnp.maximum, largest, before)
             shift = jnp.where(m[row] == -jnp.inf, 0.0, m[row])  # nothing seen yet: 0, not NaN
             rescale[row] = jnp.exp2(before - shift)
-            p = jnp.exp2(s - shift[:, :1])
+            weights[row] = [jnp.exp2(product[row] - shift[:, :1]) for product in found]
             total[row] = total[row] * rescale[row] + sum(
-                p[:, c : c + layout.LANES] for c in range(0, num_keys, layout.LANES)
+                p[:, c : c + layout.LANES]
+                for p in weights[row]
+                for c in range(0, num_keys, layout.LANES)
             )
-            weights[row] = p.astype(heads.compute_dtype)
-
-        is_token = None if is_full else functools.partial(_is_token, first, end, num_keys)
-        attended: dict = {}
-        for head in range(heads.num_kv_heads):
+        attended = {row: acc[row] * _wide(rescale[row], heads.lane_tiles) for row in rows}
+        for b, head in itertools.product(range(len(blocks)), range(heads.num_kv_heads)):
             issue()
-            v = values(heads, loads[b], head, is_token)
+            first, end = spans[blocks[b]]
+            is_token = None if is_full else functools.partial(_is_token, first, end, num_keys)
+            v = values(heads, loads[blocks[b]], head, is_token)
             for row, mask in _head_rows(heads, head):
-                o = jnp.dot(
-                    weights[row], v, precision=heads.precision, preferred_element_type=jnp.float32
+                o = attended[row] + jnp.dot(
+                    weights[row][b].astype(heads.compute_dtype), v, precision=heads.precision,
+                    preferred_element_type=jnp.float32,
                 )
-                attended[row] = _select(mask, o, attended.get(row))
-        for row, o in attended.items():
-            acc[row] = acc[row] * _wide(rescale[row], heads.lane_tiles) + o
+                attended[row] = _select(mask, o, attended[row])
+        acc.update(attended)
 
-    product = products(0)
-    for b in range(len(loads)):
-        ahead = products(b + 1) if b + 1 < len(loads) else None
-        attend(b, product)
-        product = ahead
+    # Few products wait for each other less if one softmax takes all.
+    is_joint = len(rows) * num_keys * len(loads) <= _JOINT_KEYS
+    steps = [list(range(len(loads)))] if is_joint else [[b] for b in range(len(loads))]
+    found = [products(b) for b in steps[0]]
+    for i, blocks in enumerate(steps):
+        ahead = [products(b) for b in steps[i + 1]] if i + 1 < len(steps) else []
+        attend(blocks, found)
+        found = ahead
 
     lse = []
     for row in rows:
@@ -222,8 +228,10 @@ def _finish_decode(heads, score, sinks_ref, scales, row, m, total, acc):
     return out, (m + jnp.log2(total)) / _LOG2_E
 
 
-# Query rows and keys of one product of a prefill: so many that the matrix unit streams longer than it
-# takes to load what it holds, and so few that the weights between two products stay in registers.
+# Keys times registers of query rows whose products fit the registers together.
+_JOINT_KEYS = 4096
+# Query rows and keys of one product of a prefill: so many that the matrix unit streams longer than
+# it takes to load what it holds, and so few that the weights in between stay in registers.
 _PREFILL_ROWS = 256
 _PREFILL_KEYS = 256
 # Sums of weights, as exponents of 2, between which a prefill's result is sound: far enough from
@@ -374,7 +382,7 @@ def find_shifts(
     heads: Heads, score: Score, q_ref, load, scales, window, sm_scale,
     *, first, first_position, end, num_keys, shift_ref,
 ):
-    """Takes one block of keys into the largest score of each query: the shift that is always right."""
+    """Takes one block of keys into each query's largest score, the shift that is always right."""
     for head in range(heads.num_kv_heads):
         scale = sm_scale * scales(0, head) if score.has_scales else sm_scale
         k = keys(heads, load, head)

@@ -84,20 +84,24 @@ class Walk:
         return self.ring + 1
 
 
-def kernel(walk: Walk, *refs):
+def kernel(walk: Walk, *arguments):
     """Runs every unit of every sequence."""
     heads, score = walk.heads, walk.score
+    refs: list = list(arguments)
     # scalar inputs, in SMEM
     # int32[S], [S*M], [S + 1], [1]; float32[1 or 1 + 2K]: sm_scale, then scales of K and of V
     kv_lens_ref, table_ref, cu_q_lens_ref, num_seqs_ref, factors_ref, *refs = refs
-    window_ref = sinks_smem = sinks_vmem = None
+    window_ref: Any = None
+    sinks_smem: Any = None
+    sinks_vmem: Any = None
     if score.has_window:
         window_ref, *refs = refs  # int32[1]
     if score.has_sinks:
         sinks_smem, sinks_vmem, *refs = refs  # float32[N]; float32[rows, 128], lanes equal
     # inputs and outputs, in HBM
     q_hbm, pool_ref, out_hbm, *refs = refs  # [T, N*C], [P*page_size, R or words, C], [T, N*C]
-    lse_hbm = lse_vmem = None
+    lse_hbm: Any = None
+    lse_vmem: Any = None
     if score.return_lse:
         lse_hbm, *refs = refs  # float32[T, 128s]
     # scratch
@@ -280,7 +284,7 @@ def kernel(walk: Walk, *refs):
         return pl.cdiv(end - first, walk.piece) * walk.piece
 
     def take_blocks(unit, block, num_blocks):
-        """Waits for a unit's next blocks in the ring, several only if full; returns their buffers."""
+        """Waits for a unit's next blocks, several only if all are full; returns their buffers."""
         taken = state[_TAKEN]
         state[_TAKEN] = taken + num_blocks
         slots = [lax.rem(taken + b, walk.ring) for b in range(num_blocks)]
