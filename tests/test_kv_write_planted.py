@@ -7,15 +7,13 @@ kernel bug is run in one DMA mode in which it must show, and the test says how i
 
 import dataclasses
 import functools
-import pathlib
-import sys
-import types
 
 import jax
 import pytest
 
 from pallas_paged import kv_write
 from tests.cases import Case, RaceFoundError, difference, expected, interpret, make
+from tests.planted import plant
 
 # In the order in which they import each other.
 _MODULES = (
@@ -28,20 +26,7 @@ _MODULES = (
 
 
 def _plant(monkeypatch, name, old, new):
-    """The module `name` with `old` replaced by `new` once, and all others made anew around it."""
-    for module_name in _MODULES:
-        full_name = f"{kv_write.__name__}.{module_name}"
-        path = pathlib.Path(sys.modules[full_name].__file__)
-        source = path.read_text()
-        if module_name == name:
-            assert source.count(old) == 1, f"the snippet occurs {source.count(old)} times"
-            source = source.replace(old, new)
-        module = types.ModuleType(full_name)
-        module.__file__ = str(path)
-        monkeypatch.setitem(sys.modules, full_name, module)
-        monkeypatch.setattr(kv_write, module_name, module)
-        exec(compile(source, str(path), "exec"), module.__dict__)
-    return sys.modules[f"{kv_write.__name__}.{name}"]
+    return plant(monkeypatch, kv_write, _MODULES, name, old, new)
 
 
 def _run(module, call):

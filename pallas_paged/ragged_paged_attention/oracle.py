@@ -76,7 +76,8 @@ def ragged_paged_attention(
         end_block = jnp.where(has_work, -(-kv_len // _QUERY_BLOCK), first_block)
         return lax.fori_loop(first_block, end_block, one_block, outputs)
 
-    outputs = (jnp.zeros_like(q), jnp.full((num_tokens, num_heads), -jnp.inf, jnp.float32))
+    # Like q, so that under shard_map they vary as it does.
+    outputs = (jnp.zeros_like(q), jnp.full_like(q[..., 0], -jnp.inf, jnp.float32))
     return lax.fori_loop(0, jnp.clip(num_seqs[0], 0, max_seqs), one_sequence, outputs)
 
 
