@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import pallas_paged
+from pallas_paged.ragged_paged_attention import mosaic_tpu_attend
 from pallas_paged.ragged_paged_attention.api import ragged_paged_attention
 from pallas_paged.ragged_paged_attention.mosaic_tpu import Config
 from tests import attention_cases, cases
@@ -30,7 +31,7 @@ SETUPS = [
     ),
     Setup(
         8, 8, 128, 24, "bfloat16", "float8_e4m3fn", ("mix", "prefill"), scale="head",
-        return_lse=True, config=(128, 128, 3, 2),
+        return_lse=True, config=(128, 128, 4, 2),
     ),
     Setup(
         4, 1, 96, 33, "float32", "float8_e5m2", ("boundary", "blocks", "late", "none"),
@@ -42,7 +43,7 @@ SETUPS = [
     ),
     Setup(
         32, 8, 128, 256, "bfloat16", "bfloat16", ("boundary",), num_tokens=19,
-        config=(128, 128, 3, 2),
+        config=(128, 128, 4, 2),
     ),
     Setup(
         4, 2, 192, 200, "float32", "int8", ("mix", "beyond_window"), scale="head",
@@ -258,6 +259,20 @@ def test_sequences_around_absurd_ones_are_right():
         assert found is None, found
 
 
+@pytest.mark.parametrize(
+    ("sizes", "name"),
+    [
+        ((100, 128), "block_keys"), ((128, 64), "window_rows"), ((0, 128), "block_keys"),
+        ((128, 128, 0), "num_buffers"), ((128, 128, 2, 0), "blocks_per_body"),
+        ((128, 128, 3, 2), "num_buffers is 3; wanted at least twice blocks_per_body, 2"),
+    ],
+)  # fmt: skip
+def test_config_refuses(sizes, name):
+    """Among them the ring in which a body would wait for blocks that nobody has fetched."""
+    with pytest.raises(ValueError, match=name):
+        Config(*sizes)
+
+
 # ---- Long sequences
 
 
@@ -275,6 +290,15 @@ def test_positions_past_16_bits(window):
     case = _long_case([(1, 66_000), (3, 65_538), (2, 32_769)])
     options = {"num_kv_heads": 1, "sliding_window": jnp.int32(window), "sm_scale": 0.05}
     check(case, options, "eager", (1024, 128, 2))
+
+
+def test_a_decode_of_more_products_than_one_softmax_takes():
+    """Bodies of three full blocks of 2,048 keys, then what is left, one by one."""
+    config = (2048, 128, 6, 3)
+    assert config[0] * config[3] > mosaic_tpu_attend._JOINT_KEYS
+    case = _long_case([(1, 14_400), (1, 6_144)])
+    options = {"num_kv_heads": 1, "sm_scale": 0.1, "return_lse": True}
+    check(case, options, "eager", config)
 
 
 def test_causal_edge_past_16_bits():

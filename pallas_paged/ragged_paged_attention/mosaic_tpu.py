@@ -45,7 +45,7 @@ class Config:
       window_rows: rows of the batch whose queries a prefill takes together, a multiple of 128; also
         the rows of decodes that share a window of q.
       num_buffers: blocks in VMEM: those being computed, the others on their way.
-      blocks_per_body: blocks that a long decode takes at a time, fewer than `num_buffers`.
+      blocks_per_body: blocks that a long decode takes at a time, at most half of `num_buffers`.
     """
 
     block_keys: int
@@ -63,11 +63,12 @@ class Config:
                     f"ragged_paged_attention Config: {name} is {value!r}; wanted a positive "
                     f"multiple of {multiple}"
                 )
-        if self.num_buffers <= self.blocks_per_body:
+        # A body waits for all of its blocks, and those of the next one come in meanwhile.
+        if self.num_buffers < 2 * self.blocks_per_body:
             raise ValueError(
-                f"ragged_paged_attention Config: num_buffers is {self.num_buffers}; wanted more "
-                f"than blocks_per_body, {self.blocks_per_body}, so that blocks come in while "
-                "others are computed"
+                f"ragged_paged_attention Config: num_buffers is {self.num_buffers}; wanted at "
+                f"least twice blocks_per_body, {self.blocks_per_body}, so that blocks come in "
+                "while others are computed"
             )
 
 
