@@ -351,9 +351,10 @@ def _new_tokens(case, head_dim):
     k, v = np.full((2, case.q.shape[0], case.num_kv_heads, head_dim), np.nan, np.float32)
     for seq in range(case.num_seqs[0]):
         start, end = case.cu_q_lens[seq : seq + 2]
-        if case.kv_lens[seq] and end > start:
-            k[start:end], v[start:end] = (
-                x[seq][case.kv_lens[seq] - (end - start) :] for x in (case.keys, case.values)
+        count = min(end - start, case.kv_lens[seq])
+        if count:  # where there are more new tokens than tokens, the first are nowhere
+            k[end - count : end], v[end - count : end] = (
+                x[seq][-count:] for x in (case.keys, case.values)
             )
     return k, v
 
