@@ -19,7 +19,11 @@ from tests.planted import plant
 # The package; as an attribute of pallas_paged its name is the op's.
 package = importlib.import_module("pallas_paged.ragged_paged_attention")
 # In the order in which they import each other.
-_MODULES = ("mosaic_tpu_operands", "mosaic_tpu_attend", "mosaic_tpu_walk", "mosaic_tpu")
+_MODULES = (
+    "mosaic_tpu_operands", "mosaic_tpu_attend", "mosaic_tpu_refs", "mosaic_tpu_units",
+    "mosaic_tpu_table", "mosaic_tpu_new", "mosaic_tpu_blocks", "mosaic_tpu_windows",
+    "mosaic_tpu_walk", "mosaic_tpu",
+)  # fmt: skip
 
 _LENS = {
     # A decode of three blocks and prefills of two and three, so that the ring goes round.
@@ -81,19 +85,19 @@ CONTROLS = (
 BUGS = {
     # --- which pages, which pieces
     "page_table_of_the_first_sequence": (
-        "mosaic_tpu_walk",
-        "return seq * walk.table_width, first_piece",
-        "return 0 * walk.table_width, first_piece",
+        "mosaic_tpu_units",
+        "table = unit.seq * walk.table_width",
+        "table = 0 * walk.table_width",
         DECODES, "eager", "numbers",
     ),
     "page_id_not_clamped": (
-        "mosaic_tpu_walk",
+        "mosaic_tpu_blocks",
         "jnp.minimum(page_id, jnp.uint32(walk.num_pages - 1))",
         "jnp.minimum(page_id, jnp.uint32(2**31 - 1))",
         Call(PLAIN, "absurd id"), "eager", "error",
     ),
     "part_of_a_page_ignored": (
-        "mosaic_tpu_walk",
+        "mosaic_tpu_blocks",
         "page_id * walk.page_size + part * walk.piece",
         "page_id * walk.page_size",
         Call(PARTS, "one decode"), "eager", "numbers",
@@ -124,95 +128,95 @@ BUGS = {
         Call(PLAIN, "long", window=20), "on_wait", "numbers",
     ),
     "window_begins_a_piece_late": (
-        "mosaic_tpu_walk",
-        "jnp.clip(position - window_len + 1, 0, key_end)",
-        "jnp.clip(position - window_len + walk.piece, 0, key_end)",
+        "mosaic_tpu_units",
+        "jnp.clip(position - window_len(walk, refs) + 1, 0, key_end)",
+        "jnp.clip(position - window_len(walk, refs) + walk.piece, 0, key_end)",
         Call(PLAIN, "long", window=20), "on_wait", "numbers",
     ),
     "full_block_not_masked_for_prefills": (
         "mosaic_tpu_walk",
-        "is_edge |= end - 1 > unit[_POSITION]",
-        "is_edge |= end - 1 > unit[_POSITION] + 8",
+        "is_edge |= end - 1 > unit.position",
+        "is_edge |= end - 1 > unit.position + 8",
         Call(PLAIN, "last rows"), "eager", "numbers",
     ),
     # --- DMAs
     "block_not_waited_for": (
-        "mosaic_tpu_walk",
-        "pltpu.make_async_copy(view, view, ring_sems.at[slot]).wait()",
+        "mosaic_tpu_blocks",
+        "pltpu.make_async_copy(view, view, refs.ring_sems.at[buffer]).wait()",
         "pass",
         LONG, "on_wait", "numbers",
     ),
     "block_not_waited_for_seen_as_race": (
-        "mosaic_tpu_walk",
-        "pltpu.make_async_copy(view, view, ring_sems.at[slot]).wait()",
+        "mosaic_tpu_blocks",
+        "pltpu.make_async_copy(view, view, refs.ring_sems.at[buffer]).wait()",
         "pass",
         LONG, "eager", "race",
     ),
     "wait_one_piece_short": (
-        "mosaic_tpu_walk",
+        "mosaic_tpu_blocks",
         "return pl.cdiv(end - first, walk.piece) * walk.piece",
         "return jnp.maximum(pl.cdiv(end - first, walk.piece) - 1, 1) * walk.piece",
         LONG, "on_wait", "numbers",
     ),
     "wait_for_full_blocks_short": (
-        "mosaic_tpu_walk",
+        "mosaic_tpu_blocks",
         "if is_any else walk.pieces_per_block * walk.piece",
         "if is_any else walk.piece",
         Call(SEVERAL, "long"), "on_wait", "numbers",
     ),
     "one_block_too_many_ahead": (
-        "mosaic_tpu_walk",
+        "mosaic_tpu_blocks",
         "@pl.loop(0, walk.ring - walk.blocks_per_body)",
         "@pl.loop(0, walk.ring)",
         LONG, "eager", "race",
     ),
     "output_sent_over_the_one_before": (
-        "mosaic_tpu_walk",
-        "        wait_leaving()\n        for copy in leaves(parity, first, num_rows):",
-        "        for copy in leaves(parity, first, num_rows):",
+        "mosaic_tpu_windows",
+        "    wait_leaving(walk, refs)\n    for copy in _leaves(",
+        "    for copy in _leaves(",
         HOLES, "on_wait", "numbers",
     ),
     "output_sent_over_the_one_before_seen_as_race": (
-        "mosaic_tpu_walk",
-        "        wait_leaving()\n        for copy in leaves(parity, first, num_rows):",
-        "        for copy in leaves(parity, first, num_rows):",
+        "mosaic_tpu_windows",
+        "    wait_leaving(walk, refs)\n    for copy in _leaves(",
+        "    for copy in _leaves(",
         HOLES, "eager", "race",
     ),
     "last_output_not_waited_for": (
         "mosaic_tpu_walk",
-        "    zero_until(walk.num_tokens)\n    wait_leaving()\n",
-        "    zero_until(walk.num_tokens)\n",
+        "    windows.wait_leaving(walk, refs)\n",
+        "",
         LONG, "on_wait", "numbers",
     ),
     "queries_not_waited_for": (
-        "mosaic_tpu_walk",
+        "mosaic_tpu_windows",
         "        load.wait()\n",
         "",
         SHARED, "on_wait", "numbers",
     ),
     # --- windows
     "shared_tile_not_kept": (
-        "mosaic_tpu_walk",
-        "is_shared = state[_DONE] > first",
-        "is_shared = state[_DONE] > 2**30",
+        "mosaic_tpu_windows",
+        "is_shared = state[DONE] > first",
+        "is_shared = state[DONE] > 2**30",
         SHARED, "eager", "numbers",
     ),
     "rows_of_nobody_not_zeroed": (
         "mosaic_tpu_walk",
-        "    zero_until(walk.num_tokens)\n    wait_leaving()\n",
-        "    wait_leaving()\n",
+        "    windows.zero_until(walk, refs, walk.num_tokens)\n",
+        "",
         HOLES, "eager", "numbers",
     ),
     "rows_between_windows_not_zeroed": (
-        "mosaic_tpu_walk",
-        "        zero_until(first)\n",
+        "mosaic_tpu_windows",
+        "    zero_until(walk, refs, first)\n",
         "",
         Call(PLAIN, "far"), "eager", "numbers",
     ),
     "zeros_over_the_next_unit": (
         "mosaic_tpu_walk",
-        "is_row = (window_row >= unit[_ROW]) & (window_row < unit[_END])",
-        "is_row = window_row < unit[_END]",
+        "is_row = (row >= unit.row) & (row < unit.end)",
+        "is_row = row < unit.end",
         SHARED, "eager", "numbers",
     ),
     # --- softmax
@@ -242,8 +246,8 @@ BUGS = {
     ),
     "unsound_sums_taken": (
         "mosaic_tpu_walk",
-        "must_repeat, lambda: jnp.logical_not(is_sound(unit)), lambda: jnp.bool_(False)",
-        "must_repeat, lambda: jnp.bool_(False), lambda: jnp.bool_(False)",
+        "lambda: jnp.logical_not(_is_sound(walk, refs, unit)),",
+        "lambda: jnp.bool_(False),",
         Call(PLAIN, "one prefill", sm_scale=5.0), "eager", "numbers",
     ),
     "repeat_from_the_wrong_shift": (
@@ -321,14 +325,14 @@ BUGS = {
     ),
     "scale_of_another_head": (
         "mosaic_tpu_walk",
-        "return factors_ref[1 + which * heads.num_kv_heads + head]",
-        "return factors_ref[1 + which * heads.num_kv_heads]",
+        "return refs.factors[1 + which * walk.heads.num_kv_heads + head]",
+        "return refs.factors[1 + which * walk.heads.num_kv_heads]",
         Call(SCALED, "short"), "eager", "numbers",
     ),
     "scale_of_keys_for_values": (
         "mosaic_tpu_walk",
-        "return factors_ref[1 + which * heads.num_kv_heads + head]",
-        "return factors_ref[1 + head]",
+        "return refs.factors[1 + which * walk.heads.num_kv_heads + head]",
+        "return refs.factors[1 + head]",
         Call(SCALED, "short"), "eager", "numbers",
     ),
     "int8_unsigned": (

@@ -30,6 +30,9 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
     Rows,
     Unit,
     Walk,
+    ceil_div,
+    div,
+    rem,
 )
 from pallas_paged.ragged_paged_attention.mosaic_tpu_units import find_unit, num_seqs
 
@@ -87,7 +90,7 @@ def next_fetches(walk: Walk, refs: Refs, num_blocks: int) -> list[Fetch]:
             ahead = table, piece + counts[-1], end, blocks
             if walk.table_part is not None and num_blocks > 1:
                 # Started here: the entries of several units may not all be in SMEM at a time.
-                buffer = lax.rem(fetched + sum(is_there[:-1]), walk.ring)
+                buffer = rem(fetched + sum(is_there[:-1]), walk.ring)
                 start_block(walk, refs, Fetch(buffer, table, piece, counts[-1]))
                 counts[-1] = jnp.zeros_like(counts[-1])
             else:
@@ -108,7 +111,7 @@ def next_fetches(walk: Walk, refs: Refs, num_blocks: int) -> list[Fetch]:
             state[place] = value
     fetches = []
     for start, count, one in zip(starts, counts, is_there, strict=True):
-        fetches.append(Fetch(lax.rem(fetched, walk.ring), *start, count))
+        fetches.append(Fetch(rem(fetched, walk.ring), *start, count))
         fetched += one
     state[FETCHED] = fetched
     return fetches
@@ -119,8 +122,8 @@ def bring_entries(walk: Walk, refs: Refs, fetch: Fetch):
     if walk.table_part is None:
         return
     per_page = walk.page_size // walk.piece
-    first = fetch.table + fetch.first_piece // per_page
-    last = fetch.table + (fetch.first_piece + fetch.num_pieces - 1) // per_page
+    first = fetch.table + div(fetch.first_piece, per_page)
+    last = fetch.table + div(fetch.first_piece + fetch.num_pieces - 1, per_page)
     pl.when(fetch.num_pieces > 0)(lambda: page_table.bring(walk, refs, first, last))
 
 
@@ -130,7 +133,7 @@ def start_piece(walk: Walk, refs: Refs, fetch: Fetch, i):
     pieces_per_page = walk.page_size // walk.piece
     page, part = fetch.first_piece + i, 0
     if pieces_per_page > 1:
-        page, part = page // pieces_per_page, page % pieces_per_page
+        page, part = div(page, pieces_per_page), rem(page, pieces_per_page)
     # Inside the pool whatever the table says: as an unsigned number, no id is negative.
     page_id = page_table.entry(walk, refs, fetch.table + page).astype(jnp.uint32)
     page_id = jnp.minimum(page_id, jnp.uint32(walk.num_pages - 1)).astype(jnp.int32)
@@ -220,14 +223,14 @@ def _wait_block(walk: Walk, refs: Refs, buffer, num_tokens):
 
 def _num_fetched(walk: Walk, first, end):
     """How many tokens of a block are fetched: whole pieces."""
-    return pl.cdiv(end - first, walk.piece) * walk.piece
+    return ceil_div(end - first, walk.piece) * walk.piece
 
 
 def take_blocks(walk: Walk, refs: Refs, unit: Unit, block, num_blocks: int) -> list[Place]:
     """Waits for a decode's next blocks, several only if all are full; returns where they are."""
     taken = refs.state[TAKEN]
     refs.state[TAKEN] = taken + num_blocks
-    buffers = [lax.rem(taken + b, walk.ring) for b in range(num_blocks)]
+    buffers = [rem(taken + b, walk.ring) for b in range(num_blocks)]
     for buffer in buffers:
         is_any = num_blocks == 1
         _wait_block(
@@ -242,7 +245,7 @@ def take_prefill_block(walk: Walk, refs: Refs, unit: Unit, block):
     """Waits for a prefill's next block; returns its buffer."""
     taken = refs.state[TAKEN]
     refs.state[TAKEN] = taken + 1
-    buffer = lax.rem(taken, walk.ring)
+    buffer = rem(taken, walk.ring)
     num_tokens = _num_fetched(walk, *prefill_block_of(walk, unit, block))
     _when_in_pool(walk, unit, block, lambda: _wait_block(walk, refs, buffer, num_tokens))
     return buffer
@@ -254,9 +257,9 @@ def bring_again(walk: Walk, refs: Refs, unit: Unit, block):
 
     def bring():
         first, end = prefill_block_of(walk, unit, block)
-        num_pieces = pl.cdiv(end - first, walk.piece)
+        num_pieces = ceil_div(end - first, walk.piece)
         table = unit.seq * walk.table_width
-        start_block(walk, refs, Fetch(buffer, table, first // walk.piece, num_pieces))
+        start_block(walk, refs, Fetch(buffer, table, div(first, walk.piece), num_pieces))
         _wait_block(walk, refs, buffer, _num_fetched(walk, first, end))
 
     _when_in_pool(walk, unit, block, bring)

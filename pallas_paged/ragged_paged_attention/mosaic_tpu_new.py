@@ -27,6 +27,9 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
     Rows,
     Unit,
     Walk,
+    ceil_div,
+    div,
+    rem,
 )
 from pallas_paged.ragged_paged_attention.mosaic_tpu_units import rows_of
 
@@ -90,10 +93,10 @@ def _make(walk: Walk, refs: Refs, first, end, row):
 
     @pl.when(first < end)
     def _make_tiles():
-        tile = first // ROW_TILE
+        tile = div(first, ROW_TILE)
         # Rows before the first may be another sequence's; where they go, old tokens are.
         _make_tile(walk, refs, tile, row + tile * ROW_TILE, first - tile * ROW_TILE)
-        pl.loop(tile + 1, pl.cdiv(end, ROW_TILE))(
+        pl.loop(tile + 1, ceil_div(end, ROW_TILE))(
             lambda i: _make_tile(walk, refs, i, row + i * ROW_TILE)
         )
 
@@ -101,7 +104,7 @@ def _make(walk: Walk, refs: Refs, first, end, row):
 def make_of_decodes(walk: Walk, refs: Refs, num_rows):
     """Makes slots of all rows of a window of decodes, those of others among them."""
     wait_sent(walk, refs)
-    pl.loop(0, num_rows // ROW_TILE)(
+    pl.loop(0, div(num_rows, ROW_TILE))(
         lambda i: _make_tile(walk, refs, i, row_of(walk, i * ROW_TILE))
     )
 
@@ -125,7 +128,7 @@ def put_decode(walk: Walk, refs: Refs, unit: Unit, first, place):
         for c in range(walk.heads.lane_tiles):
             target = place.row + c * place.lane_tile_rows + unit.position - first
             refs.slots[target, words, 0, :] = refs.slots[source + c * walk.new_rows, words, 0, :]
-        page, row = unit.position // walk.page_size, unit.position % walk.page_size
+        page, row = div(unit.position, walk.page_size), rem(unit.position, walk.page_size)
         _send(walk, refs, unit.seq, page, row, source, 1)
 
 
@@ -147,9 +150,9 @@ def start_old_tail(walk: Walk, refs: Refs, unit: Unit):
 
     @pl.when(num_tokens > 0)
     def _start():
-        page_id = _page_id(walk, refs, unit.seq, first // walk.page_size).astype(jnp.uint32)
+        page_id = _page_id(walk, refs, unit.seq, div(first, walk.page_size)).astype(jnp.uint32)
         page_id = jnp.minimum(page_id, jnp.uint32(walk.num_pages - 1)).astype(jnp.int32)
-        source = page_id * walk.page_size + first % walk.page_size
+        source = page_id * walk.page_size + rem(first, walk.page_size)
         for copy in _copies_of_slots(walk, refs, source, row_of(walk, 0), num_tokens):
             copy.start()
 
@@ -196,9 +199,9 @@ def make_of_prefill(walk: Walk, refs: Refs, unit: Unit):
     old_end = _old_end(walk, refs, unit)
     if walk.score.causal:
         make(refs.state[WINDOW], unit.row, unit.end)
-        first = jnp.maximum(unit.position, 0) // walk.piece * walk.piece
+        first = div(jnp.maximum(unit.position, 0), walk.piece) * walk.piece
         end = jnp.minimum(unit.position + unit.end - unit.row, walk.capacity)
-        end = jnp.where(unit.end == stop, end, end // walk.piece * walk.piece)
+        end = jnp.where(unit.end == stop, end, div(end, walk.piece) * walk.piece)
         _send_pages(walk, refs, unit, jnp.maximum(first, old_end), end)
         return
 
@@ -225,13 +228,13 @@ def _send_pages(walk: Walk, refs: Refs, unit: Unit, first, end):
     # More tokens than the page table has room for are absurd: none is written.
     first = jnp.where(unit.position + stop - unit.row <= walk.capacity, first, end)
 
-    @pl.loop(first // piece, jnp.where(first < end, pl.cdiv(end, piece), 0))
+    @pl.loop(div(first, piece), jnp.where(first < end, ceil_div(end, piece), 0))
     def _piece(i):
         a, b = jnp.maximum(first, i * piece), jnp.minimum(end, (i + 1) * piece)
         source = row_of(walk, a - unit.old_end * piece)
-        row = i % per_page * piece + a - i * piece
+        row = rem(i, per_page) * piece + a - i * piece
         is_whole = b - a == piece
-        send = functools.partial(_send, walk, refs, unit.seq, i // per_page, row, source)
+        send = functools.partial(_send, walk, refs, unit.seq, div(i, per_page), row, source)
         pl.when(is_whole)(lambda: send(piece))
         pl.when(~is_whole)(lambda: send(b - a))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_paged import layout
@@ -55,6 +56,7 @@ class Unit(NamedTuple):
       first_piece: of the keys that it sees.
       key_end: position of the first key that it does not see.
       num_blocks: blocks of keys that it takes.
+      is_decode: whether it is all of its sequence's rows and one row, as 0 or 1.
       old_end, num_pool_blocks, first_new: where new tokens are written: the piece from which on
         keys come from VMEM, the blocks before it, and the first block behind it with a key to see.
     """
@@ -66,6 +68,7 @@ class Unit(NamedTuple):
     first_piece: Any
     key_end: Any
     num_blocks: Any
+    is_decode: Any
     old_end: Any = None
     num_pool_blocks: Any = None
     first_new: Any = None
@@ -103,9 +106,9 @@ class Walk:
 
     @property
     def max_units(self) -> int:
-        """Units that may have been found and not be over: one a block on its way, and the one
-        whose blocks are next."""
-        return self.ring + 1
+        """Room for the units that may have been found and not be over: one a block on its way,
+        and the one whose blocks are next; a power of 2."""
+        return 1 << self.ring.bit_length()
 
     @property
     def unit_size(self) -> int:
@@ -198,6 +201,21 @@ def unpack(walk: Walk, arguments: Sequence[Any]) -> Refs:
         if name in refs and refs[name].dtype.itemsize < 4:
             refs[name] = refs[name].bitcast(jnp.uint32)
     return Refs(**refs)
+
+
+def div(x, n: int):
+    """x // n of x >= 0, in one instruction where n is a power of 2."""
+    return x >> (n.bit_length() - 1) if n & (n - 1) == 0 else lax.div(x, jnp.int32(n))
+
+
+def ceil_div(x, n: int):
+    """x / n of x >= 0, rounded up."""
+    return div(x + (n - 1), n)
+
+
+def rem(x, n: int):
+    """x % n of x >= 0."""
+    return x & (n - 1) if n & (n - 1) == 0 else lax.rem(x, jnp.int32(n))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
     TABLE_HELD,
     Refs,
     Walk,
+    div,
 )
 
 
@@ -33,13 +34,13 @@ def start(walk: Walk, refs: Refs):
 
 def bring(walk: Walk, refs: Refs, first, last):
     """Has the entries from `first` to `last`, fewer than a part's, in SMEM, until others come."""
-    for part in (first // walk.table_part, last // walk.table_part):
+    for part in (div(first, walk.table_part), div(last, walk.table_part)):
         _start_part(walk, refs, part)
         _wait_half(walk, refs, part & 1)
-    following = last // walk.table_part + 1
+    following = div(last, walk.table_part) + 1
     num_parts = refs.table.shape[0] // walk.table_part
     # Not over the part that `first` is in.
-    is_free = (following < num_parts) & (first // walk.table_part == following - 1)
+    is_free = (following < num_parts) & (div(first, walk.table_part) == following - 1)
     pl.when(is_free)(lambda: _start_part(walk, refs, following))
 
 

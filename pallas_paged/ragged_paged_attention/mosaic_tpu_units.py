@@ -16,6 +16,9 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
     Refs,
     Unit,
     Walk,
+    ceil_div,
+    div,
+    rem,
 )
 
 # Lengths that a kernel takes at their word; longer ones are absurd.
@@ -51,17 +54,20 @@ def unit_at(walk: Walk, refs: Refs, seq, row) -> tuple[Unit, object]:
     first_key = jnp.int32(0)
     if walk.score.has_window:
         first_key = jnp.clip(position - window_len(walk, refs) + 1, 0, key_end)
-    first_piece, end_piece = first_key // walk.piece, pl.cdiv(key_end, walk.piece)
-    unit = Unit(seq, row, end, position, first_piece, key_end, num_blocks=None)
+    first_piece, end_piece = div(first_key, walk.piece), ceil_div(key_end, walk.piece)
+    is_decode = stop - start == 1
+    unit = Unit(seq, row, end, position, first_piece, key_end, None, is_decode)
     if walk.new is None:
         return unit, end_piece
     # A decode's only new token is put into its last block; a prefill's stay where they were made.
-    old_end = jnp.clip(kv_len - (stop - start), 0, walk.capacity) // walk.piece
-    old_end = jnp.where(stop - start == 1, _MAX_LEN // walk.piece, old_end)
+    old_end = div(jnp.clip(kv_len - (stop - start), 0, walk.capacity), walk.piece)
+    old_end = jnp.where(is_decode, _MAX_LEN // walk.piece, old_end)
     end_in_pool = jnp.minimum(end_piece, old_end)
-    num_pool_blocks = pl.cdiv(jnp.maximum(end_in_pool - first_piece, 0), walk.pieces_per_block)
-    first_new = jnp.maximum(first_piece - old_end, 0) * walk.piece // walk.block
-    num_new = pl.cdiv(jnp.maximum(key_end - old_end * walk.piece, 0), walk.block) - first_new
+    num_in_pool = jnp.maximum(end_in_pool - first_piece, 0)
+    num_pool_blocks = ceil_div(num_in_pool, walk.pieces_per_block)
+    first_new = div(jnp.maximum(first_piece - old_end, 0) * walk.piece, walk.block)
+    num_new = jnp.maximum(key_end - old_end * walk.piece, 0)
+    num_new = ceil_div(num_new, walk.block) - first_new
     unit = unit._replace(
         num_blocks=num_pool_blocks + jnp.maximum(num_new, 0), old_end=old_end,
         num_pool_blocks=num_pool_blocks, first_new=first_new,
@@ -111,14 +117,14 @@ def find_unit(walk: Walk, refs: Refs):
     @pl.when(is_found)
     def _found():
         state[AHEAD_SEQ], state[AHEAD_ROW] = _after(walk, refs, unit.seq, unit.end)
-        at = lax.rem(state[FOUND], walk.max_units)
+        at = rem(state[FOUND], walk.max_units)
         state[FOUND] = state[FOUND] + 1
         kept = unit
         if walk.new is None:
             num_pieces = end_in_pool - unit.first_piece
-            kept = unit._replace(num_blocks=pl.cdiv(num_pieces, walk.pieces_per_block))
+            kept = unit._replace(num_blocks=ceil_div(num_pieces, walk.pieces_per_block))
         for i, value in enumerate(kept[: walk.unit_size]):
-            refs.units[at, i] = value
+            refs.units[at, i] = jnp.asarray(value, jnp.int32)
 
     table = unit.seq * walk.table_width
     end_in_pool = jnp.where(is_found, end_in_pool, unit.first_piece)
@@ -128,5 +134,5 @@ def find_unit(walk: Walk, refs: Refs):
 
 def kept_unit(walk: Walk, refs: Refs, index) -> Unit:
     """The unit found as number `index`."""
-    at = lax.rem(index, walk.max_units)
+    at = rem(index, walk.max_units)
     return Unit(*(refs.units[at, i] for i in range(walk.unit_size)))

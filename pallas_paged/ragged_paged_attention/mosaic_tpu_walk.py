@@ -67,14 +67,13 @@ def _run(walk: Walk, refs: Refs, at):
     """Takes the next block, or blocks: (number of the unit, its block, whether it starts again)."""
     index, block, is_again = at
     unit = units.kept_unit(walk, refs, index)
-    start, stop = units.rows_of(walk, refs, unit.seq)
 
     def run_prefill():
         must_repeat = _prefill(walk, refs, unit, block, is_again)
         return jnp.where(must_repeat, 0, block + 1), must_repeat
 
     done, must_repeat = lax.cond(
-        stop - start == 1,
+        unit.is_decode == 1,
         lambda: (_decode(walk, refs, unit, block), jnp.bool_(False)),
         run_prefill,
     )
@@ -152,7 +151,7 @@ def _decode_blocks(walk: Walk, refs: Refs, unit: Unit, block, num_blocks, *, is_
     if walk.score.return_lse:
         parity = state[PARITY]
         registers = pl.ds(pl.multiple_of(row & -8, 8), 8)
-        is_row = lax.broadcasted_iota(jnp.int32, (8, 1), 0) == row % 8
+        is_row = lax.broadcasted_iota(jnp.int32, (8, 1), 0) == (row & 7)
         values = attend.as_row(lse, refs.lse_vmem.shape[2])
         old = refs.lse_vmem[parity, registers]
         refs.lse_vmem[parity, registers] = jnp.where(is_row, values, old)

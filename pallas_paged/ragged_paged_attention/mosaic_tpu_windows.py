@@ -28,6 +28,8 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
     Refs,
     Rows,
     Walk,
+    ceil_div,
+    div,
 )
 
 
@@ -176,7 +178,7 @@ def _scatter_decodes(walk, refs, num_rows):
         flat[...] = jnp.zeros(flat.shape, jnp.float32)
     q_heads = Rows(refs.q_heads, walk.is_interpreted)
 
-    @pl.loop(0, num_rows // ROW_TILE)
+    @pl.loop(0, div(num_rows, ROW_TILE))
     def _tile(i):
         tile = pl.ds(pl.multiple_of(i * ROW_TILE, ROW_TILE), ROW_TILE)
         for n, c, lanes in _head_lanes(walk.heads):
@@ -190,7 +192,7 @@ def _gather_decodes(walk, refs, parity):
     first_row = state[WINDOW_ROW] - state[WINDOW]
     out_heads = Rows(refs.out_heads, walk.is_interpreted)
 
-    @pl.loop(0, pl.cdiv(state[WINDOW_END] - state[WINDOW], ROW_TILE))
+    @pl.loop(0, ceil_div(state[WINDOW_END] - state[WINDOW], ROW_TILE))
     def _tile(i):
         tile = pl.ds(pl.multiple_of(i * ROW_TILE, ROW_TILE), ROW_TILE)
         row = i * ROW_TILE + lax.broadcasted_iota(jnp.int32, (ROW_TILE, 1), 0)
