@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -14,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_paged import layout
-from pallas_paged.ragged_paged_attention.api import ragged_paged_attention
+from pallas_paged.ragged_paged_attention.api import ragged_paged_attention, write_and_attend
 from pallas_paged.ragged_paged_attention.mosaic_tpu import Config
-from tests.cases import interpret
+from tests.cases import FAST_COMPILE, difference, interpret
 
 NASTY_IDS = (2_147_480_000, -1, -(2**31), 10_000)
 
@@ -236,15 +237,26 @@ def run_kernel(
 
     Looking for races takes time quadratic in what the kernel does: minutes for 150 decodes.
     """
-    arrays = case.arrays
+    return interpret_all(
+        lambda: call_kernel(ragged_paged_attention, case.arrays, options, config), mode,
+        detect_races=detect_races,
+    )
 
-    def call():
-        result = ragged_paged_attention(
-            *arrays, **options, config=Config(*config), backend="mosaic_tpu"
-        )
-        return result if isinstance(result, tuple) else (result,)
 
-    return interpret_all(call, mode, detect_races=detect_races)
+def call_kernel(op, arrays, options: dict[str, Any], config: tuple[int, ...]) -> tuple:
+    """The results of a public op's kernel; calls that differ only in arrays share a program."""
+    dynamic = {k: v for k, v in options.items() if k == "sm_scale" or hasattr(v, "dtype")}
+    static = {k: v for k, v in options.items() if k not in dynamic}
+    result = _jitted(op, Config(*config), tuple(sorted(static.items())))(arrays, dynamic)
+    return result if isinstance(result, tuple) else (result,)
+
+
+@functools.cache
+def _jitted(op, config, static):
+    def call(arrays, dynamic):
+        return op(*arrays, **dynamic, **dict(static), config=config, backend="mosaic_tpu")
+
+    return jax.jit(call, compiler_options=FAST_COMPILE)
 
 
 def run_oracle(case: Case, options: dict[str, Any]) -> list[jax.Array]:
@@ -268,11 +280,94 @@ def check(
     return [out, *lse]
 
 
+# ---- The same where the call writes its new tokens
+
+
+@dataclasses.dataclass
+class Write:
+    """A call that writes its new tokens: a case, k and v, and the pool before."""
+
+    case: Case
+    k: jax.Array
+    v: jax.Array
+    kv_pages: np.ndarray
+
+    @property
+    def arrays(self):
+        """q, k, v, the pool and the metadata."""
+        q, _, *metadata = self.case.arrays
+        return q, self.k, self.v, jnp.asarray(self.kv_pages), *metadata
+
+
+def make_write(
+    case: Case, *, is_flat: bool, scales: tuple[Any, Any] = (None, None),
+    new_dtype: str | None = None,
+) -> Write:
+    """Takes the new tokens out of a case's pool and gives them as k and v.
+
+    In the pool NaN stands for them (99 in int8), padding included, so that they are not read from
+    there unseen. k and v are NaN in the rows that no token comes from: those of no sequence and,
+    where there are more new tokens than tokens, the first ones.
+
+    Args:
+      case: a batch; its keys and values are those of the pool, so k and v are multiplied by the
+        scales to quantise to them again.
+      is_flat: whether k and v are [T, K*H] rather than [T, K, H].
+      scales: k_scale and v_scale.
+      new_dtype: of k and v, None for q's.
+    """
+    head_dim, page_size = case.q.shape[2], case.kv_pages.shape[1]
+    new = np.full((2, case.q.shape[0], case.num_kv_heads, head_dim), np.nan, np.float32)
+    pool = np.array(case.kv_pages)
+    stale = 99 if pool.dtype == np.int8 else np.nan
+    for seq in range(case.num_seqs[0]):
+        start, end = case.cu_q_lens[seq : seq + 2]
+        kv_len = case.kv_lens[seq]
+        count = min(end - start, kv_len)
+        for kv, stored, scale in zip(new, (case.keys, case.values), scales, strict=True):
+            factor = np.broadcast_to(1.0 if scale is None else scale, case.num_kv_heads)
+            kv[end - count : end] = stored[seq][kv_len - count :] * factor[:, None]
+        position = np.arange(kv_len - count, kv_len)
+        pool[case.page_indices[seq, position // page_size], position % page_size] = stale
+    k, v = (jnp.asarray(x, new_dtype or case.q.dtype) for x in new)
+    if is_flat:
+        k, v = (x.reshape(len(x), -1) for x in (k, v))
+    return Write(case, k, v, pool)
+
+
+def check_write(
+    write: Write, options: dict[str, Any], mode: str, config: tuple[int, ...] = (128, 128, 2),
+    *, detect_races: bool = True, slack: float = 1.0, label: str = "",
+) -> None:
+    """Raises AssertionError unless the fused kernel does what the oracle does, to the pool's last
+    bit."""
+    results = interpret_all(
+        lambda: call_kernel(write_and_attend, write.arrays, options, config), mode,
+        detect_races=detect_races,
+    )
+    found = write_mismatch(write, options, results, slack=slack)
+    assert found is None, label + found
+
+
+def write_mismatch(write: Write, options, results, *, slack: float = 1.0) -> str | None:
+    """None where (out, pool[, log-sum-exp]) are the oracle's; else a sentence."""
+    out, kv_pages, *lse = results
+    q, *rest = write.arrays
+    options = options | {"return_lse": True}
+    want, want_pages, want_lse = write_and_attend(
+        q.astype(jnp.float32), *rest, **options, backend="oracle"
+    )
+    found = difference(kv_pages, want_pages)
+    if found is not None:
+        return "the pool: " + found
+    return mismatch(out, lse[0] if lse else None, want, want_lse, slack=slack)
+
+
 # ---- What one compiled program is made of
 
 Batch = Literal[
     "mix", "prefill", "boundary", "blocks", "decodes", "window", "beyond_window", "few", "tiny",
-    "late", "none",
+    "late", "none", "chunks", "spans",
 ]
 
 
@@ -397,4 +492,10 @@ def lengths(batch: Batch, page_size: int) -> tuple[int, list[tuple[int, int]]]:
         return 1, [(1, 30), (20, 33), (0, 7), (9, 9)]
     if batch == "late":  # rows that see nothing: more new tokens than tokens
         return 4, [(1, 3), (4, 2), (20, 9), (1, 7)]
+    if batch == "chunks":  # new tokens that begin and end in and at the ends of pages
+        return 0, [
+            (1, 7), (20, 30), (3, 0), (0, 3), (1, 1), (40, 2), (1, 16), (16, 16), (17, 33), (1, 6),
+        ]  # fmt: skip
+    if batch == "spans":  # several windows, whose ends are no pages' ends
+        return 2, [(1, 129), (150, 333), (3, 40), (130, 130), (1, 128)]
     return 2, [(0, 5), (0, 0), (7, 0)]
