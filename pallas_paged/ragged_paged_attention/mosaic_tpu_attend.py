@@ -1,8 +1,8 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """Attention of one unit's queries over one block of keys, on the matrix unit: two forms.
 
-`Decode` takes the one row of a decode with all its heads: heads are rows, keys are lanes, K and V
-are what the matrix unit holds. `Prefill` takes many rows, head by head, and everything transposed:
+`decode` takes the one row of a decode with all its heads: heads are rows, keys are lanes, K and V
+are what the matrix unit holds. `prefill` takes many rows, head by head, and everything transposed:
 keys are rows and queries are lanes. So the running maximum and sum are vectors along the lanes,
 no reduction crosses lanes, and the second product fills the matrix unit although a head has only
 128 lanes.
@@ -14,6 +14,8 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,59 +87,71 @@ def row_pitch(num_heads: int) -> int:
     return decode_rows(num_heads) + 1
 
 
+class Step(NamedTuple):
+    """One block of keys that a decode's body takes.
+
+    Attributes:
+      load: see `operands.keys`.
+      first, end: position of its first key, and of the first that it does not hold.
+      position: of the query.
+      is_first: whether it is its decode's first; False where the step before is known to be of the
+        same decode.
+      q: `q(row, lane_tile)`, f32[8, 128], eight heads of the token.
+      store: `store(row, lane_tile, x)` takes f32[8, 128] of the values attended to so far; None if
+        nobody wants them yet.
+      store_lse: takes the log-sum-exp so far, f32[rows, 1].
+    """
+
+    load: Any
+    first: Any
+    end: Any
+    position: Any
+    is_first: Any
+    q: Any
+    store: Any
+    store_lse: Any
+
+
 def decode(
     heads: Heads, score: Score, sinks_ref, scales, window, sm_scale,
-    *, q, loads, spans, position, num_keys, is_full, issue, is_first, store, m_ref, l_ref, acc_ref,
+    *, steps: Sequence[Step], num_keys, is_full, issue, m_ref, l_ref, acc_ref,
 ):
-    """Takes blocks of keys into a decode's running state, and stores its result so far.
+    """Takes blocks of keys, one behind the other, each into its decode's running state.
 
-    Blocks are pipelined: the products with the next block's keys come before the softmax of this
-    one's, so that the matrix unit has work while that is computed. Where they are small, one
-    softmax takes all.
+    The products with the next block's keys come before the softmax of this one's, so that the
+    matrix unit has work while that is computed. Where they are small and of one decode, one softmax
+    takes all.
 
     Args:
       heads, score: static.
       sinks_ref: f32[rows, 128], a head's sink in all lanes; None without sinks.
       scales: `scales(which, head)`, K's (0) or V's (1) float32 scale.
       window, sm_scale: scalars.
-      q: `q(row, lane_tile)`, f32[8, 128], eight heads of the token.
-      loads: for each block, see `keys`.
-      spans: for each block (position of its first key, of the first that it does not hold).
-      position: of the query.
+      steps: the blocks.
       num_keys: keys in a block.
       is_full: whether all keys of the blocks are known to count; static.
       issue: called twice for each KV head of each block, where DMAs are welcome.
-      is_first: whether the state is to be empty before.
-      store: `store(row, lane_tile, x)` takes f32[8, 128] of the attended values.
-      m_ref, l_ref, acc_ref: running maximum f32[rows, 128] (all lanes equal), sum f32[rows, 128]
-        (each lane its part) and accumulator f32[rows, C].
-
-    Returns:
-      the log-sum-exp so far, f32[rows, 1].
+      m_ref, l_ref, acc_ref: state from body to body: running maximum f32[rows, 128] (all lanes
+        equal), sum f32[rows, 128] (each lane its part) and accumulator f32[rows, C].
     """
     rows = range(0, decode_rows(heads.num_heads), _SUBLANES)
-    queries = {
-        row: jnp.concatenate([q(row, c) for c in range(heads.lane_tiles)], axis=1).astype(
-            heads.compute_dtype
-        )
-        for row in rows
-    }
-    m = {row: jnp.where(is_first, -jnp.inf, m_ref[pl_rows(row)]) for row in rows}
-    total = {row: jnp.where(is_first, 0.0, l_ref[pl_rows(row)]) for row in rows}
-    acc = {row: jnp.where(is_first, 0.0, acc_ref[pl_rows(row)]) for row in rows}
 
-    def products(b):
-        first, end = spans[b]
-        position_of_key = first + lax.broadcasted_iota(jnp.int32, (_SUBLANES, num_keys), 1)
-        seen = is_seen(score, position_of_key, position, window) & (position_of_key < end)
+    @functools.cache
+    def queries(q, row):
+        lane_tiles = [q(row, c) for c in range(heads.lane_tiles)]
+        return jnp.concatenate(lane_tiles, axis=1).astype(heads.compute_dtype)
+
+    def products(step):
+        key = step.first + lax.broadcasted_iota(jnp.int32, (_SUBLANES, num_keys), 1)
+        seen = is_seen(score, key, step.position, window) & (key < step.end)
         product: dict = {}
         for head in range(heads.num_kv_heads):
             issue()
-            k = keys(heads, loads[b], head)
+            k = keys(heads, step.load, head)
             scale = sm_scale * scales(0, head) if score.has_scales else sm_scale
             for row, mask in _head_rows(heads, head):
                 s = lax.dot_general(
-                    queries[row], k, (((1,), (1,)), ((), ())), precision=heads.precision,
+                    queries(step.q, row), k, (((1,), (1,)), ((), ())), precision=heads.precision,
                     preferred_element_type=jnp.float32,
                 )
                 product[row] = _select(mask, scores(score, s, scale), product.get(row))
@@ -145,55 +159,79 @@ def decode(
             return product
         return {row: jnp.where(seen, s, -jnp.inf) for row, s in product.items()}
 
-    def attend(blocks, found):
-        """Softmax over some blocks' products, and the products with their values."""
-        weights, rescale = {}, {}
+    def attend(state, together, found):
+        """Softmax over some steps' products, and the products with their values."""
+        weights, before = {}, state
+        if together[0].is_first is not False:
+            is_first, empty = together[0].is_first, (-jnp.inf, 0.0, 0.0)
+            before = {
+                row: _State(*(jnp.where(is_first, *x) for x in zip(empty, old, strict=True)))
+                for row, old in state.items()
+            }
+        after = {}
         for row in rows:
-            before = m[row]
+            m, total, acc = before[row]
             largest = (jnp.max(product[row], axis=1, keepdims=True) for product in found)
-            m[row] = functools.reduce(jnp.maximum, largest, before)
-            shift = jnp.where(m[row] == -jnp.inf, 0.0, m[row])  # nothing seen yet: 0, not NaN
-            rescale[row] = jnp.exp2(before - shift)
+            top = functools.reduce(jnp.maximum, largest, m)
+            shift = jnp.where(top == -jnp.inf, 0.0, top)  # nothing seen yet: 0, not NaN
+            rescale = jnp.exp2(m - shift)
             weights[row] = [jnp.exp2(product[row] - shift[:, :1]) for product in found]
-            total[row] = total[row] * rescale[row] + sum(
+            parts = (
                 p[:, c : c + layout.LANES]
                 for p in weights[row]
                 for c in range(0, num_keys, layout.LANES)
             )
-        attended = {row: acc[row] * _wide(rescale[row], heads.lane_tiles) for row in rows}
-        for b, head in itertools.product(range(len(blocks)), range(heads.num_kv_heads)):
+            total = total * rescale + sum(parts)
+            after[row] = _State(top, total, acc * _wide(rescale, heads.lane_tiles))
+        for (b, step), head in itertools.product(enumerate(together), range(heads.num_kv_heads)):
             issue()
-            first, end = spans[blocks[b]]
-            is_token = None if is_full else functools.partial(_is_token, first, end, num_keys)
-            v = values(heads, loads[blocks[b]], head, is_token)
+            is_token = functools.partial(_is_token, step.first, step.end, num_keys)
+            v = values(heads, step.load, head, None if is_full else is_token)
             for row, mask in _head_rows(heads, head):
-                o = attended[row] + jnp.dot(
+                acc = after[row].acc
+                o = acc + jnp.dot(
                     weights[row][b].astype(heads.compute_dtype), v, precision=heads.precision,
                     preferred_element_type=jnp.float32,
                 )
-                attended[row] = _select(mask, o, attended[row])
-        acc.update(attended)
+                after[row] = after[row]._replace(acc=_select(mask, o, acc))
+        return after
+
+    def finish(step, state):
+        if step.store is None:
+            return
+        lse = []
+        for row in rows:
+            out, lse_of_row = _finish_decode(heads, score, sinks_ref, scales, row, *state[row])
+            lse.append(lse_of_row)
+            for c in range(heads.lane_tiles):
+                step.store(row, c, out[:, c * layout.LANES : (c + 1) * layout.LANES])
+        if score.return_lse:
+            step.store_lse(jnp.concatenate(lse, axis=0))
 
     # Few products wait for each other less if one softmax takes all.
-    is_joint = len(rows) * num_keys * len(loads) <= _JOINT_KEYS
-    steps = [list(range(len(loads)))] if is_joint else [[b] for b in range(len(loads))]
-    found = [products(b) for b in steps[0]]
-    for i, blocks in enumerate(steps):
-        ahead = [products(b) for b in steps[i + 1]] if i + 1 < len(steps) else []
-        attend(blocks, found)
+    is_joint = len(rows) * num_keys * len(steps) <= _JOINT_KEYS
+    is_joint &= all(step.is_first is False for step in steps[1:])
+    groups = [list(steps)] if is_joint else [[step] for step in steps]
+    state = {
+        row: _State(*(ref[pl_rows(row)] for ref in (m_ref, l_ref, acc_ref))) for row in rows
+    }
+    found = [products(step) for step in groups[0]]
+    for together, following in itertools.zip_longest(groups, groups[1:], fillvalue=[]):
+        ahead = [products(step) for step in following]
+        state = attend(state, together, found)
+        finish(together[-1], state)
         found = ahead
-
-    lse = []
     for row in rows:
-        m_ref[pl_rows(row)], l_ref[pl_rows(row)] = m[row], total[row]
-        acc_ref[pl_rows(row)] = acc[row]
-        out, lse_of_row = _finish_decode(
-            heads, score, sinks_ref, scales, row, m[row], total[row], acc[row]
-        )
-        lse.append(lse_of_row)
-        for c in range(heads.lane_tiles):
-            store(row, c, out[:, c * layout.LANES : (c + 1) * layout.LANES])
-    return jnp.concatenate(lse, axis=0)
+        for ref, x in zip((m_ref, l_ref, acc_ref), state[row], strict=True):
+            ref[pl_rows(row)] = x
+
+
+class _State(NamedTuple):
+    """What a decode has so far, of eight heads; see `decode`."""
+
+    m: Any
+    total: Any
+    acc: Any
 
 
 def _wide(x, lane_tiles):

@@ -226,18 +226,19 @@ def _num_fetched(walk: Walk, first, end):
     return ceil_div(end - first, walk.piece) * walk.piece
 
 
-def take_blocks(walk: Walk, refs: Refs, unit: Unit, block, num_blocks: int) -> list[Place]:
-    """Waits for a decode's next blocks, several only if all are full; returns where they are."""
-    taken = refs.state[TAKEN]
-    refs.state[TAKEN] = taken + num_blocks
-    buffers = [rem(taken + b, walk.ring) for b in range(num_blocks)]
-    for buffer in buffers:
-        is_any = num_blocks == 1
-        _wait_block(
-            walk, refs, buffer,
-            _num_fetched(walk, *block_of(walk, unit, block))
-            if is_any else walk.pieces_per_block * walk.piece,
-        )
+def take_blocks(walk: Walk, refs: Refs, taken, is_full: bool) -> list[Place]:
+    """Waits for the next blocks; returns where they are.
+
+    Args:
+      taken: (unit, block) of each, of decodes.
+      is_full: whether all are known to be full.
+    """
+    first = refs.state[TAKEN]
+    refs.state[TAKEN] = first + len(taken)
+    buffers = [rem(first + b, walk.ring) for b in range(len(taken))]
+    for buffer, (unit, block) in zip(buffers, taken, strict=True):
+        num_tokens = _num_fetched(walk, *block_of(walk, unit, block))
+        _wait_block(walk, refs, buffer, walk.block if is_full else num_tokens)
     return [buffer_at(walk, buffer) for buffer in buffers]
 
 

@@ -9,6 +9,7 @@ they are made, used and sent on the way (mosaic_tpu_new).
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -24,6 +25,7 @@ from pallas_paged.ragged_paged_attention import mosaic_tpu_windows as windows
 from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
     AHEAD_ROW,
     FETCHED,
+    FOUND,
     PARITY,
     PREFILL,
     STATE_SIZE,
@@ -70,20 +72,18 @@ def _run(walk: Walk, refs: Refs, at):
 
     def run_prefill():
         must_repeat = _prefill(walk, refs, unit, block, is_again)
-        return jnp.where(must_repeat, 0, block + 1), must_repeat
+        refs.state[WINDOW_END] = unit.end
+        is_over = (block + 1 == unit.num_blocks) & jnp.logical_not(must_repeat)
+        return (
+            jnp.where(is_over, index + 1, index),
+            jnp.where(is_over | must_repeat, 0, block + 1),
+            must_repeat | (is_again & jnp.logical_not(is_over)),
+        )
 
-    done, must_repeat = lax.cond(
-        unit.is_decode == 1,
-        lambda: (_decode(walk, refs, unit, block), jnp.bool_(False)),
-        run_prefill,
-    )
-    refs.state[WINDOW_END] = unit.end
-    is_over = done == unit.num_blocks
-    return (
-        jnp.where(is_over, index + 1, index),
-        jnp.where(is_over, 0, done),
-        must_repeat | (is_again & jnp.logical_not(is_over)),
-    )
+    def run_decodes():
+        return *_decode(walk, refs, index, unit, block), jnp.bool_(False)
+
+    return lax.cond(unit.is_decode == 1, run_decodes, run_prefill)
 
 
 def _factors(walk: Walk, refs: Refs):
@@ -98,64 +98,117 @@ def _factors(walk: Walk, refs: Refs):
 # ---- Decodes
 
 
-def _decode(walk: Walk, refs: Refs, unit: Unit, block):
-    """Takes many full blocks of a decode, or one of any length; returns the block behind."""
-    many = walk.blocks_per_body
-    one = functools.partial(_decode_blocks, walk, refs, unit, block, 1, is_full=False)
+class _Taken(NamedTuple):
+    """A block that a body takes: which block of which unit, and the unit's number."""
+
+    index: Any
+    unit: Unit
+    block: Any
+
+
+def _behind(walk: Walk, refs: Refs, at: _Taken):
+    """(number of the unit, its block) of the block behind one."""
+    is_over = at.block + 1 == at.unit.num_blocks
+    return at.index + jnp.where(is_over, 1, 0), jnp.where(is_over, 0, at.block + 1)
+
+
+def _decode(walk: Walk, refs: Refs, index, unit: Unit, block):
+    """Takes one block of a decode, or many, of it or of decodes behind it; returns what is next."""
+    state, many = refs.state, walk.blocks_per_body
+    pl.when(block == 0)(lambda: windows.open_decode(walk, refs, unit.row))
+    first = _Taken(index, unit, block)
+    one = functools.partial(_decode_blocks, walk, refs, [first], is_full=False)
     if many == 1:
         return one()
-    # A body of many blocks takes none that is not full.
+
+    def of_this(*, is_full):
+        taken = [first._replace(block=block + b) for b in range(many)]
+        return _decode_blocks(walk, refs, taken, is_full=is_full)
+
+    def of_several():
+        taken, is_there = [first], state[TAKEN] + many <= state[FETCHED]
+        for _ in range(1, many):
+            index, block = _behind(walk, refs, taken[-1])
+            unit = units.kept_unit(walk, refs, index)
+            taken.append(_Taken(index, unit, block))
+            is_there &= index < state[FOUND]
+            is_there &= (unit.is_decode == 1) & (unit.row < state[WINDOW] + walk.window)
+            is_there &= unit.row >= state[WINDOW]
+        return lax.cond(
+            is_there, lambda: _decode_blocks(walk, refs, taken, is_full=False, is_one=False), one
+        )
+
+    # Many full blocks of one decode need no masks.
     tokens = walk.pieces_per_block * walk.piece
+    start, _ = blocks.block_of(walk, unit, block)
     _, end = blocks.block_of(walk, unit, block + many - 1)
-    first, _ = blocks.block_of(walk, unit, block)
     is_full = tokens == walk.block and not walk.score.has_window
     return lax.cond(
-        end - first == many * tokens,
-        functools.partial(_decode_blocks, walk, refs, unit, block, many, is_full=is_full),
-        one,
+        end - start == many * tokens, functools.partial(of_this, is_full=is_full), of_several
     )
 
 
-def _decode_blocks(walk: Walk, refs: Refs, unit: Unit, block, num_blocks, *, is_full):
-    """Takes some blocks of a decode; its result so far goes to its row."""
+def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, is_one=True):
+    """Takes some blocks, of one decode or (not `is_one`) of several; returns what is next.
+
+    A decode's result so far goes to its row.
+    """
     heads, state = walk.heads, refs.state
-    pl.when(block == 0)(lambda: windows.open_decode(walk, refs, unit.row))
-    row = unit.row - state[WINDOW]
-    places = blocks.take_blocks(walk, refs, unit, block, num_blocks)
-    spans = [blocks.block_of(walk, unit, block + b) for b in range(num_blocks)]
+    places = blocks.take_blocks(walk, refs, [(at.unit, at.block) for at in taken], is_full)
     if walk.new is not None:
-        pl.when(block + num_blocks == unit.num_blocks)(
-            lambda: new.put_decode(walk, refs, unit, spans[-1][0], places[-1])
+        for at, place in zip(taken, places, strict=True):
+            if is_one and at is not taken[-1]:
+                continue
+            first, _ = blocks.block_of(walk, at.unit, at.block)
+            pl.when(at.block + 1 == at.unit.num_blocks)(
+                functools.partial(new.put_decode, walk, refs, at.unit, first, place)
+            )
+    fetches = blocks.next_fetches(walk, refs, len(taken))
+
+    def step(b, at):
+        row = at.unit.row - state[WINDOW]
+        first, end = blocks.block_of(walk, at.unit, at.block)
+        is_last = not is_one or b == len(taken) - 1
+        return attend.Step(
+            load=functools.partial(blocks.load, walk, refs, places[b]),
+            first=first, end=end, position=at.unit.position,
+            is_first=at.block == 0 if not is_one or b == 0 else False,
+            q=q if is_one else functools.partial(_query, walk, refs, row),
+            store=functools.partial(_store_decode, walk, refs, row) if is_last else None,
+            store_lse=functools.partial(_store_decode_lse, walk, refs, row),
         )
-    fetches = blocks.next_fetches(walk, refs, num_blocks)
+
+    q = functools.partial(_query, walk, refs, taken[0].unit.row - state[WINDOW])
     scales, window, sm_scale = _factors(walk, refs)
-
-    def store(head_row, c, x):
-        refs.out_heads[c * walk.window + row, head_row : head_row + 8, 0, :] = x
-
-    lse = attend.decode(
+    attend.decode(
         heads, walk.score, refs.sinks_vmem, scales, window, sm_scale,
-        q=lambda head_row, c: refs.q_heads[
-            c * walk.window + row, head_row : head_row + 8, 0, :
-        ],
-        loads=[functools.partial(blocks.load, walk, refs, place) for place in places],
-        spans=spans,
-        position=unit.position,
+        steps=[step(b, at) for b, at in enumerate(taken)],
         num_keys=walk.block,
         is_full=is_full,
-        issue=blocks.issues(walk, refs, fetches, 2 * heads.num_kv_heads * num_blocks),
-        is_first=block == 0,
-        store=store,
+        issue=blocks.issues(walk, refs, fetches, 2 * heads.num_kv_heads * len(taken)),
         m_ref=refs.decode_m, l_ref=refs.decode_l, acc_ref=refs.decode_acc,
     )
-    if walk.score.return_lse:
-        parity = state[PARITY]
-        registers = pl.ds(pl.multiple_of(row & -8, 8), 8)
-        is_row = lax.broadcasted_iota(jnp.int32, (8, 1), 0) == (row & 7)
-        values = attend.as_row(lse, refs.lse_vmem.shape[2])
-        old = refs.lse_vmem[parity, registers]
-        refs.lse_vmem[parity, registers] = jnp.where(is_row, values, old)
-    return block + num_blocks
+    state[WINDOW_END] = taken[-1].unit.end
+    return _behind(walk, refs, taken[-1])
+
+
+def _query(walk: Walk, refs: Refs, row, head_row, lane_tile):
+    """Eight heads of a decode's q, f32[8, 128]."""
+    return refs.q_heads[lane_tile * walk.window + row, head_row : head_row + 8, 0, :]
+
+
+def _store_decode(walk: Walk, refs: Refs, row, head_row, lane_tile, x):
+    """Takes eight heads of a decode's result."""
+    refs.out_heads[lane_tile * walk.window + row, head_row : head_row + 8, 0, :] = x
+
+
+def _store_decode_lse(walk: Walk, refs: Refs, row, lse):
+    """Takes a decode's log-sum-exp, f32[rows, 1]."""
+    lse_vmem, parity = refs.lse_vmem, refs.state[PARITY]
+    registers = pl.ds(pl.multiple_of(row & -8, 8), 8)
+    is_row = lax.broadcasted_iota(jnp.int32, (8, 1), 0) == (row & 7)
+    values = attend.as_row(lse, lse_vmem.shape[2])
+    lse_vmem[parity, registers] = jnp.where(is_row, values, lse_vmem[parity, registers])
 
 
 # ---- Prefills
