@@ -5,9 +5,10 @@
 `Setup` is what one compiled program of the kernel is made of; its batches are only other lengths.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -349,6 +350,59 @@ def check_write(
     assert found is None, label + found
 
 
+@contextlib.contextmanager
+def counted_slots(kv_pages: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """How often the DMAs of interpreted kernels read and write each slot: two i64[P*page_size].
+
+    Only of kernels that are compiled inside; k and v are [T, K*H].
+    """
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    counts = np.zeros((2, kv_pages.shape[0] * kv_pages.shape[1]), int)
+    dma_start = interpret_pallas_call.dma_start
+
+    def counting(token, device, core, source_space, source, source_at, space, target, at, *rest,
+                 **options):  # fmt: skip
+        for count, transforms in zip(counts, (source_at, at), strict=True):
+            first, num_slots = _slots_of(transforms)
+            count[first : first + num_slots] += 1
+        return dma_start(
+            token, device, core, source_space, source, source_at, space, target, at, *rest,
+            **options,
+        )
+
+    interpret_pallas_call.dma_start = counting
+    try:
+        yield counts[0], counts[1]
+    finally:
+        interpret_pallas_call.dma_start = dma_start
+
+
+def _slots_of(transforms) -> tuple[int, int]:
+    """(first, number) of the pool's slots that one side of a DMA is; none if it is not the pool's.
+
+    Of what a DMA touches, only the pool is [slots, words, lanes] and sliced in its first dimension.
+    """
+    for transform in jax.tree.leaves(transforms, is_leaf=lambda x: hasattr(x, "indices")):
+        indices = getattr(transform, "indices", ())
+        if len(indices) == 3 and hasattr(indices[0], "start"):
+            return int(indices[0].start), int(indices[0].size)
+    return 0, 0
+
+
+def new_slots_of(case: Case) -> np.ndarray:
+    """How many DMAs should write each slot, i64[P*page_size]: one a lane tile of a new token."""
+    num_pages, page_size = case.kv_pages.shape[:2]
+    counts = np.zeros(num_pages * page_size, int)
+    for seq in range(case.num_seqs[0]):
+        kv_len = case.kv_lens[seq]
+        q_len = case.cu_q_lens[seq + 1] - case.cu_q_lens[seq]
+        position = np.arange(max(0, kv_len - q_len), kv_len)
+        counts[case.page_indices[seq, position // page_size] * page_size
+               + position % page_size] += case.kv_pages.shape[3] // 128  # fmt: skip
+    return counts
+
+
 def write_mismatch(write: Write, options, results, *, slack: float = 1.0) -> str | None:
     """None where (out, pool[, log-sum-exp]) are the oracle's; else a sentence."""
     out, kv_pages, *lse = results
@@ -367,7 +421,7 @@ def write_mismatch(write: Write, options, results, *, slack: float = 1.0) -> str
 
 Batch = Literal[
     "mix", "prefill", "boundary", "blocks", "decodes", "window", "beyond_window", "few", "tiny",
-    "late", "none", "chunks", "spans",
+    "late", "none", "chunks", "spans", "crowd",
 ]
 
 
@@ -495,6 +549,11 @@ def lengths(batch: Batch, page_size: int) -> tuple[int, list[tuple[int, int]]]:
     if batch == "chunks":  # new tokens that begin and end in and at the ends of pages
         return 0, [
             (1, 7), (20, 30), (3, 0), (0, 3), (1, 1), (40, 2), (1, 16), (16, 16), (17, 33), (1, 6),
+        ]  # fmt: skip
+    if batch == "crowd":  # decodes of one block and of more in a row, with holes
+        return 1, [
+            (1, 9), (1, 128), (1, 129), (1, 1), (1, 300), (1, 17), (0, 4), (1, 256), (1, 0),
+            (1, 40), (3, 5), (1, 77), (1, 257),
         ]  # fmt: skip
     if batch == "spans":  # several windows, whose ends are no pages' ends
         return 2, [(1, 129), (150, 333), (3, 40), (130, 130), (1, 128)]

@@ -21,10 +21,13 @@ from tests.attention_cases import (
     Setup,
     Write,
     call_kernel,
+    check,
     check_write,
+    counted_slots,
     interpret_all,
     make_case,
     make_write,
+    new_slots_of,
     run_oracle,
 )
 from tests.cases import INT_MAX, INT_MIN
@@ -59,7 +62,7 @@ CALLS = [
     ),
     Call(
         Setup(
-            5, 1, 128, 24, "bfloat16", "bfloat16", ("chunks", "spans"), windows=(20,),
+            5, 1, 128, 24, "bfloat16", "bfloat16", ("chunks", "spans", "crowd"), windows=(20,),
             num_tokens=291, config=(128, 128, 4, 2),
         ),
         True, "eager",
@@ -94,7 +97,7 @@ CALLS = [
     ),
     Call(
         Setup(
-            2, 1, 128, 64, "bfloat16", "float32", ("spans",), num_tokens=291, soft_cap=3.0,
+            2, 1, 128, 64, "bfloat16", "float32", ("spans", "crowd"), num_tokens=291, soft_cap=3.0,
             return_lse=True, config=(128, 128, 4, 2),
         ),
         False, "on_wait",
@@ -137,7 +140,7 @@ def test_coverage():
     assert any(s.page_size > s.config[0] for s in setups)  # a page in parts
     assert sum(len(s.config) == 4 for s in setups) >= 2  # several blocks to a body
     modes = {(batch, c.mode) for c in CALLS for batch in c.setup.batches}
-    assert set(itertools.product(("chunks", "spans"), cases.MODES)) <= modes
+    assert set(itertools.product(("chunks", "spans", "crowd"), cases.MODES)) <= modes
 
 
 # ---- That it is one kernel
@@ -193,7 +196,7 @@ def test_more_tokens_than_vmem_holds_are_written_before(monkeypatch):
 # ---- How often a slot is read and written
 
 
-def test_each_new_token_is_sent_once_and_none_is_read_back(monkeypatch):
+def test_each_new_token_is_sent_once_and_none_is_read_back():
     """Counts the DMAs from and to every slot of the pool, as the interpreter starts them.
 
     Chunks have several windows, old tokens before them in the page where they begin, and scores so
@@ -201,57 +204,23 @@ def test_each_new_token_is_sent_once_and_none_is_read_back(monkeypatch):
     written once; nobody else's is written. (A decode is not a prefill: the page of its new token is
     fetched with the old tokens in it, once, and the new token put over the stale one in VMEM.)
     """
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-    copies = []
-
-    def recorded(token, device, core, source_space, source, source_at, space, target, at, *rest,
-                 **options):  # fmt: skip
-        copies.append((_rows(source_at), _rows(at)))
-        return dma_start(
-            token, device, core, source_space, source, source_at, space, target, at, *rest,
-            **options,
-        )
-
-    dma_start = interpret_pallas_call.dma_start
-    monkeypatch.setattr(interpret_pallas_call, "dma_start", recorded)
-    # Shapes that no other test has, so that nothing is compiled yet.
+    # Shapes that no other test has, so that the kernel is compiled inside.
     lens, page_size = [(1, 9), (290, 307), (1, 33), (20, 25), (3, 3)], 16
     case = make_case(
         lens, head_dim=128, num_heads=2, num_kv_heads=1, page_size=page_size, num_tokens=317
     )
     write = make_write(case, is_flat=True)
-    options = {"num_kv_heads": 1, "sm_scale": 5.0}
-    check_write(write, options, "eager", slack=20)
+    with counted_slots(write.kv_pages) as (reads, writes):
+        check_write(write, {"num_kv_heads": 1, "sm_scale": 5.0}, "eager", slack=20)
 
-    reads, writes = np.zeros((2, write.kv_pages.shape[0] * page_size), int)
-    for source, target in copies:
-        for counts, rows in ((reads, source), (writes, target)):
-            if rows is not None:
-                counts[rows[0] : rows[0] + rows[1]] += 1
-    expected, new_of_prefills, old_of_prefills = np.zeros_like(writes), [], []
+    assert np.array_equal(writes, new_slots_of(case))
     for row, (q_len, kv_len) in zip(case.page_indices, lens, strict=False):
         position = np.arange(kv_len)
         slots = row[position // page_size] * page_size + position % page_size
-        expected[slots[kv_len - q_len :]] = 1
+        old, new = np.split(slots, [kv_len - q_len])
         if q_len > 1:
-            new_of_prefills += slots[kv_len - q_len :].tolist()
-            old_of_prefills += slots[: kv_len - q_len].tolist()
-    assert np.array_equal(writes, expected)
-    assert not np.any(reads[new_of_prefills])
-    assert np.all(reads[old_of_prefills] >= 1)  # so that the count sees reads
-
-
-def _rows(transforms):
-    """(first, number) of the slots of the pool that one side of a DMA is; None if not the pool's.
-
-    Of what a DMA touches, only the pool is [slots, words, lanes] with its first dimension sliced.
-    """
-    for transform in jax.tree.leaves(transforms, is_leaf=lambda x: hasattr(x, "indices")):
-        indices = getattr(transform, "indices", ())
-        if len(indices) == 3 and hasattr(indices[0], "start"):
-            return int(indices[0].start), int(indices[0].size)
-    return None
+            assert not np.any(reads[new])
+        assert np.all(reads[old] >= 1)  # so that the count sees reads
 
 
 # ---- Edges
@@ -366,3 +335,35 @@ def test_an_id_outside_the_pool_is_skipped():
         want = write_and_attend(*write.arrays, num_kv_heads=2, backend="oracle")[1]
         assert cases.difference(kv_pages, want) is None
         assert cases.difference(kv_pages, write.kv_pages) is not None
+
+
+# ---- A page table in parts
+
+STREAMED = [
+    # 4 or 7 entries a row and parts of 8: rows begin and end anywhere in a part.
+    (Setup(4, 2, 32, 16, batches=("chunks",), num_tokens=107, return_lse=True), "on_wait"),
+    (
+        Setup(
+            2, 1, 128, 56, "bfloat16", "bfloat16", ("crowd", "spans"), num_tokens=293,
+            config=(128, 128, 4, 2),
+        ),
+        "eager",
+    ),
+]
+
+
+@pytest.mark.parametrize("writes", [False, True], ids=["read_only", "write"])
+@pytest.mark.parametrize(("setup", "mode"), STREAMED, ids=["chunks", "several_blocks"])
+def test_a_table_in_parts(monkeypatch, setup, mode, writes):
+    """Numbers of tokens that no other test has: what is static here is read when a call is traced.
+    """
+    monkeypatch.setattr(mosaic_tpu, "_MAX_TABLE", 1)
+    monkeypatch.setattr(mosaic_tpu, "_TABLE_PART", 8)
+    for batch in setup.batches:
+        case = setup.case(batch)
+        assert case.page_indices.shape[1] % 8 and case.page_indices.size > 5 * 8
+        if writes:
+            write = make_write(case, is_flat=True)
+            check_write(write, setup.options(), mode, setup.config, label=f"{batch}: ")
+        else:
+            check(case, setup.options(), mode, setup.config, label=f"{batch}: ")
