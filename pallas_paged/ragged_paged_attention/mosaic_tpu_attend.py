@@ -141,60 +141,62 @@ def decode(
         lane_tiles = [q(row, c) for c in range(heads.lane_tiles)]
         return jnp.concatenate(lane_tiles, axis=1).astype(heads.compute_dtype)
 
-    def products(step):
-        key = step.first + lax.broadcasted_iota(jnp.int32, (_SUBLANES, num_keys), 1)
-        seen = is_seen(score, key, step.position, window) & (key < step.end)
-        product: dict = {}
-        for head in range(heads.num_kv_heads):
-            issue()
-            k = keys(heads, step.load, head)
-            scale = sm_scale * scales(0, head) if score.has_scales else sm_scale
-            for row, mask in _head_rows(heads, head):
-                s = lax.dot_general(
-                    queries(step.q, row), k, (((1,), (1,)), ((), ())), precision=heads.precision,
-                    preferred_element_type=jnp.float32,
-                )
-                product[row] = _select(mask, scores(score, s, scale), product.get(row))
+    def multiply_keys(step, head, product):
+        """Takes one KV head's scores into `product`, f32[8, keys] of each register of rows."""
+        issue()
+        k = keys(heads, step.load, head)
+        scale = sm_scale * scales(0, head) if score.has_scales else sm_scale
+        for row, mask in _head_rows(heads, head):
+            s = lax.dot_general(
+                queries(step.q, row), k, (((1,), (1,)), ((), ())), precision=heads.precision,
+                preferred_element_type=jnp.float32,
+            )
+            product[row] = _select(mask, scores(score, s, scale), product.get(row))
+
+    def mask_product(step, product):
         if is_full:
             return product
+        key = step.first + lax.broadcasted_iota(jnp.int32, (_SUBLANES, num_keys), 1)
+        seen = is_seen(score, key, step.position, window) & (key < step.end)
         return {row: jnp.where(seen, s, -jnp.inf) for row, s in product.items()}
 
-    def attend(state, together, found):
-        """Softmax over some steps' products, and the products with their values."""
-        weights, before = {}, state
-        if together[0].is_first is not False:
-            is_first, empty = together[0].is_first, (-jnp.inf, 0.0, 0.0)
-            before = {
-                row: _State(*(jnp.where(is_first, *x) for x in zip(empty, old, strict=True)))
-                for row, old in state.items()
-            }
+    def weigh(state, together, found):
+        """Softmax over some steps' products: their weights, and the state without their values."""
+        weights: list[dict] = [{} for _ in together]
         after = {}
         for row in rows:
-            m, total, acc = before[row]
+            m, total, acc = state[row]
+            if together[0].is_first is not False:
+                is_first = together[0].is_first
+                m, total, acc = (
+                    jnp.where(is_first, *x)
+                    for x in ((-jnp.inf, m), (0.0, total), (0.0, acc))
+                )
             largest = (jnp.max(product[row], axis=1, keepdims=True) for product in found)
             top = functools.reduce(jnp.maximum, largest, m)
             shift = jnp.where(top == -jnp.inf, 0.0, top)  # nothing seen yet: 0, not NaN
             rescale = jnp.exp2(m - shift)
-            weights[row] = [jnp.exp2(product[row] - shift[:, :1]) for product in found]
-            parts = (
-                p[:, c : c + layout.LANES]
-                for p in weights[row]
-                for c in range(0, num_keys, layout.LANES)
-            )
-            total = total * rescale + sum(parts)
-            after[row] = _State(top, total, acc * _wide(rescale, heads.lane_tiles))
-        for (b, step), head in itertools.product(enumerate(together), range(heads.num_kv_heads)):
-            issue()
-            is_token = functools.partial(_is_token, step.first, step.end, num_keys)
-            v = values(heads, step.load, head, None if is_full else is_token)
-            for row, mask in _head_rows(heads, head):
-                acc = after[row].acc
-                o = acc + jnp.dot(
-                    weights[row][b].astype(heads.compute_dtype), v, precision=heads.precision,
-                    preferred_element_type=jnp.float32,
+            total = total * rescale
+            for weights_of_step, product in zip(weights, found, strict=True):
+                p = jnp.exp2(product[row] - shift[:, :1])
+                total += sum(
+                    p[:, c : c + layout.LANES] for c in range(0, num_keys, layout.LANES)
                 )
-                after[row] = after[row]._replace(acc=_select(mask, o, acc))
-        return after
+                weights_of_step[row] = p.astype(heads.compute_dtype)
+            after[row] = _State(top, total, acc * _wide(rescale, heads.lane_tiles))
+        return weights, after
+
+    def multiply_values(step, head, weights, state):
+        """Takes one KV head's weighted values into the state."""
+        issue()
+        is_token = functools.partial(_is_token, step.first, step.end, num_keys)
+        v = values(heads, step.load, head, None if is_full else is_token)
+        for row, mask in _head_rows(heads, head):
+            acc = state[row].acc
+            o = acc + jnp.dot(
+                weights[row], v, precision=heads.precision, preferred_element_type=jnp.float32
+            )
+            state[row] = state[row]._replace(acc=_select(mask, o, acc))
 
     def finish(step, state):
         if step.store is None:
@@ -215,12 +217,26 @@ def decode(
     state = {
         row: _State(*(ref[pl_rows(row)] for ref in (m_ref, l_ref, acc_ref))) for row in rows
     }
-    found = [products(step) for step in groups[0]]
-    for together, following in itertools.zip_longest(groups, groups[1:], fillvalue=[]):
-        ahead = [products(step) for step in following]
-        state = attend(state, together, found)
-        finish(together[-1], state)
-        found = ahead
+    found: list[dict] = []
+    for together, following in itertools.zip_longest([[], *groups], groups, fillvalue=[]):
+        weights: list[dict] = []
+        if together:
+            products = [mask_product(step, p) for step, p in zip(together, found, strict=True)]
+            weights, state = weigh(state, together, products)
+        found = [{} for _ in following]
+        # Keys and values of a head take turns, because values load the vector units and keys the
+        # matrix unit; only the last keys come first, so that values hide the softmax behind them.
+        num_heads = heads.num_kv_heads
+        lag = num_heads if following is groups[-1] else 0
+        for turn in range(num_heads + lag):
+            if turn < num_heads:
+                for step, product in zip(following, found, strict=True):
+                    multiply_keys(step, turn, product)
+            if turn >= lag:
+                for step, weights_of_step in zip(together, weights, strict=True):
+                    multiply_values(step, turn - lag, weights_of_step, state)
+        if together:
+            finish(together[-1], state)
     for row in rows:
         for ref, x in zip((m_ref, l_ref, acc_ref), state[row], strict=True):
             ref[pl_rows(row)] = x
