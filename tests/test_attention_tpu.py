@@ -83,7 +83,10 @@ def _id(x):
 def test_kernel_is_the_oracle(setup, mode):
     for batch, window in itertools.product(setup.batches, setup.windows or (None,)):
         label = f"{batch}, window {window}: "
-        check(setup.case(batch), setup.options(window), mode, setup.config, label=label)
+        check(
+            setup.case(batch), setup.options(window), mode, setup.config, label=label,
+            whole_tolerance=setup.whole_tolerance(batch),
+        )
 
 
 def test_coverage():

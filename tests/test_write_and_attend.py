@@ -90,14 +90,14 @@ CALLS = [
     ),
     Call(
         Setup(
-            2, 2, 256, 1, "float32", "bfloat16", ("tiny",), windows=(7, INT_MAX),
+            2, 2, 128, 1, "float32", "bfloat16", ("tiny",), windows=(7, INT_MAX),
             is_window_traced=True, num_tokens=37, return_lse=True, config=(256, 128, 2),
         ),
         True, "eager",
     ),
     Call(
         Setup(
-            2, 1, 128, 64, "bfloat16", "float32", ("spans", "crowd"), num_tokens=291, soft_cap=3.0,
+            2, 1, 256, 64, "bfloat16", "float32", ("spans", "crowd"), num_tokens=291, soft_cap=3.0,
             return_lse=True, config=(128, 128, 4, 2),
         ),
         False, "on_wait",
