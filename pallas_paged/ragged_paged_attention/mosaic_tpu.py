@@ -36,6 +36,8 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_walk import kernel
 _VMEM_SHARE = 0.75
 _VMEM_BYTES = {4: 16 * 2**20, 5: 64 * 2**20, 6: 128 * 2**20, 7: 64 * 2**20}
 _SMALLEST_VMEM = 16 * 2**20
+# Keys of heads in the largest body of a decode, about 4,000 bundles.
+_MAX_BODY = 16_384
 # Page table entries that SMEM (1 MiB) holds beside the other metadata; longer tables are streamed,
 # so many entries at a time (a power of 2, 256 KiB with the part that comes in meanwhile).
 _MAX_TABLE = 160_000
@@ -91,9 +93,11 @@ def default_config(heads: Heads, num_new_tokens: int = 0) -> Config:
     # A block of all heads is one straight body: 4,096 keys of heads are about 1,000 bundles.
     block_keys = max(128, min(1024, 4096 // heads.num_kv_heads // 128 * 128))
     while True:
-        for num_buffers, blocks_per_body in ((8, 4), (4, 2), (3, 1)):
+        for num_buffers, blocks_per_body in ((16, 8), (8, 4), (4, 2), (3, 1)):
             config = Config(block_keys, 128, num_buffers, blocks_per_body)
-            if vmem_bytes(heads, config, num_new_tokens, return_lse=True) <= budget:
+            is_short = blocks_per_body * block_keys * heads.num_kv_heads <= _MAX_BODY
+            needed = vmem_bytes(heads, config, num_new_tokens, return_lse=True)
+            if (is_short or blocks_per_body == 1) and needed <= budget:
                 return config
         if block_keys == 128:
             return config
@@ -248,8 +252,11 @@ def _attend(
         is_interpreted=False,
     )
     table = page_indices.reshape(-1)
+    # A block's entries are read whether it has so many pieces or not.
+    behind = static.pieces_per_block
     if static.table_part is not None:
-        table = jnp.pad(table, (0, -table.shape[0] % static.table_part))
+        behind = -table.shape[0] % static.table_part
+    table = jnp.pad(table, (0, behind))
     factors = [jnp.asarray(sm_scale, jnp.float32).reshape(1)]
     if has_scales:
         for scale in (k_scale, v_scale):

@@ -210,10 +210,7 @@ def decode(
         if score.return_lse:
             step.store_lse(jnp.concatenate(lse, axis=0))
 
-    # Few products wait for each other less if one softmax takes all.
-    is_joint = len(rows) * num_keys * len(steps) <= _JOINT_KEYS
-    is_joint &= all(step.is_first is False for step in steps[1:])
-    groups = [list(steps)] if is_joint else [[step] for step in steps]
+    groups = _joined(heads, steps, num_keys)
     state = {
         row: _State(*(ref[pl_rows(row)] for ref in (m_ref, l_ref, acc_ref))) for row in rows
     }
@@ -240,6 +237,19 @@ def decode(
     for row in rows:
         for ref, x in zip((m_ref, l_ref, acc_ref), state[row], strict=True):
             ref[pl_rows(row)] = x
+
+
+def _joined(heads: Heads, steps: Sequence[Step], num_keys: int) -> list[list[Step]]:
+    """Steps that one softmax takes: of one decode, and as many as have few products together,
+    which would wait for each other."""
+    registers = decode_rows(heads.num_heads) // _SUBLANES
+    most = max(1, _JOINT_KEYS // (registers * num_keys))
+    groups: list[list[Step]] = []
+    for step in steps:
+        if step.is_first is not False or len(groups[-1]) == most:
+            groups.append([])
+        groups[-1].append(step)
+    return groups
 
 
 class _State(NamedTuple):

@@ -38,7 +38,7 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_units import find_unit, num_
 
 # DMAs of one body that are written out, so that their issue hides behind the arithmetic; beyond
 # them a loop issues first.
-_MAX_UNROLL = 128
+_MAX_UNROLL = 512
 
 
 class Fetch(NamedTuple):
@@ -66,6 +66,11 @@ def next_fetches(walk: Walk, refs: Refs, num_blocks: int) -> list[Fetch]:
     state, per_block = refs.state, walk.pieces_per_block
     fetched = state[FETCHED]
 
+    def is_over(_, piece, end, blocks):
+        """Whether the unit that is being fetched is all fetched, and there may be another."""
+        is_done = piece >= end if walk.new is None else blocks == 0
+        return is_done & (state[AHEAD_SEQ] < num_seqs(walk, refs))
+
     def within_unit(table, piece, end, blocks):
         """All full blocks of the unit that is being fetched."""
         bring_entries(walk, refs, Fetch(fetched, table, piece, num_blocks * per_block))
@@ -77,10 +82,8 @@ def next_fetches(walk: Walk, refs: Refs, num_blocks: int) -> list[Fetch]:
     def block_by_block(*ahead):
         starts, counts, is_there = [], [], []
         for _ in range(num_blocks):
-            is_over = ahead[1] >= ahead[2] if walk.new is None else ahead[3] == 0
-            is_over &= state[AHEAD_SEQ] < num_seqs(walk, refs)
             table, piece, end, blocks = lax.cond(
-                is_over, functools.partial(find_unit, walk, refs), lambda ahead=ahead: ahead
+                is_over(*ahead), functools.partial(find_unit, walk, refs), lambda ahead=ahead: ahead
             )
             starts.append((table, piece))
             counts.append(jnp.clip(end - piece, 0, per_block))
@@ -103,6 +106,8 @@ def next_fetches(walk: Walk, refs: Refs, num_blocks: int) -> list[Fetch]:
     if num_blocks == 1:
         starts, counts, is_there, ahead = block_by_block(*ahead)
     else:
+        # Where a unit ends with a body, as long ones of round lengths do, the next is one as well.
+        ahead = lax.cond(is_over(*ahead), functools.partial(find_unit, walk, refs), lambda: ahead)
         starts, counts, is_there, ahead = lax.cond(
             ahead[2] - ahead[1] >= num_blocks * per_block, within_unit, block_by_block, *ahead
         )
@@ -127,22 +132,26 @@ def bring_entries(walk: Walk, refs: Refs, fetch: Fetch):
     pl.when(fetch.num_pieces > 0)(lambda: page_table.bring(walk, refs, first, last))
 
 
-def start_piece(walk: Walk, refs: Refs, fetch: Fetch, i):
-    """Starts the DMA of piece i of a block."""
-    heads = walk.heads
+def _pool_row(walk: Walk, refs: Refs, fetch: Fetch, i):
+    """The pool's row where piece i of a block begins; any row where it has no such piece."""
     pieces_per_page = walk.page_size // walk.piece
-    page, part = fetch.first_piece + i, 0
+    at, part = (fetch.table + fetch.first_piece) + i, 0
     if pieces_per_page > 1:
-        page, part = div(page, pieces_per_page), rem(page, pieces_per_page)
+        piece = fetch.first_piece + i
+        at, part = fetch.table + div(piece, pieces_per_page), rem(piece, pieces_per_page)
     # Inside the pool whatever the table says: as an unsigned number, no id is negative.
-    page_id = page_table.entry(walk, refs, fetch.table + page).astype(jnp.uint32)
+    page_id = page_table.entry(walk, refs, at).astype(jnp.uint32)
     page_id = jnp.minimum(page_id, jnp.uint32(walk.num_pages - 1)).astype(jnp.int32)
-    source = pl.ds(page_id * walk.page_size + part * walk.piece, walk.piece)
-    place = buffer_at(walk, fetch.buffer)
+    return page_id * walk.page_size + part * walk.piece
+
+
+def _start_piece(walk: Walk, refs: Refs, fetch: Fetch, i, pool_row):
+    """Starts the DMA of piece i of a block."""
+    heads, place = walk.heads, buffer_at(walk, fetch.buffer)
     for c in range(heads.lane_tiles):
         row = place.row + c * place.lane_tile_rows + i * walk.piece
         pltpu.make_async_copy(
-            refs.pool.at[source, :, pl.ds(c * layout.LANES, layout.LANES)],
+            refs.pool.at[pl.ds(pool_row, walk.piece), :, pl.ds(c * layout.LANES, layout.LANES)],
             refs.slots.at[pl.ds(row, walk.piece), pl.ds(0, heads.num_words), 0],
             refs.ring_sems.at[fetch.buffer],
         ).start()
@@ -151,7 +160,9 @@ def start_piece(walk: Walk, refs: Refs, fetch: Fetch, i):
 def start_block(walk: Walk, refs: Refs, fetch: Fetch):
     """Starts the DMAs of a block, one by one."""
     bring_entries(walk, refs, fetch)
-    pl.loop(0, fetch.num_pieces)(lambda i: start_piece(walk, refs, fetch, i))
+    pl.loop(0, fetch.num_pieces)(
+        lambda i: _start_piece(walk, refs, fetch, i, _pool_row(walk, refs, fetch, i))
+    )
 
 
 def fill_ring(walk: Walk, refs: Refs):
@@ -178,7 +189,10 @@ def issues(walk: Walk, refs: Refs, fetches: list[Fetch], num_points: int):
 
     def issue():
         for fetch, i in itertools.islice(pieces, pl.cdiv(num_dmas, num_points)):
-            pl.when(i < fetch.num_pieces)(functools.partial(start_piece, walk, refs, fetch, i))
+            # Read before it is known to be there: under the condition it would cost a select.
+            pool_row = _pool_row(walk, refs, fetch, i)
+            start = functools.partial(_start_piece, walk, refs, fetch, i, pool_row)
+            pl.when(i < fetch.num_pieces)(start)
 
     return issue
 

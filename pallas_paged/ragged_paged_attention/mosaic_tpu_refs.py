@@ -19,6 +19,9 @@ ROW_TILE = 16
 # A window's first tile may have rows of the sequence before: so many rows lie before new tokens.
 LEAD = ROW_TILE
 
+# Keys of a body from which on it takes full blocks of two decodes.
+_LONG_BODY = 8192
+
 # Places in the walk's state, int32 in SMEM.
 (
     AHEAD_SEQ,  # where the search for the next unit goes on: sequence
@@ -109,6 +112,13 @@ class Walk:
         """Room for the units that may have been found and not be over: one a block on its way,
         and the one whose blocks are next; a power of 2."""
         return 1 << self.ring.bit_length()
+
+    @property
+    def full_parts(self) -> int:
+        """Decodes that a body of full blocks may be of, as many blocks of each: two where the body
+        is so long that few decodes fill it."""
+        is_long = self.blocks_per_body * self.block >= _LONG_BODY
+        return 2 if is_long and self.blocks_per_body % 2 == 0 else 1
 
     @property
     def unit_size(self) -> int:

@@ -126,7 +126,7 @@ def find_unit(walk: Walk, refs: Refs):
         for i, value in enumerate(kept[: walk.unit_size]):
             refs.units[at, i] = jnp.asarray(value, jnp.int32)
 
-    table = unit.seq * walk.table_width
+    table = jnp.where(is_found, unit.seq * walk.table_width, 0)
     end_in_pool = jnp.where(is_found, end_in_pool, unit.first_piece)
     num_blocks = None if walk.new is None else jnp.where(is_found, unit.num_blocks, 0)
     return table, unit.first_piece, end_in_pool, num_blocks

@@ -114,75 +114,97 @@ def _behind(walk: Walk, refs: Refs, at: _Taken):
 
 def _decode(walk: Walk, refs: Refs, index, unit: Unit, block):
     """Takes one block of a decode, or many, of it or of decodes behind it; returns what is next."""
-    state, many = refs.state, walk.blocks_per_body
+    state, many, parts = refs.state, walk.blocks_per_body, walk.full_parts
     pl.when(block == 0)(lambda: windows.open_decode(walk, refs, unit.row))
     first = _Taken(index, unit, block)
     one = functools.partial(_decode_blocks, walk, refs, [first], is_full=False)
     if many == 1:
         return one()
+    tokens = walk.pieces_per_block * walk.piece
 
-    def of_this(*, is_full):
-        taken = [first._replace(block=block + b) for b in range(many)]
-        return _decode_blocks(walk, refs, taken, is_full=is_full)
+    def full_part(at: _Taken):
+        """Many full blocks of a decode, which need no masks; and whether they are there."""
+        taken = [at._replace(block=at.block + b) for b in range(many // parts)]
+        start, _ = blocks.block_of(walk, at.unit, taken[0].block)
+        _, end = blocks.block_of(walk, at.unit, taken[-1].block)
+        return taken, end - start == len(taken) * tokens
+
+    def is_near(at: _Taken):
+        """Whether a unit is known, and a decode whose row is in the window."""
+        row = at.unit.row - state[WINDOW]
+        is_decode = (at.index < state[FOUND]) & (at.unit.is_decode == 1)
+        return is_decode & (row >= 0) & (row < walk.window)
+
+    def behind(at: _Taken):
+        index, block = _behind(walk, refs, at)
+        return _Taken(index, units.kept_unit(walk, refs, index), block)
+
+    taken, is_full = full_part(first)
+    for _ in range(1, parts):
+        at = behind(taken[-1])
+        more, is_more_full = full_part(at)
+        taken += more
+        is_full &= is_near(at) & is_more_full & (state[TAKEN] + many <= state[FETCHED])
 
     def of_several():
         taken, is_there = [first], state[TAKEN] + many <= state[FETCHED]
         for _ in range(1, many):
-            index, block = _behind(walk, refs, taken[-1])
-            unit = units.kept_unit(walk, refs, index)
-            taken.append(_Taken(index, unit, block))
-            is_there &= index < state[FOUND]
-            is_there &= (unit.is_decode == 1) & (unit.row < state[WINDOW] + walk.window)
-            is_there &= unit.row >= state[WINDOW]
-        return lax.cond(
-            is_there, lambda: _decode_blocks(walk, refs, taken, is_full=False, is_one=False), one
-        )
+            taken.append(behind(taken[-1]))
+            is_there &= is_near(taken[-1])
+        several = functools.partial(_decode_blocks, walk, refs, taken, is_full=False)
+        return lax.cond(is_there, functools.partial(several, num_known=1), one)
 
-    # Many full blocks of one decode need no masks.
-    tokens = walk.pieces_per_block * walk.piece
-    start, _ = blocks.block_of(walk, unit, block)
-    _, end = blocks.block_of(walk, unit, block + many - 1)
-    is_full = tokens == walk.block and not walk.score.has_window
-    return lax.cond(
-        end - start == many * tokens, functools.partial(of_this, is_full=is_full), of_several
+    is_unmasked = tokens == walk.block and not walk.score.has_window
+    full = functools.partial(
+        _decode_blocks, walk, refs, taken, is_full=is_unmasked, num_known=many // parts
     )
+    return lax.cond(is_full, full, of_several)
 
 
-def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, is_one=True):
-    """Takes some blocks, of one decode or (not `is_one`) of several; returns what is next.
+def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, num_known=1):
+    """Takes some blocks of decodes; returns what is next. Results so far go to their rows.
 
-    A decode's result so far goes to its row.
+    Args:
+      walk, refs: the kernel's.
+      taken: the blocks, one behind the other.
+      is_full: whether all are full and no mask hides a key.
+      num_known: how many at a time are known to be of one decode.
     """
     heads, state = walk.heads, refs.state
     places = blocks.take_blocks(walk, refs, [(at.unit, at.block) for at in taken], is_full)
-    if walk.new is not None:
-        for at, place in zip(taken, places, strict=True):
-            if is_one and at is not taken[-1]:
-                continue
+
+    def is_last_known(b):
+        return (b + 1) % num_known == 0
+
+    for b, at in enumerate(taken):
+        if walk.new is not None and is_last_known(b):
             first, _ = blocks.block_of(walk, at.unit, at.block)
             pl.when(at.block + 1 == at.unit.num_blocks)(
-                functools.partial(new.put_decode, walk, refs, at.unit, first, place)
+                functools.partial(new.put_decode, walk, refs, at.unit, first, places[b])
             )
     fetches = blocks.next_fetches(walk, refs, len(taken))
 
-    def step(b, at):
-        row = at.unit.row - state[WINDOW]
+    steps: list[attend.Step] = []
+    for b, at in enumerate(taken):
+        is_new = b % num_known == 0
+        if is_new:
+            row = at.unit.row - state[WINDOW]
         first, end = blocks.block_of(walk, at.unit, at.block)
-        is_last = not is_one or b == len(taken) - 1
-        return attend.Step(
-            load=functools.partial(blocks.load, walk, refs, places[b]),
-            first=first, end=end, position=at.unit.position,
-            is_first=at.block == 0 if not is_one or b == 0 else False,
-            q=q if is_one else functools.partial(_query, walk, refs, row),
-            store=functools.partial(_store_decode, walk, refs, row) if is_last else None,
-            store_lse=functools.partial(_store_decode_lse, walk, refs, row),
+        steps.append(
+            attend.Step(
+                load=functools.partial(blocks.load, walk, refs, places[b]),
+                first=first, end=end, position=at.unit.position,
+                is_first=at.block == 0 if is_new else False,
+                q=functools.partial(_query, walk, refs, row) if is_new else steps[-1].q,
+                store=functools.partial(_store_decode, walk, refs, row)
+                if is_last_known(b) else None,
+                store_lse=functools.partial(_store_decode_lse, walk, refs, row),
+            )
         )
-
-    q = functools.partial(_query, walk, refs, taken[0].unit.row - state[WINDOW])
     scales, window, sm_scale = _factors(walk, refs)
     attend.decode(
         heads, walk.score, refs.sinks_vmem, scales, window, sm_scale,
-        steps=[step(b, at) for b, at in enumerate(taken)],
+        steps=steps,
         num_keys=walk.block,
         is_full=is_full,
         issue=blocks.issues(walk, refs, fetches, 2 * heads.num_kv_heads * len(taken)),
