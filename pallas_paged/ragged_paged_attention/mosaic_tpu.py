@@ -248,13 +248,13 @@ def _attend(
         blocks_per_body=config.blocks_per_body,
         window=config.window_rows,
         new=_new_slots(new, heads),
-        table_part=_TABLE_PART if page_indices.size > _MAX_TABLE else None,
+        table_part=_TABLE_PART if page_indices.size > _MAX_TABLE else 0,
         is_interpreted=False,
     )
     table = page_indices.reshape(-1)
     # A block's entries are read whether it has so many pieces or not.
     behind = static.pieces_per_block
-    if static.table_part is not None:
+    if static.table_part:
         behind = -table.shape[0] % static.table_part
     table = jnp.pad(table, (0, behind))
     factors = [jnp.asarray(sm_scale, jnp.float32).reshape(1)]
@@ -342,7 +342,7 @@ def _launch(walk: Walk, metadata, tensors, pool):
         pl.BlockSpec(memory_space=space) for space in (pltpu.HBM, pltpu.SMEM, pltpu.VMEM)
     )
     in_specs = [vmem if x.ndim == 2 else smem for x in metadata]
-    if walk.table_part is not None:
+    if walk.table_part:
         in_specs[1] = hbm
     in_specs += [hbm] * (len(tensors) + 1)
 
@@ -381,7 +381,7 @@ def _launch(walk: Walk, metadata, tensors, pool):
     if has_new:
         scratch_shapes += [pltpu.VMEM((window, *x.shape[1:]), x.dtype) for x in tensors[1:]]
         scratch_shapes.append(pltpu.SemaphoreType.DMA((1,)))
-    if walk.table_part is not None:
+    if walk.table_part:
         scratch_shapes.append(pltpu.SMEM((2 * walk.table_part,), jnp.int32))
         scratch_shapes.append(pltpu.SemaphoreType.DMA((2,)))
     name = "write_and_attend" if has_new else "ragged_paged_attention"

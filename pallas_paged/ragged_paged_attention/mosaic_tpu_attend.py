@@ -215,7 +215,8 @@ def decode(
         row: _State(*(ref[pl_rows(row)] for ref in (m_ref, l_ref, acc_ref))) for row in rows
     }
     found: list[dict] = []
-    for together, following in itertools.zip_longest([[], *groups], groups, fillvalue=[]):
+    nothing: list[Step] = []
+    for together, following in zip([nothing, *groups], [*groups, nothing], strict=True):
         weights: list[dict] = []
         if together:
             products = [mask_product(step, p) for step, p in zip(together, found, strict=True)]

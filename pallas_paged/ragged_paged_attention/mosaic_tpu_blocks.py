@@ -7,7 +7,7 @@ being computed, a DMA a page (or equal part of one), and waited for by their num
 
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,21 +44,21 @@ _MAX_UNROLL = 512
 class Fetch(NamedTuple):
     """A block to fetch: its buffer, its unit's place in the page table, and which pieces."""
 
-    buffer: object
-    table: object
-    first_piece: object
-    num_pieces: object
+    buffer: Any
+    table: Any
+    first_piece: Any
+    num_pieces: Any
 
 
-NO_FETCH = Fetch(*(np.int32(0),) * 4)
+NO_FETCH = Fetch(*[np.int32(0)] * 4)
 
 
 class Place(NamedTuple):
     """Where a block is: the row of its first token in its first lane tile, and from that lane
     tile's to the next one's."""
 
-    row: object
-    lane_tile_rows: object
+    row: Any
+    lane_tile_rows: Any
 
 
 def next_fetches(walk: Walk, refs: Refs, num_blocks: int) -> list[Fetch]:
@@ -91,7 +91,7 @@ def next_fetches(walk: Walk, refs: Refs, num_blocks: int) -> list[Fetch]:
             is_there.append(jnp.where(there > 0, 1, 0))
             blocks = None if walk.new is None else jnp.maximum(blocks - 1, 0)
             ahead = table, piece + counts[-1], end, blocks
-            if walk.table_part is not None and num_blocks > 1:
+            if walk.table_part and num_blocks > 1:
                 # Started here: the entries of several units may not all be in SMEM at a time.
                 buffer = rem(fetched + sum(is_there[:-1]), walk.ring)
                 start_block(walk, refs, Fetch(buffer, table, piece, counts[-1]))
@@ -115,8 +115,8 @@ def next_fetches(walk: Walk, refs: Refs, num_blocks: int) -> list[Fetch]:
         if value is not None:
             state[place] = value
     fetches = []
-    for start, count, one in zip(starts, counts, is_there, strict=True):
-        fetches.append(Fetch(rem(fetched, walk.ring), *start, count))
+    for (table, piece), count, one in zip(starts, counts, is_there, strict=True):
+        fetches.append(Fetch(rem(fetched, walk.ring), table, piece, count))
         fetched += one
     state[FETCHED] = fetched
     return fetches
@@ -124,7 +124,7 @@ def next_fetches(walk: Walk, refs: Refs, num_blocks: int) -> list[Fetch]:
 
 def bring_entries(walk: Walk, refs: Refs, fetch: Fetch):
     """Has a fetch's entries of the page table in SMEM, where that is streamed."""
-    if walk.table_part is None:
+    if not walk.table_part:
         return
     per_page = walk.page_size // walk.piece
     first = fetch.table + div(fetch.first_piece, per_page)

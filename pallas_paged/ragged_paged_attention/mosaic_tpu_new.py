@@ -9,6 +9,7 @@ parts of one that are fetched), a page that a later unit fills with that unit.
 """
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -65,7 +66,7 @@ def wait_sent(walk: Walk, refs: Refs):
 
 def _make_tile(walk: Walk, refs: Refs, tile, row, num_kept=None):
     """Makes slots of a row tile of the window, at `row` of its own; the first `num_kept` stay."""
-    new = walk.new
+    new: Any = walk.new
     rows = Rows(refs.slots, walk.is_interpreted)
     tokens = pl.ds(pl.multiple_of(tile * ROW_TILE, ROW_TILE), ROW_TILE)
     load_k, load_v = (
@@ -245,7 +246,7 @@ def _send_pages(walk: Walk, refs: Refs, unit: Unit, first, end):
 def _page_id(walk, refs, seq, page):
     """A page of a sequence, as the table has it."""
     at = seq * walk.table_width + page
-    if walk.table_part is not None:
+    if walk.table_part:
         table.bring(walk, refs, at, at)
     return table.entry(walk, refs, at)
 

@@ -94,7 +94,7 @@ class Walk:
     blocks_per_body: int  # blocks that a long decode takes at a time
     window: int  # rows of a window
     new: Slots | None  # of the new k and v that the call writes; None if it only reads
-    table_part: int | None  # entries of a streamed page table that come at a time; None if all are
+    table_part: int  # entries of a streamed page table that come at a time; 0 if all are there
     is_interpreted: bool
 
     @property

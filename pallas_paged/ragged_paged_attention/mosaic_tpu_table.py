@@ -20,7 +20,7 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
 
 def entry(walk: Walk, refs: Refs, i):
     """An entry of the flat page table; of a streamed one it has been brought."""
-    if walk.table_part is None:
+    if not walk.table_part:
         return refs.table[i]
     return refs.table_parts[i & (2 * walk.table_part - 1)]
 

@@ -46,7 +46,7 @@ def kernel(walk: Walk, *arguments):
     for i in range(STATE_SIZE):
         state[i] = 0
     state[AHEAD_ROW] = units.rows_of(walk, refs, 0)[0]
-    if walk.table_part is not None:
+    if walk.table_part:
         page_table.start(walk, refs)
     blocks.fill_ring(walk, refs)
 
@@ -61,7 +61,7 @@ def kernel(walk: Walk, *arguments):
     windows.wait_leaving(walk, refs)
     if walk.new is not None:
         new.wait_sent(walk, refs)
-    if walk.table_part is not None:
+    if walk.table_part:
         page_table.finish(walk, refs)
 
 
