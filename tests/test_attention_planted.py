@@ -516,7 +516,7 @@ def _symptom(module, call, mode):
     it has a new token), "race", "error" or None."""
     case, options = call.case(), call.options()
     if call.lens.startswith("absurd"):
-        case.page_indices[call.writes, 1] = 1_000_000
+        case.page_indices[int(call.writes), 1] = 1_000_000
     static = {k: options[k] for k in ("causal", "soft_cap", "num_kv_heads")}
     arrays = {k: options.get(k) for k in ("sliding_window", "k_scale", "v_scale", "sinks")}
     op, operands, write = module.ragged_paged_attention, case.arrays, None
