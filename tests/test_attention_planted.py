@@ -114,8 +114,8 @@ BUGS = {
     # --- which pages, which pieces
     "page_table_of_the_first_sequence": (
         "mosaic_tpu_units",
-        "table = unit.seq * walk.table_width",
-        "table = 0 * walk.table_width",
+        "jnp.where(is_found, unit.seq * walk.table_width, 0)",
+        "jnp.zeros_like(unit.seq)",
         DECODES, "eager", "numbers",
     ),
     "page_id_not_clamped": (
