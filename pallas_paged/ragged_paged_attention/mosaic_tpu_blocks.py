@@ -187,12 +187,16 @@ def issues(walk: Walk, refs: Refs, fetches: list[Fetch], num_points: int):
         return lambda: None
     pieces = iter([(fetch, i) for fetch in fetches for i in range(walk.pieces_per_block)])
 
+    def start(fetch, i, pool_row=None):
+        pool_row = _pool_row(walk, refs, fetch, i) if pool_row is None else pool_row
+        _start_piece(walk, refs, fetch, i, pool_row)
+
     def issue():
         for fetch, i in itertools.islice(pieces, pl.cdiv(num_dmas, num_points)):
-            # Read before it is known to be there: under the condition it would cost a select.
-            pool_row = _pool_row(walk, refs, fetch, i)
-            start = functools.partial(_start_piece, walk, refs, fetch, i, pool_row)
-            pl.when(i < fetch.num_pieces)(start)
+            # Read before it is known to be there: under the condition it would cost a select. Of a
+            # streamed table it may not be read then: a part may be on its way.
+            pool_row = None if walk.table_part else _pool_row(walk, refs, fetch, i)
+            pl.when(i < fetch.num_pieces)(functools.partial(start, fetch, i, pool_row))
 
     return issue
 
