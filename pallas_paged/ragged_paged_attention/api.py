@@ -130,7 +130,10 @@ def write_and_attend(
     """Writes a batch's new keys and values into its pages, then attends over them.
 
     The new tokens of sequence s are rows `cu_q_lens[s] .. cu_q_lens[s + 1]` of q, k and v, and the
-    last of its `kv_lens[s]`. No sequence may read a page that another writes in the same call.
+    last of its `kv_lens[s]`. No sequence may read a page that another writes in the same call. On a
+    TPU this is one kernel, which reads no page back that it fills, if VMEM has room for the new
+    tokens (the support matrix says for how many); else, and on other backends, the two ops one
+    after another.
 
     Args:
       q: [T, N, H], as in `ragged_paged_attention`.
