@@ -133,9 +133,7 @@ def _id(call):
 @pytest.mark.parametrize("call", EVERY_KIND, ids=_id)
 def test_every_kind_compiles_without_a_copy_of_the_pool(call):
     args, options = call
-    # The shipped block sizes take the compiler long: every second kind has smaller ones.
-    config = Config(256, 128, 4, 2) if EVERY_KIND.index(call) % 2 else None
-    compiled, pool = _compile(*args, **options, config=config)
+    compiled, pool = _compile(*args, **options)
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     assert "tpu_custom_call" in hlo, "the kernel is not in the program"
     found = large_results(hlo, _size(pool))
