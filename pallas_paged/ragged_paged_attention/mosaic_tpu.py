@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_paged import dispatch, layout
+from pallas_paged import dispatch, layout, tuned
 from pallas_paged.ragged_paged_attention import mosaic_tpu_attend as attend
 from pallas_paged.ragged_paged_attention.mosaic_tpu_attend import Score
 from pallas_paged.ragged_paged_attention.mosaic_tpu_operands import Heads
@@ -72,9 +72,17 @@ class Config:
             )
 
 
-def default_config(heads: Heads) -> Config:
-    """The largest blocks whose buffers fit the generation's VMEM."""
+def default_config(heads: Heads, page_size: int) -> Config:
+    """What was found for the device (`pallas_paged.tuned`), else the largest blocks whose buffers
+    fit the generation's VMEM."""
     budget = _VMEM_SHARE * _vmem_capacity()
+    found = tuned.find(
+        dispatch.tpu_device_kind(), "ragged_paged_attention", page_size=page_size,
+        num_heads=heads.num_heads, num_kv_heads=heads.num_kv_heads, head_dim=heads.head_dim,
+        q_dtype=heads.q_dtype.name, pool_dtype=heads.pool_dtype.name,
+    )
+    if found and vmem_bytes(heads, Config(**found), return_lse=True) <= budget:
+        return Config(**found)
     # A block of all heads is one straight body: 4,096 keys of heads are about 1,000 bundles.
     block_keys = max(128, min(1024, 4096 // heads.num_kv_heads // 128 * 128))
     while True:
@@ -116,7 +124,7 @@ def unsupported(q, kv_pages, page_indices, num_kv_heads: int, config: Config | N
             f"({_MAX_TABLE} entries do); use longer pages or a narrower table"
         )
     heads = heads_of(q, kv_pages, num_kv_heads)
-    config = config or default_config(heads)
+    config = config or default_config(heads, kv_pages.shape[1])
     needed, there = vmem_bytes(heads, config, return_lse=True), _vmem_capacity()
     if needed > there:
         return (
@@ -154,7 +162,7 @@ def ragged_paged_attention(
     if num_tokens == 0:
         return q, jnp.zeros((0, num_heads), jnp.float32)
     heads = heads_of(q, kv_pages, num_kv_heads)
-    config = config or default_config(heads)
+    config = config or default_config(heads, kv_pages.shape[1])
     page_size = kv_pages.shape[1]
     has_scales = k_scale is not None or v_scale is not None
     score = Score(
