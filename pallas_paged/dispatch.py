@@ -39,8 +39,12 @@ def tpu_device_kind() -> str | None:
         return None
     # Inside an ahead-of-time trace the mesh has the device and jax.devices() another.
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    config: Any = jax.config
-    return (device or config.jax_default_device or jax.devices()[0]).device_kind
+    if device is None:
+        config: Any = jax.config
+        device = config.jax_default_device
+    if device is None or isinstance(device, str):
+        device = jax.devices(device)[0]
+    return device.device_kind
 
 
 def choose(op: str, backend: str, reasons: Mapping[str, str | None]) -> str:

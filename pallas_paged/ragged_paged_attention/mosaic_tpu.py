@@ -75,24 +75,28 @@ class Config:
 def default_config(heads: Heads, page_size: int) -> Config:
     """What was found for the device (`pallas_paged.tuned`), else the largest blocks whose buffers
     fit the generation's VMEM."""
-    budget = _VMEM_SHARE * _vmem_capacity()
     found = tuned.find(
         dispatch.tpu_device_kind(), "ragged_paged_attention", page_size=page_size,
         num_heads=heads.num_heads, num_kv_heads=heads.num_kv_heads, head_dim=heads.head_dim,
         q_dtype=heads.q_dtype.name, pool_dtype=heads.pool_dtype.name,
     )
-    if found and vmem_bytes(heads, Config(**found), return_lse=True) <= budget:
+    if found and fits(heads, Config(**found)):
         return Config(**found)
     # A block of all heads is one straight body: 4,096 keys of heads are about 1,000 bundles.
     block_keys = max(128, min(1024, 4096 // heads.num_kv_heads // 128 * 128))
     while True:
         for num_buffers, blocks_per_body in ((8, 4), (4, 2), (3, 1)):
             config = Config(block_keys, 128, num_buffers, blocks_per_body)
-            if vmem_bytes(heads, config, return_lse=True) <= budget:
+            if fits(heads, config):
                 return config
         if block_keys == 128:
             return config
         block_keys = max(128, block_keys // 2 // 128 * 128)
+
+
+def fits(heads: Heads, config: Config) -> bool:
+    """Whether the buffers leave enough of the generation's VMEM to the compiler."""
+    return vmem_bytes(heads, config, return_lse=True) <= _VMEM_SHARE * _vmem_capacity()
 
 
 def _vmem_capacity() -> int:
