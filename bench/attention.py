@@ -28,8 +28,12 @@ from bench._attention_cases import CASES, PRESETS, Call, Case, Runs, room_for
 from bench._attention_model import Prediction, compiles, predict
 from bench._tpu_compile import as_if_on
 
+# `allow_override`: other commands have flags of these names, and a process may import several.
 _GENERATIONS = flags.DEFINE_list(
-    "generations", ["v5e", "v6e", "tpu7x"], "TPU generations to predict for."
+    "generations",
+    ["v5e", "v6e", "tpu7x"],
+    "TPU generations to predict for.",
+    allow_override=True,
 )
 _CASES = flags.DEFINE_list("cases", list(CASES), f"Some of {', '.join(CASES)}.")
 _LENS = flags.DEFINE_list(
@@ -38,16 +42,26 @@ _LENS = flags.DEFINE_list(
     "Sequences of a case of your own, as [COUNTx]NEW:ALL: 64x1:4096,512:8704. The other cases are "
     "left out unless --cases names them.",
 )
-_PAGE_SIZES = flags.DEFINE_list("page_sizes", ["16", "128"], "Tokens in a page.")
-_PRESETS = flags.DEFINE_list("presets", ["llama3-8b"], f"Some of {', '.join(PRESETS)}.")
+_PAGE_SIZES = flags.DEFINE_list(
+    "page_sizes", ["16", "128"], "Tokens in a page.", allow_override=True
+)
+_PRESETS = flags.DEFINE_list(
+    "presets", ["llama3-8b"], f"Some of {', '.join(PRESETS)}.", allow_override=True
+)
 _NUM_HEADS = flags.DEFINE_integer("num_heads", None, "Query heads, in place of the preset's.")
-_KV_HEADS = flags.DEFINE_integer("kv_heads", None, "KV heads, in place of the preset's.")
-_HEAD_DIM = flags.DEFINE_integer("head_dim", None, "Head dimension, in place of the preset's.")
+_KV_HEADS = flags.DEFINE_integer(
+    "kv_heads", None, "KV heads, in place of the preset's.", allow_override=True
+)
+_HEAD_DIM = flags.DEFINE_integer(
+    "head_dim", None, "Head dimension, in place of the preset's.", allow_override=True
+)
 _WINDOW = flags.DEFINE_integer("sliding_window", None, "Sliding window, in place of the preset's.")
 _SOFT_CAP = flags.DEFINE_float("soft_cap", None, "Soft cap, in place of the preset's.")
 _PARTS = flags.DEFINE_bool("parts", False, "Print where in the kernel a call's bundles are, too.")
-_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
-_PLOT = flags.DEFINE_string("plot", None, "Write a PNG of 64 decodes' time against their keys.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.", allow_override=True)
+_PLOT = flags.DEFINE_string(
+    "plot", None, "Write a PNG of 64 decodes' time against their keys.", allow_override=True
+)
 
 # Largest difference from the oracle in bfloat16 outputs of about 1: two steps of rounding.
 _TOLERANCE = 0.03
@@ -82,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
     cases = _cases(_runs())
     plotted = _cases(_PLOTTED) if _PLOT.value else []
     on_cpu = _report.start_backends() == "cpu"
-    check_against_oracle()
+    check_against_oracle(list(_shapes().values()))
     record: dict[str, Any] = {"environment": _report.environment()}
     if on_cpu:
         predictions = _predict([*cases, *plotted])
@@ -192,17 +206,20 @@ def _cases(runs: dict[str, Runs]) -> list[Case]:
 # --- correctness ------------------------------------------------------------------------------
 
 
-def check_against_oracle() -> None:
+def check_against_oracle(shapes: Sequence[dict[str, Any]]) -> None:
     """A call of decodes and prefills against the oracle, or the program ends.
 
     On a CPU the TPU kernel runs in interpret mode, small; elsewhere the backend that would be
     measured runs, at size.
+
+    Args:
+      shapes: heads and options, fields of `Call`.
     """
     on_cpu = jax.default_backend() == "cpu"
     backend = "mosaic_tpu" if on_cpu else "auto"
     runs = ((2, 1, 45), (1, 19, 150), (1, 1, 7)) if on_cpu else CASES["mixed"]
     page_size = 4 if on_cpu else 16
-    for shape in _shapes().values():
+    for shape in shapes:
         if on_cpu:
             group = min(2, shape["num_heads"] // shape["num_kv_heads"])
             shape = shape | {"num_heads": group, "num_kv_heads": 1}

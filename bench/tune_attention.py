@@ -29,11 +29,19 @@ from bench._tpu_compile import DEVICES, as_if_on
 from pallas_paged import tuned
 from pallas_paged.ragged_paged_attention import mosaic_tpu
 
+# `allow_override`: other commands have flags of these names, and a process may import several.
 _GENERATIONS = flags.DEFINE_list(
-    "generations", ["v5e", "v6e", "tpu7x"], "TPU generations to find block sizes for."
+    "generations",
+    ["v5e", "v6e", "tpu7x"],
+    "TPU generations to find block sizes for.",
+    allow_override=True,
 )
-_PRESETS = flags.DEFINE_list("presets", list(PRESETS), f"Some of {', '.join(PRESETS)}.")
-_PAGE_SIZES = flags.DEFINE_list("page_sizes", ["16", "128"], "Tokens in a page.")
+_PRESETS = flags.DEFINE_list(
+    "presets", list(PRESETS), f"Some of {', '.join(PRESETS)}.", allow_override=True
+)
+_PAGE_SIZES = flags.DEFINE_list(
+    "page_sizes", ["16", "128"], "Tokens in a page.", allow_override=True
+)
 _FULL = flags.DEFINE_bool("full", False, "Try the full grid (hours) and not the likely ones.")
 _WRITE = flags.DEFINE_bool("write", False, "Write the best to pallas_paged/tuned/.")
 
