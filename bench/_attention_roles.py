@@ -42,7 +42,8 @@ def _loop(node: ts.Node) -> ts.Node | None:
     """The loop that a node is, or that it only guards."""
     if node.kind == "loop":
         return node
-    is_guard = not node.own.bundles and len(node.children) == 1
+    # On a v4 the delay slots of the loop's branch are the region's own.
+    is_guard = node.own.bundles <= 2 and len(node.children) == 1
     return node.children[0] if is_guard and node.children[0].kind == "loop" else None
 
 

@@ -322,16 +322,23 @@ def test_an_entry_stands_for_the_nearest_page_size(monkeypatch):
     assert tuned.find(None, _OP, page_size=16, **shape) is None
 
 
-def test_the_best_of_equals_takes_less_memory(run):
-    predictions = tuple(model.predict_from(_case(name), run.schedule) for name in CASES)
-    slower = tuple(dataclasses.replace(p, core_cycles=9 * p.core_cycles) for p in predictions)
-    lean = tuple(
-        dataclasses.replace(p, core_cycles=1.005 * p.core_cycles, vmem_bytes=1)
-        for p in predictions
-    )
-    config = predictions[0].config
-    refused = tune_attention.Trial(config, refusal="it does not compile")
-    trials = [refused, *(tune_attention.Trial(config, p) for p in (slower, predictions, lean))]
-    assert tune_attention.choose(trials) is trials[-1]
+def test_the_best_of_equals_keeps_the_core_free(run):
+    """Then memory decides; and no time a hundredth longer is chosen for either."""
+    right = tuple(model.predict_from(_case(name), run.schedule) for name in CASES)
+
+    def trial(**factors):
+        return tune_attention.Trial(
+            right[0].config,
+            tuple(
+                dataclasses.replace(p, **{k: getattr(p, k) * f for k, f in factors.items()})
+                for p in right
+            ),
+        )
+
+    refused = tune_attention.Trial(right[0].config, refusal="it does not compile")
+    slower = trial(core_cycles=0.9, hbm_cycles=9)
+    busier, leaner = trial(core_cycles=1.005, vmem_bytes=0.1), trial(vmem_bytes=0.5)
+    assert tune_attention.choose([refused, slower, trial(), busier, leaner]) is leaner
+    assert tune_attention.choose([refused, slower, busier]) is busier
     with pytest.raises(ValueError, match="no candidate compiled: .'it does not compile'"):
         tune_attention.choose([refused])
