@@ -4,7 +4,8 @@
 `predict` compiles each form of the call once for a generation, names the parts of the shipped
 kernel (`bench._attention_roles`), counts how often each runs for a case's lengths
 (`bench._attention_walk`) and adds up bundles. That the blocks and the DMAs come out as many as the
-case has is checked at every prediction.
+case has is checked at every prediction. Calls are compiled with room for all cases and counted as
+if they had room for their own lengths alone: S, M and T are nothing but constants in the kernel.
 
     python -m bench._tpu_schedule bench._attention_model:compile_target v6e '{"page_size": 128}'
 

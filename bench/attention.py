@@ -96,6 +96,8 @@ def main(argv: Sequence[str]) -> None:
     cases = _cases(_runs())
     plotted = _cases(_PLOTTED) if _PLOT.value else []
     on_cpu = _report.start_backends() == "cpu"
+    if on_cpu:
+        _require_supported([*cases, *plotted])
     check_against_oracle(list(_shapes().values()))
     record: dict[str, Any] = {"environment": _report.environment()}
     if on_cpu:
@@ -188,19 +190,22 @@ def _cases(runs: dict[str, Runs]) -> list[Case]:
         )
     # Room for what is plotted, too, so that all share their compiles.
     room = [*_runs().values(), *(_PLOTTED.values() if _PLOT.value else ())]
-    cases = [
+    return [
         Case(name, generation, lens, Call(**shape, page_size=page, **room_for(room, page)))
         for generation in _GENERATIONS.value
         for shape in _shapes().values()
         for name, lens in runs.items()
         for page in sorted({int(value) for value in _PAGE_SIZES.value})
     ]
+
+
+def _require_supported(cases: Sequence[Case]) -> None:
+    """Ends the program with the kernel's own sentence where it cannot run a case."""
     for case in cases:
         with as_if_on(case.generation):
             reason = case.call.unsupported()
         if reason:
             raise app.UsageError(f"{case.name} on {case.generation}: {reason}")
-    return cases
 
 
 # --- correctness ------------------------------------------------------------------------------
