@@ -98,6 +98,9 @@ def _looped(node: ts.Node, entered: Role, trips: Role) -> Roles:
 
 
 def _kernel(tree: ts.Node) -> Roles:
+    if len(tree.children) == 1 and tree.children[0].kind == "branch":
+        # Of a v5p's two cores one runs the kernel.
+        return {tree.path: CALL} | _kernel(tree.children[0])
     forms = [_form(child) for child in tree.children]
     _expect(tree, forms, ["", "", "close", "zero"])
     fill, guard, close, zero = tree.children
@@ -106,7 +109,7 @@ def _kernel(tree: ts.Node) -> Roles:
         raise _UnknownError("the kernel is not a loop that fills the ring and a walk of two forms")
     decode, prefill = walk.children
     return (
-        {(): CALL, fill.path: (FILL, "body"), guard.path: CALL, walk.path: WALK}
+        {tree.path: CALL, fill.path: (FILL, "body"), guard.path: CALL, walk.path: WALK}
         | _fill(fill)
         | _decodes(decode)
         | _prefill(prefill)
