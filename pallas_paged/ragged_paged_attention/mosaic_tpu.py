@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_paged import dispatch, layout, tuned
 from pallas_paged.ragged_paged_attention import mosaic_tpu_attend as attend
+from pallas_paged.ragged_paged_attention import mosaic_tpu_walk
 from pallas_paged.ragged_paged_attention.mosaic_tpu_attend import Score
 from pallas_paged.ragged_paged_attention.mosaic_tpu_operands import Heads
 from pallas_paged.ragged_paged_attention.mosaic_tpu_walk import (
@@ -85,9 +86,13 @@ def default_config(heads: Heads, page_size: int) -> Config:
     # A block of all heads is one straight body: 4,096 keys of heads are about 1,000 bundles.
     block_keys = max(128, min(1024, 4096 // heads.num_kv_heads // 128 * 128))
     while True:
+        pieces = block_keys // _piece(page_size, block_keys)
         for num_buffers, blocks_per_body in ((8, 4), (4, 2), (3, 1)):
             config = Config(block_keys, 128, num_buffers, blocks_per_body)
-            if fits(heads, config):
+            # More DMAs than a body writes out are issued before it, in a loop that nothing hides:
+            # not where fewer blocks at a time do without it.
+            is_looped = pieces <= mosaic_tpu_walk._MAX_UNROLL < blocks_per_body * pieces
+            if fits(heads, config) and not is_looped:
                 return config
         if block_keys == 128:
             return config
