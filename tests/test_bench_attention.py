@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -32,10 +33,13 @@ _TWO = dataclasses.replace(_ONE, ring=4, blocks_per_body=2)
 
 @contextlib.contextmanager
 def _flags(**values):
-    """The command's flags, as if given; other commands' flags of the same names have defaults."""
+    """The command's flags, as if given, whatever other commands have defined by their names."""
+    for holder in list(vars(attention).values()):
+        if isinstance(holder, flags.FlagHolder) and holder.name in flags.FLAGS:
+            delattr(flags.FLAGS, holder.name)
+    importlib.reload(attention)
     flags.FLAGS.mark_as_parsed()
-    defaults = {"generations": "v6e", "presets": "llama3-8b", "page_sizes": "16"}
-    with flagsaver.as_parsed(**defaults | values):
+    with flagsaver.as_parsed(**{"generations": "v6e", "page_sizes": "16"} | values):
         yield
 
 
