@@ -25,7 +25,7 @@ from bench import _attention_roles as parts
 from bench import _attention_walk as walk
 from bench import _tpu_schedule as ts
 from bench._attention_cases import Call, Case
-from bench._attention_walk import LONG, PREFILL, SINGLE
+from bench._attention_walk import FULL, PREFILL, SEVERAL, SINGLE
 from bench._tpu_compile import as_if_on
 from pallas_paged.ragged_paged_attention import mosaic_tpu
 
@@ -57,7 +57,7 @@ class Prediction:
       hbm_cycles: cycles that the kernel's transfers take at peak HBM bandwidth.
       num_dmas: DMAs of pages, or of parts of them.
       block_cycles: bundles of a decode's block, all that comes with each of them included (0
-        without decodes); of the long body where there is one.
+        without decodes); of the body of full blocks, of several or of one, the first that runs.
       block_hbm_cycles: cycles that the block takes at peak HBM bandwidth.
       fixed_cycles: bundles of a sequence outside its blocks, the call's start and end included (0
         unless all are decodes).
@@ -109,6 +109,9 @@ def predict(
       RuntimeError: libtpu is missing or failed.
       ValueError: the schedule is not the kernel's as it is known here.
     """
+    for case in cases:
+        if reason := unknown(case.call):
+            raise ValueError(f"{case.name} on {case.generation}: {reason}")
     forms = compiles(cases)
     jobs = [
         ts.Job(
@@ -124,6 +127,17 @@ def predict(
         zip(dict.fromkeys(forms.values()), ts.schedules(jobs, on_done=on_done), strict=True)
     )
     return [predict_from(case, compiled[forms[case]]) for case in cases]
+
+
+def unknown(call: Call) -> str | None:
+    """What of a call the model does not know, as a sentence; None if it knows it."""
+    entries = call.max_seqs * call.table_width
+    if entries <= mosaic_tpu._MAX_TABLE:
+        return None
+    return (
+        f"a page table of {entries} entries does not fit SMEM, and a streamed one is not "
+        "predicted; use longer pages or shorter sequences"
+    )
 
 
 def compiles(cases: Sequence[Case]) -> dict[Case, tuple[str, Call]]:
@@ -160,11 +174,12 @@ def _counts(case: Case, config: mosaic_tpu.Config) -> collections.Counter:
 
 def _runs(roles: parts.Roles, counts: collections.Counter) -> dict[tuple[int, ...], int]:
     """Path -> how often a node runs in the whole call."""
-    bodies = {place: counts[place, "body"] for place in (LONG, SINGLE, PREFILL)}
+    bodies = {place: counts[place, "body"] for place in (FULL, SEVERAL, SINGLE, PREFILL)}
     own = {
         parts.CALL: 1,
         parts.WALK: sum(bodies.values()),
-        parts.DECODES: bodies[LONG] + bodies[SINGLE],
+        parts.DECODES: bodies[FULL] + bodies[SEVERAL] + bodies[SINGLE],
+        parts.MIXED: bodies[SEVERAL] + bodies[SINGLE],
         parts.NEVER: 0,
     }
     return {path: own.get(role, counts[role]) for path, role in roles.items()}
@@ -195,30 +210,32 @@ def predict_from(case: Case, schedule: ts.Schedule) -> Prediction:
     bundles = dict.fromkeys(PARTS, 0.0)
     for node in tree.walk():
         bundles[_part(roles[node.path])] += node.own.bundles * runs[node.path]
-    block_cycles = {
+    body_cycles = {
         place: _body_cycles(place, tree, roles, blocks)
-        for place in (LONG, SINGLE)
+        for place in (FULL, SEVERAL, SINGLE)
         if counts[place, "body"]
     }
-    in_blocks = sum(cycles * counts[place, "body"] for place, cycles in block_cycles.items())
+    per_body = _blocks_of_bodies(blocks)
+    in_blocks = sum(cycles * counts[place, "body"] for place, cycles in body_cycles.items())
     is_all_decodes = case.num_decodes == len(case.lens)
     spills: dict[str, float] = {}
     for node in tree.walk():
         place, event = roles[node.path]
         name = event if place == PREFILL else "decode" if event == "body" else ""
         if node.own.slots.get("MATMUL") and name in ("masked", "unmasked", "decode"):
-            spills.setdefault(name, _spills(node.own))  # of a decode: the long body stands first
+            spills.setdefault(name, _spills(node.own))  # of a decode: of full blocks, the first
     itemsize = jnp.dtype(case.call.dtype).itemsize
     row = case.call.num_heads * case.call.heads.lanes * itemsize
     pages = num_dmas * blocks.piece * case.call.slot_bytes // case.call.heads.lane_tiles
-    long_blocks = blocks.blocks_per_body if counts[LONG, "body"] else 1
     return Prediction(
         case=case,
         config=config,
         core_cycles=total.bundles,
         hbm_cycles=ts.hbm_cycles(pages + 2 * case.num_tokens * row, case.generation),
         num_dmas=num_dmas,
-        block_cycles=next(iter(block_cycles.values()), 0.0) / long_blocks,
+        block_cycles=next(
+            (cycles / per_body[place] for place, cycles in body_cycles.items()), 0.0
+        ),
         block_hbm_cycles=ts.hbm_cycles(
             blocks.pieces * blocks.piece * case.call.slot_bytes, case.generation
         ),
@@ -241,7 +258,7 @@ def _part(role: parts.Role) -> str:
     place, event = role
     if place == walk.FILL or role in (parts.CALL, parts.NEVER):
         return "start and end"
-    if role in (parts.WALK, parts.DECODES) or role == (PREFILL, "body"):
+    if role in (parts.WALK, parts.DECODES, parts.MIXED) or role == (PREFILL, "body"):
         return "between bodies"
     if event == "body":
         return "decode bodies"
@@ -254,12 +271,19 @@ def _part(role: parts.Role) -> str:
     return "ends of prefills" if event == "last" else "windows"
 
 
+def _blocks_of_bodies(blocks: walk.Blocks) -> dict[str, int]:
+    """Body -> the blocks that it takes."""
+    many = blocks.blocks_per_body
+    return {FULL: many, SEVERAL: many, SINGLE: 1, PREFILL: 1}
+
+
 def _body_cycles(place: str, tree: ts.Node, roles: parts.Roles, blocks: walk.Blocks) -> float:
     """Bundles that a decode's body takes with every one of its trips."""
     cycles = 0.0
     for node in tree.walk():
         role = roles[node.path]
-        if role in (parts.WALK, parts.DECODES, (place, "body")):
+        is_on_its_way = role == parts.MIXED and place != FULL
+        if role in (parts.WALK, parts.DECODES, (place, "body")) or is_on_its_way:
             cycles += node.own.bundles
         elif role[0] == place and role[1].startswith("pieces"):
             cycles += node.own.bundles * blocks.pieces
@@ -288,7 +312,7 @@ def _check(case, blocks, tree, roles, runs, counts) -> int:
     wanted_blocks = sum(unit.num_blocks(blocks.pieces) for unit in units)
     wanted = sum(unit.end_piece - unit.first_piece for unit in units)
     wanted *= case.call.heads.lane_tiles
-    per_body = {LONG: blocks.blocks_per_body, SINGLE: 1, PREFILL: 1}
+    per_body = _blocks_of_bodies(blocks)
     taken = sum(counts[place, "body"] * number for place, number in per_body.items())
     sent = counts[walk.FILL, "pieces0"] * case.call.heads.lane_tiles
     scheduled, predicated = 0.0, 0

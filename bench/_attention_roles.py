@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench import _tpu_schedule as ts
-from bench._attention_walk import END, FILL, LONG, PREFILL, SINGLE
+from bench._attention_walk import DECODE, END, FILL, FULL, PREFILL, SEVERAL, SINGLE
 
 # (place, event), as in `trips`; these events are the kernel's own and not counted there.
 CALL = (END, "call")
 WALK = (END, "walk")  # one trip a body
 DECODES = (END, "decodes")  # the bodies that are a decode's
+MIXED = (END, "mixed")  # those of them that are not of full blocks
 NEVER = (END, "never")
 Role = tuple[str, str]
 Roles = dict[tuple[int, ...], Role]
@@ -124,7 +125,7 @@ def _fill(fill: ts.Node) -> Roles:
     return _find(find, FILL, 0) | _looped(pieces, (FILL, "fetch0"), (FILL, "pieces0"))
 
 
-def _find(node: ts.Node, place: str, b: int) -> Roles:
+def _find(node: ts.Node, place: str, b: int | str) -> Roles:
     search = _looped(node.children[0], (place, f"skip{b}"), (place, f"skip_trips{b}"))
     return {node.path: (place, f"find{b}")} | search
 
@@ -156,31 +157,48 @@ def _open(node: ts.Node, place: str) -> Roles:
 
 
 def _decodes(node: ts.Node) -> Roles:
-    """The decodes' side of the walk: one body, or one of many blocks and one of a single one."""
-    if _form(node) == "products":
-        return _decode(node, SINGLE)
-    _expect(node, [_form(child) for child in node.children], ["products", "products"])
-    long, single = node.children
-    return {node.path: DECODES} | _decode(long, LONG) | _decode(single, SINGLE)
+    """The decodes' side of the walk: a window, then one of the bodies."""
+    if _form(node) == "products":  # one block at a time: the body is the region itself
+        return _first(node.children[0]) | _decode(node, SINGLE, node.children[1:])
+    _expect(
+        node, [_form(child) for child in node.children],
+        ["first", "products", ""], ["open", "products", ""],
+    )  # fmt: skip
+    first, full, mixed = node.children
+    _expect(mixed, [_form(child) for child in mixed.children], ["products", "products"])
+    several, single = mixed.children
+    return (
+        {node.path: DECODES, mixed.path: MIXED}
+        | _first(first)
+        | _decode(full, FULL, full.children)
+        | _decode(several, SEVERAL, several.children)
+        | _decode(single, SINGLE, single.children)
+    )
 
 
-def _decode(node: ts.Node, place: str) -> Roles:
-    forms = [_form(child) for child in node.children]
+def _first(node: ts.Node) -> Roles:
+    """A decode's window, where its first block opens one."""
+    if _form(node) == "open":
+        return _open(node, DECODE)
+    _expect(node, [_form(node)], ["first"])
+    return {node.path: (DECODE, "first")} | _open(node.children[0], DECODE)
+
+
+def _decode(node: ts.Node, place: str, children: Sequence[ts.Node]) -> Roles:
+    """A body of decodes, by those of its children that find and fetch blocks."""
+    forms = [_form(child) for child in children]
     pieces = ["pieces"] * forms.count("pieces")
-    finds = ["finds" if place == LONG else "find"]
-    _expect(node, forms, ["first", *finds, *pieces], ["open", *finds, *pieces])
     found = {node.path: (place, "body")}
-    first, fetch, *loops = node.children
-    if forms[0] == "first":
-        found[first.path] = (place, "first")
-        (first,) = first.children
-    found |= _open(first, place)
-    if place == LONG:
-        found[fetch.path] = (place, "slow")
-        for b, find in enumerate(fetch.children):
-            found |= _find(find, place, b)
+    if place == SINGLE:
+        _expect(node, forms, ["find", *pieces])
+        find, *loops = children
+        found |= _find(find, place, 0)
     else:
-        found |= _find(fetch, place, 0)
+        _expect(node, forms, ["find", "finds", *pieces])
+        find, fetch, *loops = children
+        found |= _find(find, place, "") | {fetch.path: (place, "slow")}
+        for b, one in enumerate(fetch.children):
+            found |= _find(one, place, b)
     for b, loop in enumerate(loops):
         found |= _looped(loop, (place, f"fetch{b}"), (place, f"pieces{b}"))
     return found

@@ -1,9 +1,9 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """The walk of the TPU attention on paper: what its kernel does for given lengths, counted.
 
-The same control flow as `mosaic_tpu_walk.kernel`, function by function, on plain integers and
-without the arithmetic. `trips` runs it and counts what `bench._attention_model` weighs the compiled
-schedule with.
+The same control flow as `mosaic_tpu_walk.kernel` and what it calls, function by function, on plain
+integers and without the arithmetic. `trips` runs it and counts what `bench._attention_model` weighs
+the compiled schedule with.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from pallas_paged.ragged_paged_attention import mosaic_tpu
-from pallas_paged.ragged_paged_attention.mosaic_tpu_walk import ROW_TILE
+from pallas_paged.ragged_paged_attention import mosaic_tpu, mosaic_tpu_refs
+from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import ROW_TILE
 
-# The bodies: many blocks of a decode, one block of a decode, one block of a prefill; and what runs
-# before and after all bodies.
-LONG, SINGLE, PREFILL, FILL, END = "long", "single", "prefill", "fill", "end"
+# The bodies: many full blocks of a decode (or of two), many blocks of any decodes, one block of a
+# decode, one block of a prefill.
+FULL, SEVERAL, SINGLE, PREFILL = "full", "several", "single", "prefill"
+# What runs before a decode's body, before all bodies, and after them.
+DECODE, FILL, END = "decode", "fill", "end"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Blocks:
 
     Attributes:
       block, window, ring, blocks_per_body: see mosaic_tpu.Config: keys of a block, rows of a
-        window, blocks in VMEM and of a long decode's body.
+        window, blocks in VMEM and of a decode's long bodies.
+      full_parts: decodes that a body of full blocks is of: see mosaic_tpu_refs.Walk.
       page_size: tokens of a page.
       piece: tokens that one DMA brings.
     """
@@ -38,6 +41,7 @@ class Blocks:
     blocks_per_body: int
     page_size: int
     piece: int
+    full_parts: int = 1
 
     @property
     def pieces(self) -> int:
@@ -47,6 +51,8 @@ class Blocks:
 
 def blocks_of(config: mosaic_tpu.Config, page_size: int) -> Blocks:
     """The sizes that a config gives with pages of a size."""
+    many = config.blocks_per_body
+    is_long = many * config.block_keys >= mosaic_tpu_refs._LONG_BODY and many % 2 == 0
     return Blocks(
         block=config.block_keys,
         window=config.window_rows,
@@ -54,6 +60,7 @@ def blocks_of(config: mosaic_tpu.Config, page_size: int) -> Blocks:
         blocks_per_body=config.blocks_per_body,
         page_size=page_size,
         piece=mosaic_tpu._piece(page_size, config.block_keys),
+        full_parts=2 if is_long else 1,
     )
 
 
@@ -86,12 +93,13 @@ def trips(
       sliding_window: keys that a query looks back on.
 
     Returns:
-      (place, event) -> count. Places are FILL, LONG, SINGLE, PREFILL and END. Events: "body";
-      "first" (a unit's first body); "open", "close", "gather" and "gather_trips", "zero" and
-      "zero_trips", "keep", "tiles" of windows; "slow" (fetches that went block by block),
-      "find<b>", "skip<b>" and "skip_trips<b>" of the b-th block fetched, "fetch<b>" and
-      "pieces<b>"; of a prefill "last", and "masked", "masked_fetch" and "masked_pieces" and the
-      same with "unmasked".
+      (place, event) -> count. Places are FILL, DECODE, FULL, SEVERAL, SINGLE, PREFILL and END.
+      Events: "body"; of windows, of DECODE, PREFILL or END, "first" (a unit's first body), "open",
+      "close", "gather" and "gather_trips", "zero" and "zero_trips", "keep", "tiles"; "find",
+      "skip" and "skip_trips" (a unit found before many blocks are fetched); "slow" (fetches that
+      went block by block), "find<b>", "skip<b>" and "skip_trips<b>" of the b-th block fetched,
+      "fetch<b>" and "pieces<b>"; of a prefill "last", and "masked", "masked_fetch" and
+      "masked_pieces" and the same with "unmasked".
     """
     return _Walk(lens, blocks, sliding_window).run()
 
@@ -151,36 +159,30 @@ class _Walk:
         for _ in range(self.blocks.ring - self.blocks.blocks_per_body):
             self.count(FILL, "body")
             self.next_fetches(FILL, 1)
-        for unit in self.units:
-            block, num_blocks = 0, unit.num_blocks(self.blocks.pieces)
-            while block < num_blocks:
-                place, number = self.body_of(unit, block)
-                self.body(place, number, unit, block, num_blocks)
-                block += number
-                self.window_end = unit.end
-        if self.taken != self.fetched:
-            raise AssertionError(f"fetched {self.fetched} blocks, took {self.taken}")
+        index = block = 0
+        while self.taken < self.fetched:
+            index, block = self.step(index, block)
+        if index != len(self.units):
+            raise AssertionError(f"took the blocks of {index} units of {len(self.units)}")
         self.close_window(END)
         self.zero_until(END, self.num_tokens)
         return self.counts
 
-    def body_of(self, unit: _Unit, block: int) -> tuple[str, int]:
-        """Which body takes a unit's next block, and how many blocks it takes."""
-        if not unit.is_decode:
-            return PREFILL, 1
-        many = self.blocks.blocks_per_body
-        end = (unit.first_piece + (block + many) * self.blocks.pieces) * self.blocks.piece
-        return (LONG, many) if many > 1 and end <= unit.key_end else (SINGLE, 1)
-
-    def body(self, place: str, number: int, unit: _Unit, block: int, num_blocks: int) -> None:
-        self.count(place, "body")
+    def step(self, index: int, block: int) -> tuple[int, int]:
+        """Takes the next block, or blocks; returns the unit and the block behind them."""
+        unit = self.units[index]
         if block == 0:
-            self.count(place, "first")
-            is_inside = self.window <= unit.row < self.window + self.blocks.window
-            if place == PREFILL or not is_inside or self.kind != "decodes":
-                self.open_window(place, unit.row)
-        num_pieces = self.next_fetches(place, number)
-        self.taken += number
+            self.count(DECODE if unit.is_decode else PREFILL, "first")
+        taken = [(index, block)]
+        if unit.is_decode:
+            place = self.decode(unit, block, taken)
+        else:
+            place = PREFILL
+            if block == 0:
+                self.open_window(PREFILL, unit.row)
+        self.count(place, "body")
+        num_pieces = self.next_fetches(place, len(taken))
+        self.taken += len(taken)
         if self.taken > self.fetched:
             raise AssertionError(f"took {self.taken} blocks of {self.fetched} fetched")
         if place == PREFILL:
@@ -188,7 +190,59 @@ class _Walk:
             self.count(place, form)
             self.count(place, f"{form}_fetch", num_pieces > 0)
             self.count(place, f"{form}_pieces", num_pieces)
-            self.count(place, "last", block + 1 == num_blocks)
+            self.count(place, "last", block + 1 == unit.num_blocks(self.blocks.pieces))
+        self.window_end = self.units[taken[-1][0]].end
+        return self.behind(taken[-1])
+
+    def decode(self, unit: _Unit, block: int, taken: list[tuple[int, int]]) -> str:
+        """Which body takes a decode's next block; adds the blocks behind it that it takes."""
+        is_inside = self.window <= unit.row < self.window + self.blocks.window
+        if block == 0 and (not is_inside or self.kind != "decodes"):
+            self.open_window(DECODE, unit.row)
+        many, parts = self.blocks.blocks_per_body, self.blocks.full_parts
+        if many == 1:
+            return SINGLE
+        is_there = self.taken + many <= self.fetched
+        full, is_full = self.full_part(taken[0])
+        for _ in range(1, parts):
+            at = self.behind(full[-1])
+            is_full = is_full and is_there and self.is_near(at)
+            more, is_more_full = self.full_part(at) if is_full else ([at], False)
+            is_full &= is_more_full
+            full += more
+        if is_full:
+            taken[:] = full
+            return FULL
+        several = [taken[0]]
+        while is_there and len(several) < many:
+            several.append(self.behind(several[-1]))
+            is_there = self.is_near(several[-1])
+        if is_there:
+            taken[:] = several
+            return SEVERAL
+        return SINGLE
+
+    def full_part(self, at: tuple[int, int]) -> tuple[list[tuple[int, int]], bool]:
+        """Blocks of a decode from one on that are a part of a full body, if they are full."""
+        index, block = at
+        number = self.blocks.blocks_per_body // self.blocks.full_parts
+        unit = self.units[index]
+        end = (unit.first_piece + (block + number) * self.blocks.pieces) * self.blocks.piece
+        return [(index, block + b) for b in range(number)], end <= unit.key_end
+
+    def is_near(self, at: tuple[int, int]) -> bool:
+        """Whether a unit is known, and a decode whose row is in the window."""
+        index, _ = at
+        if index >= self.found:
+            return False
+        unit = self.units[index]
+        return unit.is_decode and self.window <= unit.row < self.window + self.blocks.window
+
+    def behind(self, at: tuple[int, int]) -> tuple[int, int]:
+        """The block behind one: (number of the unit, its block)."""
+        index, block = at
+        is_over = block + 1 == self.units[index].num_blocks(self.blocks.pieces)
+        return (index + 1, 0) if is_over else (index, block + 1)
 
     def is_edge(self, unit: _Unit, block: int) -> bool:
         first_piece = unit.first_piece + block * self.blocks.pieces
@@ -201,14 +255,20 @@ class _Walk:
 
     def next_fetches(self, place: str, number: int) -> int:
         """Fetches some blocks and returns their pieces."""
+        if number > 1 and self.is_over():
+            self.find_unit(place, "")
         is_within = number > 1 and self.ahead_end - self.ahead >= number * self.blocks.pieces
         self.count(place, "slow", not is_within)
         num_pieces = 0
         for b in range(number):
-            if self.ahead >= self.ahead_end and not self.is_searched:
+            if not is_within and self.is_over():
                 self.find_unit(place, b)
             num_pieces += self.fetch(place, b)
         return num_pieces
+
+    def is_over(self) -> bool:
+        """Whether the unit that is being fetched is all fetched, and there may be another."""
+        return self.ahead >= self.ahead_end and not self.is_searched
 
     def fetch(self, place: str, b: int) -> int:
         num_pieces = max(0, min(self.ahead_end - self.ahead, self.blocks.pieces))
@@ -219,7 +279,7 @@ class _Walk:
             self.count(place, f"pieces{b}", num_pieces)
         return num_pieces
 
-    def find_unit(self, place: str, b: int) -> None:
+    def find_unit(self, place: str, b: int | str) -> None:
         self.count(place, f"find{b}")
         is_found = self.found < len(self.units)
         skipped = self.units[self.found].skipped if is_found else self.last_search or 0

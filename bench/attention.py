@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 from bench import _clock, _report
 from bench import _tpu_schedule as ts
 from bench._attention_cases import CASES, PRESETS, Call, Case, Runs, room_for
-from bench._attention_model import Prediction, compiles, predict
+from bench._attention_model import Prediction, compiles, predict, unknown
 from bench._tpu_compile import as_if_on
 
 # `allow_override`: other commands have flags of these names, and a process may import several.
@@ -203,7 +203,7 @@ def _require_supported(cases: Sequence[Case]) -> None:
     """Ends the program with the kernel's own sentence where it cannot run a case."""
     for case in cases:
         with as_if_on(case.generation):
-            reason = case.call.unsupported()
+            reason = case.call.unsupported() or unknown(case.call)
         if reason:
             raise app.UsageError(f"{case.name} on {case.generation}: {reason}")
 

@@ -54,7 +54,7 @@ _EQUAL = 1.01
 _GRID = tuple(
     (keys, rows, *ring)
     for keys, rows, ring in itertools.product(
-        (128, 256, 512, 1024, 2048), (128, 256), ((3, 1), (4, 2), (6, 3), (8, 4))
+        (128, 256, 512, 1024, 2048), (128, 256), ((3, 1), (4, 2), (8, 4), (16, 8))
     )
 )
 
@@ -138,9 +138,14 @@ def _trials(generation: str, preset: str, page_size: int) -> Iterator[Trial]:
 
 
 def _likely(num_kv_heads: int) -> list[tuple[int, int, int, int]]:
-    """The grid around blocks that are one body of some thousand bundles: see default_config."""
+    """The grid around what default_config takes, no body longer than its longest."""
     block_keys = (512, 1024) if num_kv_heads < 8 else (256, 512)
-    return [(keys, 128, *ring) for keys in block_keys for ring in ((4, 2), (8, 4))]
+    return [
+        (keys, 128, buffers, body)
+        for keys in block_keys
+        for buffers, body in ((4, 2), (8, 4), (16, 8))
+        if keys * body * num_kv_heads <= mosaic_tpu._MAX_BODY
+    ]
 
 
 def choose(trials: Sequence[Trial]) -> Trial:

@@ -14,6 +14,7 @@ from jax import lax
 import pallas_paged
 from bench._tpu_compile import TOPOLOGIES, aot_compile, mesh_of
 from pallas_paged import layout
+from pallas_paged.ragged_paged_attention import mosaic_tpu
 from pallas_paged.ragged_paged_attention.mosaic_tpu import Config
 from tests.test_compiled import large_results
 
@@ -39,9 +40,13 @@ def _metadata(max_seqs=8, table_width=40):
 
 def _compile(
     generation, heads, head_dim, page_size, dtype, pool_dtype, *, num_tokens=709, config=None,
-    has_window=False, has_sinks=False, scale="none", **static,
+    has_window=False, has_sinks=False, scale="none", form="read_only", metadata=None, **static,
 ):
-    """The public op, compiled for a TPU generation; and the pool."""
+    """A public op, compiled for a TPU generation; and the pool.
+
+    Args:
+      form: "read_only", or "write" for `write_and_attend` with k and v [T, K*H].
+    """
     num_heads, num_kv_heads = heads
     pool = _pool(num_kv_heads, head_dim, page_size, pool_dtype)
     arrays = {}
@@ -53,14 +58,24 @@ def _compile(
         shape = (num_kv_heads,) if scale == "head" else ()
         arrays |= {name: Struct(shape, jnp.float32) for name in ("k_scale", "v_scale")}
 
-    def call(q, pool, metadata, arrays):
-        return pallas_paged.ragged_paged_attention(
-            q, pool, *metadata, **arrays, **static, num_kv_heads=num_kv_heads, config=config,
-            sm_scale=head_dim**-0.5, backend="mosaic_tpu",
-        )
-
+    options = static | {
+        "num_kv_heads": num_kv_heads, "config": config, "sm_scale": head_dim**-0.5,
+        "backend": "mosaic_tpu",
+    }
     q = Struct((num_tokens, num_heads, head_dim), jnp.dtype(dtype))
-    return aot_compile(call, (q, pool, _metadata(), arrays), generation), pool
+    if form == "read_only":
+        op, tensors, donated = pallas_paged.ragged_paged_attention, (q, pool), ()
+    else:
+        new = Struct((num_tokens, num_kv_heads * head_dim), q.dtype)
+        op, tensors, donated = pallas_paged.write_and_attend, (q, new, new, pool), (3,)
+
+    def call(*args):
+        *tensors, metadata, arrays = args
+        return op(*tensors, *metadata, **arrays, **options)
+
+    args = (*tensors, metadata or _metadata(), arrays)
+    jit_kwargs = {"donate_argnums": donated} if donated else {}
+    return aot_compile(call, args, generation, jit_kwargs=jit_kwargs), pool
 
 
 def _size(x):
@@ -68,11 +83,16 @@ def _size(x):
 
 
 def _every_kind():
-    """Generation x pool dtype; everything else is cycled, in cycles that drift past one another."""
+    """Generation x pool dtype; everything else is cycled, in cycles that drift past one another.
+
+    The heads of a large model, (32, 8), take the compiler long: they come with heads of 128.
+    """
     heads = itertools.cycle(((2, 1), (3, 3), (4, 1), (12, 2), (2, 1), (5, 1), (32, 8)))
     head_dims = itertools.cycle((128, 64, 80, 256, 96, 192, 128, 32))
+    # No cycle covers all pairs: this was searched for.
+    forms = iter("rrwww" "rwrrr" "wrrrr" "wwwrw" "wwrww")
     page_sizes = itertools.cycle((16, 256, 33, 1, 64, 131))
-    dtypes = itertools.cycle(("bfloat16", "bfloat16", "bfloat16", "float32"))
+    dtypes = itertools.cycle(("bfloat16", "bfloat16", "float32", "float32", "bfloat16", "bfloat16"))
     scales = itertools.cycle(("head", "tensor", "none", "head"))
     soft_caps = itertools.cycle((None, 30.0))
     yes = {
@@ -83,10 +103,16 @@ def _every_kind():
     }
     for generation, pool_dtype in itertools.product(GENERATIONS, POOL_DTYPES):
         is_small = jnp.dtype(pool_dtype).itemsize == 1
+        of_heads, head_dim = next(heads), next(head_dims)
+        # 12 of 256 leave no room in a v4's VMEM for new tokens.
+        head_dim = 128 if of_heads == (32, 8) else min(head_dim, 3072 // of_heads[0] // 2)
+        # Large blocks of several heads take the compiler long.
+        config = Config(128, 128, 4, 2) if of_heads[1] > 1 or head_dim > 128 else None
         yield (
-            (generation, next(heads), next(head_dims), next(page_sizes), next(dtypes), pool_dtype),
+            (generation, of_heads, head_dim, next(page_sizes), next(dtypes), pool_dtype),
             {name: next(values) for name, values in yes.items()}
-            | {"soft_cap": next(soft_caps), "scale": next(scales) if is_small else "none"},
+            | {"soft_cap": next(soft_caps), "scale": next(scales) if is_small else "none"}
+            | {"form": {"r": "read_only", "w": "write"}[next(forms)], "config": config},
         )
 
 
@@ -97,6 +123,7 @@ def _id(call):
     (generation, heads, head_dim, page_size, dtype, pool_dtype), options = call
     names = [name for name, value in options.items() if value is True]
     names += ["soft_cap"] * bool(options["soft_cap"]) + [f"scale_{options['scale']}"]
+    names.append(options["form"])
     return "-".join(
         [generation, f"N{heads[0]}K{heads[1]}", f"H{head_dim}", f"p{page_size}", dtype]
         + [f"on_{pool_dtype}", *names]
@@ -111,9 +138,15 @@ def test_every_kind_compiles_without_a_copy_of_the_pool(call):
     assert "tpu_custom_call" in hlo, "the kernel is not in the program"
     found = large_results(hlo, _size(pool))
     assert not found, found[0][1][:300]
-    # Read only: nothing of the pool goes out, in its own buffer or another.
-    assert memory.alias_size_in_bytes == 0 and "input_output_alias" not in hlo
-    assert memory.output_size_in_bytes < 64 * 2**20 < _size(pool)
+    if options["form"] == "read_only":  # nothing of the pool goes out, in its buffer or another
+        assert memory.alias_size_in_bytes == 0 and "input_output_alias" not in hlo
+        assert memory.output_size_in_bytes < 64 * 2**20 < _size(pool)
+    else:  # one kernel, into the pool's own buffer
+        assert hlo.count('custom_call_target="tpu_custom_call"') == 1
+        assert "write_and_attend_block" in hlo and "input_output_alias" in hlo
+        assert _size(pool) <= memory.alias_size_in_bytes <= memory.output_size_in_bytes
+        assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 64 * 2**20
+    assert memory.temp_size_in_bytes < 128 * 2**20 < _size(pool)
 
 
 def test_coverage():
@@ -130,14 +163,19 @@ def test_coverage():
     options = ("has_window", "has_sinks", "return_lse", "causal")
     for generation_or_type in ("generation", "pool_dtype"):
         values = {row[generation_or_type] for row in rows}
-        for name in (*options, "soft_cap", "dtype"):
+        for name in (*options, "soft_cap", "dtype", "form"):
             there = {row[name] for row in rows}
             missing = set(itertools.product(values, there)) - pairs(generation_or_type, name)
             assert not missing, (generation_or_type, name, missing)
-    for a, b in itertools.combinations((*options, "soft_cap"), 2):
+    for a, b in itertools.combinations((*options, "soft_cap", "form", "dtype"), 2):
         assert len(pairs(a, b)) == 4, (a, b)
     assert {row["head_dim"] for row in rows} == {32, 64, 80, 96, 128, 192, 256}
     assert {row["page_size"] for row in rows} == {1, 16, 33, 64, 131, 256}
+    for form in ("read_only", "write"):
+        of_form = [row for row in rows if row["form"] == form]
+        assert {row["head_dim"] for row in of_form} >= {32, 64, 96, 128, 192, 256}, form
+        assert (32, 8) in {row["heads"] for row in of_form}, form
+        assert sum(row["config"] is None for row in of_form) >= 4, form
     assert sum(row["heads"] == (32, 8) for row in rows) >= 3
     small = ("float8_e4m3fn", "float8_e5m2", "int8")
     scales = itertools.product(small, ("head", "tensor", "none"))
@@ -166,71 +204,89 @@ def test_config_is_in_the_kernels_name():
 
 # So many tokens that q is as large as a VMEM and XLA cannot hide a copy of it there.
 CHAIN_TOKENS = 262144
+# The most that the fused form takes of one head, by far: k is smaller than a VMEM, but the kernel
+# has all of that to itself.
+FUSED_CHAIN_TOKENS = 65536
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, WIDTH, PAGE_SIZE = 4, 2, 128, 1024, 16
 
 
-def _rope(x, cos, sin, num_heads):
+def _rope(x, cos, sin):
     """RoPE of [T, heads*H] one head's whole lanes at a time: the form that XLA fuses."""
     heads = []
-    for head in jnp.split(x.astype(jnp.float32), num_heads, axis=1):
+    for head in jnp.split(x.astype(jnp.float32), x.shape[1] // HEAD_DIM, axis=1):
         turned = jnp.roll(head, HEAD_DIM // 2, axis=1)
         heads.append((head * cos + turned * sin).astype(x.dtype))
     return jnp.concatenate(heads, axis=1)
 
 
-def _layer(pool, x, weights, rotation, page_ids, metadata, first_page):
+def _layer(form, pool, x, weights, rotation, page_ids, metadata, first_page):
     """Projections, RoPE, a write, attention and the output projection: [T, D] and the pool."""
     w_q, w_k, w_v, w_o = weights
     kv_lens, page_indices, cu_q_lens, num_seqs = metadata
-    q, k = _rope(x @ w_q, *rotation, NUM_HEADS), _rope(x @ w_k, *rotation, NUM_KV_HEADS)
-    options = {"num_kv_heads": NUM_KV_HEADS, "backend": "mosaic_tpu"}
-    ids = jnp.where(page_ids >= 0, page_ids + first_page, -1)
-    pool = pallas_paged.page_write(pool, k, x @ w_v, ids, **options)
-    out = pallas_paged.ragged_paged_attention(
-        q.reshape(-1, NUM_HEADS, HEAD_DIM), pool, kv_lens, page_indices + first_page, cu_q_lens,
-        num_seqs, sm_scale=HEAD_DIM**-0.5, **options,
-    )
+    q, k, v = _rope(x @ w_q, *rotation), _rope(x @ w_k, *rotation), x @ w_v
+    q = q.reshape(-1, NUM_HEADS, HEAD_DIM)
+    metadata = kv_lens, page_indices + first_page, cu_q_lens, num_seqs
+    options = {"num_kv_heads": k.shape[1] // HEAD_DIM, "backend": "mosaic_tpu"}
+    if form == "write":
+        out, pool = pallas_paged.write_and_attend(
+            q, k, v, pool, *metadata, sm_scale=HEAD_DIM**-0.5, **options
+        )
+    else:
+        ids = jnp.where(page_ids >= 0, page_ids + first_page, -1)
+        pool = pallas_paged.page_write(pool, k, v, ids, **options)
+        out = pallas_paged.ragged_paged_attention(
+            q, pool, *metadata, sm_scale=HEAD_DIM**-0.5, **options
+        )
     return out.reshape(-1, NUM_HEADS * HEAD_DIM) @ w_o, pool
 
 
-def _chain_args(pool, num_layers):
+def _chain_args(pool, num_layers, num_tokens, num_kv_heads):
     bf16, f32 = jnp.bfloat16, jnp.float32
-    q_width, kv_width = NUM_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM
+    q_width, kv_width = NUM_HEADS * HEAD_DIM, num_kv_heads * HEAD_DIM
     shapes = [(WIDTH, q_width), (WIDTH, kv_width), (WIDTH, kv_width), (q_width, WIDTH)]
     return (
         pool,
-        Struct((CHAIN_TOKENS, WIDTH), bf16),
+        Struct((num_tokens, WIDTH), bf16),
         tuple(Struct((num_layers, *shape), bf16) for shape in shapes),
-        tuple(Struct((CHAIN_TOKENS, HEAD_DIM), f32) for _ in ("cos", "sin")),
-        Struct((CHAIN_TOKENS // PAGE_SIZE,), jnp.int32),
+        tuple(Struct((num_tokens, HEAD_DIM), f32) for _ in ("cos", "sin")),
+        Struct((num_tokens // PAGE_SIZE,), jnp.int32),
         _metadata(table_width=2048),
     )
 
 
-@pytest.mark.parametrize("generation", ["v5e", "v6e"])
-def test_scan_over_layers_copies_nothing(generation):
+@pytest.mark.parametrize(
+    ("generation", "form", "num_tokens", "num_kv_heads"),
+    [
+        ("v5e", "read_only", CHAIN_TOKENS, NUM_KV_HEADS), ("v6e", "write", FUSED_CHAIN_TOKENS, 1),
+        ("v6e", "read_only", CHAIN_TOKENS, NUM_KV_HEADS), ("v5e", "write", FUSED_CHAIN_TOKENS, 1),
+    ],
+)  # fmt: skip
+def test_scan_over_layers_copies_nothing(generation, form, num_tokens, num_kv_heads):
     """Neither the pool, nor q, k, v or the attention's output, from projection to projection."""
     num_layers = 4
-    pool = _pool(NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, "bfloat16", min_bytes=2**30)
+    pool = _pool(num_kv_heads, HEAD_DIM, PAGE_SIZE, "bfloat16", min_bytes=2**30)
     num_pages = pool.shape[0] // num_layers
 
     def model(pool, x, weights, rotation, page_ids, metadata):
         def body(carry, layer):
-            index, weights = layer
-            x, pool = carry
-            y, pool = _layer(pool, x, weights, rotation, page_ids, metadata, index * num_pages)
+            (x, pool), (index, weights) = carry, layer
+            y, pool = _layer(
+                form, pool, x, weights, rotation, page_ids, metadata, index * num_pages
+            )
             return (x + y, pool), None
 
         layers = (jnp.arange(num_layers, dtype=jnp.int32), weights)
         return lax.scan(body, (x, pool), layers)[0]
 
     compiled = aot_compile(
-        model, _chain_args(pool, num_layers), generation, jit_kwargs={"donate_argnums": (0, 1)}
+        model, _chain_args(pool, num_layers, num_tokens, num_kv_heads), generation,
+        jit_kwargs={"donate_argnums": (0, 1)},
     )
     hlo = compiled.as_text()
     assert " while(" in hlo  # the loop was not unrolled away
-    assert hlo.count('custom_call_target="tpu_custom_call"') >= 2
-    kv_bytes = CHAIN_TOKENS * NUM_KV_HEADS * HEAD_DIM * 2
+    num_kernels = hlo.count('custom_call_target="tpu_custom_call"')
+    assert num_kernels == 1 if form == "write" else num_kernels >= 2
+    kv_bytes = num_tokens * num_kv_heads * HEAD_DIM * 2
     assert {opcode for opcode, _ in large_results(hlo, kv_bytes)} <= {"fusion"}
     assert not large_results(hlo, _size(pool))
     found = _moving_fusions(hlo, kv_bytes)
@@ -346,11 +402,10 @@ def test_refuses_what_vmem_cannot_hold():
     assert "and 64 MiB are there" in _refusal("tpu7x", q, pool, _metadata())
 
 
-def test_refuses_a_table_that_smem_cannot_hold():
+def test_refuses_more_sequences_than_smem_holds():
     q, pool = Struct((64, 2, 128), jnp.bfloat16), _pool(1, 128, 16, "bfloat16")
-    message = _refusal("v6e", q, pool, _metadata(500, 401))
-    assert "a page table of 200500 entries does not fit SMEM beside the other metadata" in message
-    assert "use longer pages or a narrower table" in message
+    message = _refusal("v6e", q, pool, _metadata(20_001, 1))
+    assert "the lengths of 20001 sequences do not fit SMEM (20000 do); split the batch" in message
 
 
 @pytest.mark.parametrize("dtypes", [("float16", "bfloat16"), ("bfloat16", "float16")])
@@ -366,14 +421,28 @@ def test_refuses_a_mask_that_lets_hidden_keys_count():
     assert "pass None or a number below -1e+09" in message
 
 
-@pytest.mark.parametrize("generation", ["v4", "tpu7x"])
-def test_the_largest_table_compiles(generation):
-    """200,000 entries of the page table beside 512 sequences."""
-    q, pool = Struct((512, 2, 128), jnp.bfloat16), _pool(1, 128, 16, "bfloat16")
+# Sequences and table width. A table of so many entries is streamed, or just not.
+LARGE_TABLES = [
+    ("v4", 256, 1024, 128, "write"),  # 256 sequences of 131,072 tokens
+    ("v5e", 256, 1024, 128, "read_only"),
+    ("tpu7x", 256, 1024, 128, "write"),
+    ("v4", 1, 65_536, 16, "read_only"),  # one of 1,048,576
+    ("v5e", 1, 65_536, 16, "write"),
+    ("tpu7x", 1, 65_536, 16, "read_only"),
+    ("v4", 400, 400, 16, "write"),  # the largest that is not streamed
+    ("v5e", 20_000, 8, 16, "write"),  # and beside the most sequences
+    ("v6e", 20_000, 9, 16, "write"),  # whose table is streamed
+]
 
-    def call(q, pool, metadata):
-        return pallas_paged.ragged_paged_attention(
-            q, pool, *metadata, num_kv_heads=1, config=Config(128, 128, 2), backend="mosaic_tpu"
-        )
 
-    aot_compile(call, (q, pool, _metadata(512, 390)), generation)
+@pytest.mark.parametrize(
+    ("generation", "max_seqs", "table_width", "page_size", "form"), LARGE_TABLES
+)
+def test_large_tables_compile(generation, max_seqs, table_width, page_size, form):
+    is_streamed = max_seqs * table_width > mosaic_tpu._MAX_TABLE
+    assert is_streamed == (max_seqs * table_width > 160_000) and max_seqs <= mosaic_tpu._MAX_SEQS
+    compiled, pool = _compile(
+        generation, (2, 1), 128, page_size, "bfloat16", "bfloat16", form=form,
+        metadata=_metadata(max_seqs, table_width), config=Config(128, 128, 2),
+    )
+    assert not large_results(compiled.as_text(), _size(pool))

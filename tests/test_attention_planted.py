@@ -6,20 +6,35 @@ show, and the test says how it shows.
 """
 
 import dataclasses
-import functools
 import importlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from tests.attention_cases import Setup, interpret_all, make_case, mismatch, run_oracle
-from tests.cases import RaceFoundError
+from tests.attention_cases import (
+    Setup,
+    counted_slots,
+    interpret_all,
+    make_case,
+    make_write,
+    mismatch,
+    new_slots_of,
+    run_oracle,
+    write_mismatch,
+)
+from tests.cases import FAST_COMPILE, RaceFoundError
 from tests.planted import plant
 
 # The package; as an attribute of pallas_paged its name is the op's.
 package = importlib.import_module("pallas_paged.ragged_paged_attention")
 # In the order in which they import each other.
-_MODULES = ("mosaic_tpu_operands", "mosaic_tpu_attend", "mosaic_tpu_walk", "mosaic_tpu")
+_MODULES = (
+    "mosaic_tpu_operands", "mosaic_tpu_attend", "mosaic_tpu_refs", "mosaic_tpu_units",
+    "mosaic_tpu_table", "mosaic_tpu_new", "mosaic_tpu_blocks", "mosaic_tpu_windows",
+    "mosaic_tpu_walk", "mosaic_tpu",
+)  # fmt: skip
 
 _LENS = {
     # A decode of three blocks and prefills of two and three, so that the ring goes round.
@@ -32,6 +47,10 @@ _LENS = {
     # Two windows of output, and rows that nobody has before, between and behind them.
     "holes": [(20, 20), (40, 0), (1, 9), (5, 5), (40, 0)],
     "short": [(3, 3), (1, 9)],
+    # Of a prefill the first new token is in a page that has old ones, and the second window begins
+    # in a page that the first one fills in part; a decode's token follows old ones in a page.
+    "new": [(1, 40), (150, 205), (1, 1), (9, 30)],
+    "new short": [(1, 40), (9, 45), (1, 3)],
 }
 
 
@@ -43,6 +62,15 @@ class Call:
     lens: str
     window: int | None = None
     sm_scale: float = 0.1
+    writes: bool = False  # whether the call writes its new tokens, too
+    table_part: int | None = None  # of a streamed page table
+
+    @property
+    def id(self):
+        """A readable name."""
+        parts = [self.setup.id, self.lens]
+        parts += ["write"] if self.writes else []
+        return "-".join(parts + (["streamed"] if self.table_part else []))
 
     def case(self):
         """The call's arrays; the first row has no sequence."""
@@ -67,11 +95,15 @@ BF16 = Setup(2, 2, 128, 32, "bfloat16", "bfloat16")
 PADDED = Setup(2, 1, 96, 32)  # lanes behind K hold NaN
 PARTS = Setup(2, 1, 128, 192)  # a page in two pieces: parts of 96
 SEVERAL = dataclasses.replace(PLAIN, config=(128, 128, 4, 2))  # blocks to a body
+WIDE = Setup(2, 1, 256, 32)  # two lane tiles
 
 LONG, DECODES, SHARED, HOLES = (
     Call(PLAIN, lens) for lens in ("long", "decodes", "shared", "holes")
 )
+NEW, NEW_SHORT = (Call(PLAIN, lens, writes=True) for lens in ("new", "new short"))
+STREAMED = Call(PLAIN, "long", table_part=8)
 CONTROLS = (
+    NEW, Call(WIDE, "new short", writes=True), Call(SCALED, "new short", writes=True), STREAMED,
     LONG, SHARED, HOLES, Call(SINKS, "short"), Call(CAPPED, "short"), Call(SCALED, "short"),
     Call(NARROW, "short"), Call(BF16, "long"), Call(PADDED, "short"), Call(PARTS, "long"),
     Call(SEVERAL, "long"), Call(PLAIN, "long", window=20),
@@ -81,19 +113,19 @@ CONTROLS = (
 BUGS = {
     # --- which pages, which pieces
     "page_table_of_the_first_sequence": (
-        "mosaic_tpu_walk",
-        "return seq * walk.table_width, first_piece",
-        "return 0 * walk.table_width, first_piece",
+        "mosaic_tpu_units",
+        "table = unit.seq * walk.table_width",
+        "table = 0 * walk.table_width",
         DECODES, "eager", "numbers",
     ),
     "page_id_not_clamped": (
-        "mosaic_tpu_walk",
+        "mosaic_tpu_blocks",
         "jnp.minimum(page_id, jnp.uint32(walk.num_pages - 1))",
         "jnp.minimum(page_id, jnp.uint32(2**31 - 1))",
         Call(PLAIN, "absurd id"), "eager", "error",
     ),
     "part_of_a_page_ignored": (
-        "mosaic_tpu_walk",
+        "mosaic_tpu_blocks",
         "page_id * walk.page_size + part * walk.piece",
         "page_id * walk.page_size",
         Call(PARTS, "one decode"), "eager", "numbers",
@@ -124,108 +156,108 @@ BUGS = {
         Call(PLAIN, "long", window=20), "on_wait", "numbers",
     ),
     "window_begins_a_piece_late": (
-        "mosaic_tpu_walk",
-        "jnp.clip(position - window_len + 1, 0, key_end)",
-        "jnp.clip(position - window_len + walk.piece, 0, key_end)",
+        "mosaic_tpu_units",
+        "jnp.clip(position - window_len(walk, refs) + 1, 0, key_end)",
+        "jnp.clip(position - window_len(walk, refs) + walk.piece, 0, key_end)",
         Call(PLAIN, "long", window=20), "on_wait", "numbers",
     ),
     "full_block_not_masked_for_prefills": (
         "mosaic_tpu_walk",
-        "is_edge |= end - 1 > unit[_POSITION]",
-        "is_edge |= end - 1 > unit[_POSITION] + 8",
+        "is_edge |= end - 1 > unit.position",
+        "is_edge |= end - 1 > unit.position + 8",
         Call(PLAIN, "last rows"), "eager", "numbers",
     ),
     # --- DMAs
     "block_not_waited_for": (
-        "mosaic_tpu_walk",
-        "pltpu.make_async_copy(view, view, ring_sems.at[slot]).wait()",
+        "mosaic_tpu_blocks",
+        "pltpu.make_async_copy(view, view, refs.ring_sems.at[buffer]).wait()",
         "pass",
         LONG, "on_wait", "numbers",
     ),
     "block_not_waited_for_seen_as_race": (
-        "mosaic_tpu_walk",
-        "pltpu.make_async_copy(view, view, ring_sems.at[slot]).wait()",
+        "mosaic_tpu_blocks",
+        "pltpu.make_async_copy(view, view, refs.ring_sems.at[buffer]).wait()",
         "pass",
         LONG, "eager", "race",
     ),
     "wait_one_piece_short": (
-        "mosaic_tpu_walk",
-        "return pl.cdiv(end - first, walk.piece) * walk.piece",
-        "return jnp.maximum(pl.cdiv(end - first, walk.piece) - 1, 1) * walk.piece",
+        "mosaic_tpu_blocks",
+        "return ceil_div(end - first, walk.piece) * walk.piece",
+        "return jnp.maximum(ceil_div(end - first, walk.piece) - 1, 1) * walk.piece",
         LONG, "on_wait", "numbers",
     ),
     "wait_for_full_blocks_short": (
-        "mosaic_tpu_walk",
-        "if is_any else walk.pieces_per_block * walk.piece",
-        "if is_any else walk.piece",
+        "mosaic_tpu_blocks",
+        "walk.block if is_full else num_tokens",
+        "walk.piece if is_full else num_tokens",
         Call(SEVERAL, "long"), "on_wait", "numbers",
     ),
     "one_block_too_many_ahead": (
-        "mosaic_tpu_walk",
+        "mosaic_tpu_blocks",
         "@pl.loop(0, walk.ring - walk.blocks_per_body)",
         "@pl.loop(0, walk.ring)",
         LONG, "eager", "race",
     ),
     "output_sent_over_the_one_before": (
-        "mosaic_tpu_walk",
-        "        wait_leaving()\n        for copy in leaves(parity, first, num_rows):",
-        "        for copy in leaves(parity, first, num_rows):",
+        "mosaic_tpu_windows",
+        "    wait_leaving(walk, refs)\n    for copy in _leaves(",
+        "    for copy in _leaves(",
         HOLES, "on_wait", "numbers",
     ),
     "output_sent_over_the_one_before_seen_as_race": (
-        "mosaic_tpu_walk",
-        "        wait_leaving()\n        for copy in leaves(parity, first, num_rows):",
-        "        for copy in leaves(parity, first, num_rows):",
+        "mosaic_tpu_windows",
+        "    wait_leaving(walk, refs)\n    for copy in _leaves(",
+        "    for copy in _leaves(",
         HOLES, "eager", "race",
     ),
     "last_output_not_waited_for": (
         "mosaic_tpu_walk",
-        "    zero_until(walk.num_tokens)\n    wait_leaving()\n",
-        "    zero_until(walk.num_tokens)\n",
+        "    windows.wait_leaving(walk, refs)\n",
+        "",
         LONG, "on_wait", "numbers",
     ),
     "queries_not_waited_for": (
-        "mosaic_tpu_walk",
+        "mosaic_tpu_windows",
         "        load.wait()\n",
-        "",
+        "        pass\n",
         SHARED, "on_wait", "numbers",
     ),
     # --- windows
     "shared_tile_not_kept": (
-        "mosaic_tpu_walk",
-        "is_shared = state[_DONE] > first",
-        "is_shared = state[_DONE] > 2**30",
+        "mosaic_tpu_windows",
+        "is_shared = state[DONE] > first",
+        "is_shared = state[DONE] > 2**30",
         SHARED, "eager", "numbers",
     ),
     "rows_of_nobody_not_zeroed": (
         "mosaic_tpu_walk",
-        "    zero_until(walk.num_tokens)\n    wait_leaving()\n",
-        "    wait_leaving()\n",
+        "    windows.zero_until(walk, refs, walk.num_tokens)\n",
+        "",
         HOLES, "eager", "numbers",
     ),
     "rows_between_windows_not_zeroed": (
-        "mosaic_tpu_walk",
-        "        zero_until(first)\n",
+        "mosaic_tpu_windows",
+        "    zero_until(walk, refs, first)\n",
         "",
         Call(PLAIN, "far"), "eager", "numbers",
     ),
     "zeros_over_the_next_unit": (
         "mosaic_tpu_walk",
-        "is_row = (window_row >= unit[_ROW]) & (window_row < unit[_END])",
-        "is_row = window_row < unit[_END]",
+        "is_row = (row >= unit.row) & (row < unit.end)",
+        "is_row = row < unit.end",
         SHARED, "eager", "numbers",
     ),
     # --- softmax
     "decode_not_rescaled": (
         "mosaic_tpu_attend",
-        "attended = {row: acc[row] * _wide(rescale[row], heads.lane_tiles) for row in rows}",
-        "attended = dict(acc)",
+        "acc * _wide(rescale, heads.lane_tiles)",
+        "acc",
         Call(PLAIN, "long", sm_scale=0.4), "eager", "numbers",
     ),
     "decode_sum_not_rescaled": (
         "mosaic_tpu_attend",
-        "total[row] = total[row] * rescale[row] + sum(",
-        "total[row] = total[row] + sum(",
+        "total = total * rescale",
+        "total = total",
         Call(PLAIN, "long", sm_scale=0.4), "eager", "numbers",
     ),
     "prefill_not_rescaled": (
@@ -242,8 +274,8 @@ BUGS = {
     ),
     "unsound_sums_taken": (
         "mosaic_tpu_walk",
-        "must_repeat, lambda: jnp.logical_not(is_sound(unit)), lambda: jnp.bool_(False)",
-        "must_repeat, lambda: jnp.bool_(False), lambda: jnp.bool_(False)",
+        "lambda: jnp.logical_not(_is_sound(walk, refs, unit)),",
+        "lambda: jnp.bool_(False),",
         Call(PLAIN, "one prefill", sm_scale=5.0), "eager", "numbers",
     ),
     "repeat_from_the_wrong_shift": (
@@ -321,14 +353,14 @@ BUGS = {
     ),
     "scale_of_another_head": (
         "mosaic_tpu_walk",
-        "return factors_ref[1 + which * heads.num_kv_heads + head]",
-        "return factors_ref[1 + which * heads.num_kv_heads]",
+        "return refs.factors[1 + which * walk.heads.num_kv_heads + head]",
+        "return refs.factors[1 + which * walk.heads.num_kv_heads]",
         Call(SCALED, "short"), "eager", "numbers",
     ),
     "scale_of_keys_for_values": (
         "mosaic_tpu_walk",
-        "return factors_ref[1 + which * heads.num_kv_heads + head]",
-        "return factors_ref[1 + head]",
+        "return refs.factors[1 + which * walk.heads.num_kv_heads + head]",
+        "return refs.factors[1 + head]",
         Call(SCALED, "short"), "eager", "numbers",
     ),
     "int8_unsigned": (
@@ -337,40 +369,201 @@ BUGS = {
         "lax.bitcast_convert_type(byte, jnp.int32)",
         Call(SCALED, "short"), "eager", "numbers",
     ),
+    # --- new tokens
+    "new_tokens_one_row_late": (
+        "mosaic_tpu_new",
+        "row = rem(i, per_page) * piece + a - i * piece",
+        "row = rem(i, per_page) * piece + a - i * piece + 1",
+        NEW_SHORT, "eager", "pool",
+    ),
+    "last_page_of_a_chunk_not_sent": (
+        "mosaic_tpu_new",
+        "jnp.where(first < end, ceil_div(end, piece), 0)",
+        "jnp.where(first < end, div(end, piece), 0)",
+        NEW_SHORT, "eager", "pool",
+    ),
+    "page_of_two_windows_sent_before_it_is_full": (
+        "mosaic_tpu_new",
+        "end = jnp.where(unit.end == stop, end, div(end, walk.piece) * walk.piece)",
+        "end = jnp.where(unit.end == stop, end, ceil_div(end, walk.piece) * walk.piece)",
+        NEW, "eager", "counts",
+    ),
+    "page_of_two_windows_sent_in_part": (
+        "mosaic_tpu_new",
+        "first = div(jnp.maximum(unit.position, 0), walk.piece) * walk.piece",
+        "first = jnp.maximum(unit.position, 0)",
+        NEW, "eager", "pool",
+    ),
+    "new_token_of_a_decode_not_put": (
+        "mosaic_tpu_new",
+        "refs.slots[target, words, 0, :] = refs.slots[source + c * walk.new_rows, words, 0, :]",
+        "pass",
+        NEW_SHORT, "eager", "numbers",
+    ),
+    "new_token_of_a_decode_put_one_row_late": (
+        "mosaic_tpu_new",
+        "place.row + c * place.lane_tile_rows + unit.position - first",
+        "place.row + c * place.lane_tile_rows + unit.position - first + 1",
+        NEW_SHORT, "eager", "numbers",
+    ),
+    "new_token_of_a_decode_from_the_first_lane_tile": (
+        "mosaic_tpu_new",
+        "= refs.slots[source + c * walk.new_rows, words, 0, :]",
+        "= refs.slots[source, words, 0, :]",
+        Call(WIDE, "new short", writes=True), "eager", "numbers",
+    ),
+    "new_token_of_a_decode_not_sent": (
+        "mosaic_tpu_new",
+        "        _send(walk, refs, unit.seq, page, row, source, 1)\n",
+        "",
+        NEW_SHORT, "eager", "pool",
+    ),
+    "old_tokens_of_the_first_page_not_brought": (
+        "mosaic_tpu_new",
+        "num_tokens = jnp.where(unit.row == start, _old_end(walk, refs, unit) - first, 0)",
+        "num_tokens = jnp.int32(0)",
+        NEW_SHORT, "eager", "numbers",
+    ),
+    "old_tokens_of_the_first_page_not_waited_for": (
+        "mosaic_tpu_walk",
+        "        new.wait_old_tail(walk, refs, num_tokens)\n",
+        "",
+        NEW_SHORT, "on_wait", "numbers",
+    ),
+    "old_tokens_overwritten_by_rows_before_the_first": (
+        "mosaic_tpu_new",
+        "word = jnp.where(token >= num_kept, word, rows.load(at, ROW_TILE, w))",
+        "pass",
+        NEW, "eager", "numbers",
+    ),
+    "slots_made_before_those_there_are_sent": (
+        "mosaic_tpu_new",
+        '''that the first new one goes to, before it."""
+    wait_sent(walk, refs)
+''',
+        '''that the first new one goes to."""
+''',
+        NEW, "on_wait", "pool",
+    ),
+    "slots_of_decodes_made_before_those_there_are_sent": (
+        "mosaic_tpu_new",
+        '''window of decodes, those of others among them."""
+    wait_sent(walk, refs)
+''',
+        '''window of decodes."""
+''',
+        NEW_SHORT, "on_wait", "pool",
+    ),
+    "last_slots_not_waited_for": (
+        "mosaic_tpu_walk",
+        "        new.wait_sent(walk, refs)\n",
+        "        pass\n",
+        NEW_SHORT, "on_wait", "pool",
+    ),
+    "new_token_sent_to_any_id": (
+        "mosaic_tpu_new",
+        "@pl.when(page_id.astype(jnp.uint32) < jnp.uint32(walk.num_pages))",
+        "@pl.when(page_id >= 0)",
+        Call(PLAIN, "absurd new id", writes=True), "eager", "error",
+    ),
+    "quantising_scale_ignored": (
+        "mosaic_tpu_new",
+        "scales if refs.inverse_scales is not None else None",
+        "None",
+        Call(SCALED, "new short", writes=True), "eager", "pool",
+    ),
+    "quantising_scale_of_another_head": (
+        "mosaic_tpu_new",
+        "return refs.inverse_scales[which * new.num_kv_heads + head]",
+        "return refs.inverse_scales[which * new.num_kv_heads]",
+        Call(SCALED, "new short", writes=True), "eager", "pool",
+    ),
+    # --- a page table in parts
+    "part_of_the_table_in_the_wrong_half": (
+        "mosaic_tpu_table",
+        "refs.table_parts.at[pl.ds(pl.multiple_of(half * size, size), size)]",
+        "refs.table_parts.at[pl.ds(pl.multiple_of((1 - half) * size, size), size)]",
+        STREAMED, "eager", "race",
+    ),
+    "part_of_the_table_not_waited_for": (
+        "mosaic_tpu_table",
+        "        _wait_half(walk, refs, part & 1)\n    following",
+        "    following",
+        STREAMED, "on_wait", "race",
+    ),
+    "entry_of_the_other_half": (
+        "mosaic_tpu_table",
+        "refs.table_parts[i & (2 * walk.table_part - 1)]",
+        "refs.table_parts[i & (walk.table_part - 1)]",
+        STREAMED, "eager", "race",
+    ),
+    "part_of_the_table_taken_for_the_one_before": (
+        "mosaic_tpu_table",
+        "@pl.when(refs.state[TABLE_HELD + half] != part)",
+        "@pl.when(refs.state[TABLE_HELD + half] < 0)",
+        STREAMED, "eager", "numbers",
+    ),
 }  # fmt: skip
 
+_LENS["absurd new id"] = _LENS["new short"]
 _LENS["absurd id"] = _LENS["one decode"]
 _LENS["last rows"] = [(9, 128)]  # one full block, most rows of the window see not all of it
 _LENS["far"] = [(2, 2), (150, 0), (1, 9)]
 
 
 def _symptom(module, call, mode):
-    """How a run differs from the oracle: "numbers", "race", "error" or None."""
+    """How a run differs from the oracle: "numbers", "pool", "counts" (a slot is written as often as
+    it has a new token), "race", "error" or None."""
     case, options = call.case(), call.options()
-    if call.lens == "absurd id":
-        case.page_indices[0, 1] = 1_000_000
+    if call.lens.startswith("absurd"):
+        case.page_indices[call.writes, 1] = 1_000_000
     static = {k: options[k] for k in ("causal", "soft_cap", "num_kv_heads")}
     arrays = {k: options.get(k) for k in ("sliding_window", "k_scale", "v_scale", "sinks")}
+    op, operands, write = module.ragged_paged_attention, case.arrays, None
+    if call.writes and not call.lens.startswith("absurd"):
+        write = make_write(case, is_flat=True, scales=(arrays["k_scale"], arrays["v_scale"]))
+        op, operands = module.write_and_attend, write.arrays
+    elif call.writes:
+        new = jnp.zeros((len(case.q), case.q.shape[2] * case.num_kv_heads), case.q.dtype)
+        op, operands = module.write_and_attend, (operands[0], new, new, *operands[1:])
 
     def run():  # past the public op and what it has compiled
-        op = functools.partial(
-            module.ragged_paged_attention, return_lse=True,
-            config=module.Config(*call.setup.config), **static,
+        jitted = jax.jit(
+            lambda operands, arrays: [
+                x
+                for x in op(
+                    *operands, **arrays, return_lse=True,
+                    config=module.Config(*call.setup.config), **static,
+                )
+                if x is not None
+            ],
+            compiler_options=FAST_COMPILE,
         )
-        return jax.jit(lambda q, rest, options: op(q, *rest, **options))(
-            case.arrays[0], case.arrays[1:], arrays | {"sm_scale": options["sm_scale"]}
-        )
+        return jitted(operands, arrays | {"sm_scale": options["sm_scale"]})
 
     try:
-        out, lse = interpret_all(run, mode)
+        with counted_slots(case.kv_pages) as (_, writes):
+            out, lse, *kv_pages = interpret_all(run, mode)
     except RaceFoundError:
         return "race"
     except jax.errors.JaxRuntimeError as e:
         assert "interpret_pallas_call.py" in str(e), e  # it ran, and the interpreter refused
         return "error"
-    if call.lens == "absurd id":
+    if call.lens.startswith("absurd"):
         return None
-    return "numbers" if mismatch(out, lse, *run_oracle(case, options)) else None
+    if write is None:
+        return "numbers" if mismatch(out, lse, *run_oracle(case, options)) else None
+    found = write_mismatch(write, options, [out, *kv_pages, lse])
+    if found is None:
+        return None if np.array_equal(writes, new_slots_of(case)) else "counts"
+    return "pool" if found.startswith("the pool") else "numbers"
+
+
+def _stream(monkeypatch, module, call):
+    """Makes the module stream the page table where the call says so."""
+    if call.table_part is not None:
+        monkeypatch.setattr(module, "_MAX_TABLE", 1)
+        monkeypatch.setattr(module, "_TABLE_PART", call.table_part)
 
 
 @pytest.mark.parametrize(
@@ -379,12 +572,14 @@ def _symptom(module, call, mode):
 def test_bug_is_caught(name, monkeypatch):
     module_name, old, new, call, mode, symptom = BUGS[name]
     plant(monkeypatch, package, _MODULES, module_name, old, new)
+    _stream(monkeypatch, package.mosaic_tpu, call)
     assert _symptom(package.mosaic_tpu, call, mode) == symptom
 
 
-@pytest.mark.parametrize("call", CONTROLS, ids=lambda call: f"{call.setup.id}-{call.lens}")
+@pytest.mark.parametrize("call", CONTROLS, ids=lambda call: call.id)
 def test_without_a_bug_nothing_shows(call, monkeypatch):
     """The same machinery with nothing planted."""
     old = '"""Ragged paged attention on TPU'
     module = plant(monkeypatch, package, _MODULES, "mosaic_tpu", old, '"""Attention on TPU')
+    _stream(monkeypatch, module, call)
     assert _symptom(module, call, "on_wait") is None

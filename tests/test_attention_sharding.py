@@ -20,7 +20,14 @@ from bench._tpu_compile import aot_compile
 from pallas_paged import layout
 from pallas_paged.ragged_paged_attention.mosaic_tpu import Config
 from tests import cases
-from tests.attention_cases import Setup, interpret_all, mismatch, run_oracle
+from tests.attention_cases import (
+    Setup,
+    interpret_all,
+    make_write,
+    mismatch,
+    run_oracle,
+    write_mismatch,
+)
 from tests.test_sharding import NUM_SHARDS, mesh_of, moved_pools, num_interpreted_shards
 
 HEADS = PartitionSpec(None, "heads")  # q, out and the log-sum-exp
@@ -48,6 +55,19 @@ def sharded(names, *, backend, num_kv_heads, config, mesh=None, **static):
     by_name = [EVERYWHERE if name == "sliding_window" else BY_HEAD for name in names]
     specs = (HEADS, POOL, *[EVERYWHERE] * NUM_METADATA, *by_name)
     return jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=(HEADS, HEADS)), specs
+
+
+def sharded_write(*, num_kv_heads, config, mesh=None, **static):
+    """`write_and_attend` under shard_map, as `sharded`; k and v are [T, K*H]."""
+
+    def call(*args):
+        return pallas_paged.write_and_attend(
+            *args, **static, num_kv_heads=num_kv_heads, config=config, backend="mosaic_tpu",
+            return_lse=True,
+        )
+
+    specs = (HEADS, HEADS, HEADS, POOL, *[EVERYWHERE] * NUM_METADATA)
+    return jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=(HEADS, POOL, HEADS)), specs
 
 
 # ---- On 4 virtual CPU devices
@@ -142,6 +162,38 @@ def test_the_check_sees_swapped_shards():
         check_shards(run_sharded(swapped, setup, "oracle"), shards, setup)
 
 
+def test_write_and_attend():
+    """Each shard writes its own heads' rows, and no other's: the pool is compared bit for bit."""
+    setup = SETUPS[0]
+    shards = shards_of(setup, num_interpreted_shards())
+    options = shards[0][1]
+    writes = [make_write(case, is_flat=True) for case, _ in shards]
+    mesh = mesh_of(len(shards))
+    fn, specs = sharded_write(
+        num_kv_heads=setup.num_kv_heads, config=Config(*setup.config), mesh=mesh,
+        sm_scale=options["sm_scale"],
+    )
+    q, k, v, pool, *metadata = zip(*(write.arrays for write in writes), strict=True)
+    arrays = [*(np.concatenate(x, axis=1) for x in (q, k, v)), np.concatenate(pool, axis=2)]
+    arrays += [x[0] for x in metadata]
+
+    def run():
+        placed = [
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in zip(arrays, specs, strict=True)
+        ]
+        return jax.jit(fn)(*placed)
+
+    out, kv_pages, lse = interpret_all(run, "on_wait")
+    num_rows = kv_pages.shape[2] // len(shards)
+    for shard, write in enumerate(writes):
+        heads = slice(shard * setup.num_heads, (shard + 1) * setup.num_heads)
+        rows = slice(shard * num_rows, (shard + 1) * num_rows)
+        results = [out[:, heads], np.ascontiguousarray(kv_pages[:, :, rows]), lse[:, heads]]
+        found = write_mismatch(write, shards[shard][1], results)
+        assert found is None, f"shard {shard}: {found}"
+
+
 # ---- Compiled for the four chips of a v5e:2x2
 
 # A shard's pool: 4,096 pages of 16, 33 MB of one KV head. Larger than q.
@@ -186,6 +238,27 @@ def test_compiled_without_collectives_or_copies(num_heads, num_kv_heads, names):
     assert "tpu_custom_call" in hlo and "num_partitions=4" in hlo
     assert not [name for name in COLLECTIVES if f"{name}(" in hlo or f"{name}-start(" in hlo]
     assert moved_pools(hlo, pool_bytes // 2) == []
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 1), (4, 2)])
+def test_compiled_write_and_attend(num_heads, num_kv_heads):
+    """In place on every chip: no collective, and nothing as large as the pool moves."""
+    num_rows = layout.num_rows(num_kv_heads, HEAD_DIM, jnp.bfloat16)
+    pool = abstract((NUM_PAGES, PAGE_SIZE, NUM_SHARDS * num_rows, HEAD_DIM))
+    fn, specs = sharded_write(num_kv_heads=num_kv_heads, config=Config(128, 128, 2))
+    new = abstract((NUM_TOKENS, NUM_SHARDS * num_kv_heads * HEAD_DIM))
+    args = (
+        abstract((NUM_TOKENS, NUM_SHARDS * num_heads, HEAD_DIM)), new, new, pool, *METADATA
+    )  # fmt: skip
+    compiled = aot_compile(
+        fn, args, "v5e", axes={"heads": NUM_SHARDS}, specs=specs,
+        jit_kwargs={"donate_argnums": (3,)},
+    )
+    hlo, pool_bytes = compiled.as_text(), math.prod(pool.shape) * 2 // NUM_SHARDS
+    assert "write_and_attend_block" in hlo and "num_partitions=4" in hlo
+    assert not [name for name in COLLECTIVES if f"{name}(" in hlo or f"{name}-start(" in hlo]
+    assert moved_pools(hlo, pool_bytes // 2) == []
+    assert compiled.memory_analysis().alias_size_in_bytes >= pool_bytes
 
 
 def test_a_row_count_that_layout_avoids_is_a_copy():

@@ -22,7 +22,7 @@ from bench import _attention_walk as walk
 from bench import _tpu_schedule as ts
 from bench import attention, tune_attention
 from bench._attention_cases import CASES, PRESETS, Call, Case, room_for
-from bench._attention_walk import END, FILL, LONG, PREFILL, SINGLE
+from bench._attention_walk import DECODE, END, FILL, FULL, PREFILL, SEVERAL, SINGLE
 from bench._tpu_compile import COMPILE_ENV, DEVICES, TOPOLOGIES, as_if_on, mesh_of
 from pallas_paged import dispatch, tuned
 from pallas_paged.ragged_paged_attention import mosaic_tpu, oracle
@@ -56,28 +56,69 @@ def test_one_decode():
     assert _counts(_ONE, (1, 100)) == {
         (FILL, "body"): 2, (FILL, "slow"): 2, (FILL, "find0"): 1, (FILL, "fetch0"): 1,
         (FILL, "pieces0"): 7,
-        (SINGLE, "body"): 1, (SINGLE, "first"): 1, (SINGLE, "open"): 1, (SINGLE, "tiles"): 1,
-        (SINGLE, "slow"): 1,
+        (DECODE, "first"): 1, (DECODE, "open"): 1, (DECODE, "tiles"): 1,
+        (SINGLE, "body"): 1, (SINGLE, "slow"): 1,
         (END, "close"): 1, (END, "gather"): 1, (END, "gather_trips"): 1,
     }  # fmt: skip
 
 
-def test_a_long_decode_takes_two_blocks_and_then_one():
-    """5 full blocks and 10 keys: two bodies of two, then two of one, the last one partial."""
+def test_a_long_decode_takes_two_full_blocks_and_then_any_two():
+    """5 full blocks and 10 keys: two bodies of full blocks, then one of what is left."""
     counts = _counts(_TWO, (1, 650))
-    assert counts[LONG, "body"] == 2 and counts[SINGLE, "body"] == 2
+    assert counts[FULL, "body"] == 2 and counts[SEVERAL, "body"] == 1
+    assert (SINGLE, "body") not in counts
     assert counts[FILL, "body"] == 2  # 4 buffers, and a body takes 2
-    # The long bodies fetch blocks 2, 3 (full, within the unit), then 4 and the one page of the 5th.
-    assert counts[LONG, "slow"] == 1
-    assert (counts[LONG, "pieces0"], counts[LONG, "pieces1"]) == (16, 9)
-    assert (SINGLE, "pieces0") not in counts
+    # The full bodies fetch blocks 2, 3 (full, within the unit), then 4 and the one page of the 5th.
+    assert counts[FULL, "slow"] == 1
+    assert (counts[FULL, "pieces0"], counts[FULL, "pieces1"]) == (16, 9)
+    assert (SEVERAL, "pieces0") not in counts
+
+
+def test_a_body_of_several_takes_short_decodes_together():
+    """Three decodes of a block each: two in one body, and the third alone: nothing is behind it."""
+    counts = _counts(_TWO, (1, 100), (1, 100), (1, 100))
+    assert counts[SEVERAL, "body"] == counts[SINGLE, "body"] == 1
+    # The ring starts with two; the body finds the third before it knows that it has no two blocks.
+    assert counts[FILL, "find0"] == 2 and counts[SEVERAL, "find"] == 1
+    assert counts[SEVERAL, "fetch0"] == counts[SEVERAL, "slow"] == 1
+    assert (SEVERAL, "fetch1") not in counts
+    assert counts[DECODE, "first"] == 2  # the second's first block comes in the first's body
+
+
+def test_several_are_decodes_of_one_window():
+    """A decode, a prefill, a decode: neither the prefill nor what is behind it joins a body."""
+    counts = _counts(_TWO, (1, 100), (8, 100), (1, 100))
+    assert counts[SINGLE, "body"] == 2 and counts[PREFILL, "body"] == 1
+    assert (SEVERAL, "body") not in counts and (FULL, "body") not in counts
+    counts = _counts(_TWO, *[(1, 100)] * 129)  # one more than a window's rows
+    assert counts[SEVERAL, "body"] == 64 and counts[SINGLE, "body"] == 1
+    assert counts[DECODE, "open"] == 2
+
+
+def test_a_full_body_may_be_of_two_decodes():
+    """With two parts of one block each, full blocks of any two neighbours go together."""
+    two_parts = dataclasses.replace(_TWO, full_parts=2)
+    counts = _counts(two_parts, (1, 128), (1, 128), (1, 128), (1, 100))
+    assert counts[FULL, "body"] == counts[SEVERAL, "body"] == 1
+    assert counts[FULL, "find"] == 1 and counts[FULL, "slow"] == 1
+    assert _counts(_TWO, (1, 128), (1, 128))[SEVERAL, "body"] == 1
+
+
+def test_long_bodies_are_of_two_decodes():
+    """As the kernel's own static side has it."""
+    nothing = dict.fromkeys(field.name for field in dataclasses.fields(mosaic_tpu.Walk))
+    for sizes, wanted in (((1024, 128, 16, 8), 2), ((512, 128, 8, 4), 1), ((4096, 128, 6, 3), 1)):
+        config = mosaic_tpu.Config(*sizes)
+        fields = nothing | {"block": config.block_keys, "blocks_per_body": config.blocks_per_body}
+        static = mosaic_tpu.Walk(**fields)
+        assert walk.blocks_of(config, 128).full_parts == static.full_parts == wanted
 
 
 def test_the_fetches_of_a_body_cross_sequences():
     """Three decodes of a block each: the ring starts with two, the first body finds the third."""
     counts = _counts(_ONE, (1, 128), (1, 128), (1, 128))
     assert counts[FILL, "find0"] == 2 and counts[SINGLE, "find0"] == 1
-    assert counts[SINGLE, "body"] == 3 and counts[SINGLE, "open"] == 1
+    assert counts[SINGLE, "body"] == 3 and counts[DECODE, "open"] == 1
 
 
 def test_a_prefill_masks_the_block_of_its_diagonal():
@@ -110,7 +151,7 @@ def test_empty_sequences_are_skipped_and_their_rows_zeroed():
     """20 rows without keys fill a tile and part of another; the decode's window begins there."""
     counts = _counts(_ONE, (20, 0), (0, 50), (1, 16))
     assert counts[FILL, "skip_trips0"] == 2 and counts[FILL, "find0"] == 1
-    assert counts[SINGLE, "zero_trips"] == 1  # rows 0..16
+    assert counts[DECODE, "zero_trips"] == 1  # rows 0..16
     counts = _counts(_ONE, (1, 16), (3, 0))
     assert counts[FILL, "find0"] == 2 and counts[FILL, "skip_trips0"] == 1
     assert (END, "zero") not in counts  # one row tile, the decode's
@@ -205,7 +246,7 @@ def test_wrong_trip_counts_are_refused(monkeypatch, run):
 
     def wrong(case, config):
         counts = right(case, config).copy()
-        counts[LONG, "body"] -= 1
+        counts[FULL, "body"] -= 1
         return counts
 
     monkeypatch.setattr(model, "_counts", wrong)
@@ -301,15 +342,35 @@ def test_a_generation_has_the_name_that_jax_gives_it(generation):
 @pytest.mark.parametrize("generation", ["v5e", "v6e", "tpu7x"])
 def test_every_tuned_entry_is_read(generation):
     """Under a generation's mesh the default block sizes of an entry's shape are the entry's."""
-    found = tuned.entries(DEVICES[generation][0], _OP)
-    assert found
-    for entry in found:
+    for entry in tuned.entries(DEVICES[generation][0], _OP):
         call = Call(
             **{name: entry[name] for name in ("num_heads", "num_kv_heads", "head_dim")},
             page_size=entry["page_size"], dtype=entry["pool_dtype"],
         )  # fmt: skip
         assert entry["q_dtype"] == entry["pool_dtype"]
         assert model.config_of(call, generation) == mosaic_tpu.Config(**entry["config"])
+
+
+def test_an_entry_takes_the_place_of_the_formula(monkeypatch):
+    """For its shape on its device, where the buffers fit beside a call's new tokens; else not."""
+    call = Call(num_heads=2, num_kv_heads=1, page_size=16)
+    entry = {
+        "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "q_dtype": "bfloat16",
+        "pool_dtype": "bfloat16", "page_size": 16,
+        "config": {"block_keys": 1024, "window_rows": 256, "num_buffers": 64, "blocks_per_body": 1},
+    }  # fmt: skip
+    formula = model.config_of(call, "v6e")
+    monkeypatch.setattr(
+        tuned, "entries", lambda kind, op: (entry,) if (kind, op) == ("TPU v6 lite", _OP) else ()
+    )
+    found = mosaic_tpu.Config(**entry["config"])
+    assert model.config_of(call, "v6e") == found != formula
+    assert model.config_of(call, "v5e") != found
+    other = dataclasses.replace(call, num_heads=4)
+    assert model.config_of(other, "v6e") != found
+    with as_if_on("v6e"):
+        fused = [mosaic_tpu.default_config(call.heads, 16, n) for n in (16, 2**18)]
+    assert fused[0] == found != fused[1]
 
 
 def test_an_entry_stands_for_the_nearest_page_size(monkeypatch):

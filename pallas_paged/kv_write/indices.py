@@ -116,6 +116,8 @@ def write_indices(
     # In whole pages of positions that an int32 holds, so that no page's edge overflows.
     kv_len = jnp.clip(kv_lens, 0, min(table_width, (2**31 - 1) // page_size) * page_size)
     q_len = jnp.where(is_seq & (kv_lens == kv_len), jnp.minimum(q_end - q_start, kv_len), 0)
+    # The last row is the last token, as for the attention, also where there are more rows.
+    q_start = jnp.where(is_seq, q_end - q_len, q_start)
     start = kv_len - q_len  # first new position, [S]
 
     first_page = -(-start // page_size)

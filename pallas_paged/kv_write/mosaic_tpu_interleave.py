@@ -128,8 +128,8 @@ def interleave(slots, tiling, k_ref, v_ref, rows_ref, turn_ref, *, num_tokens, s
         if tiling.turns == "packed":
             head_words = _paired_words(slots, k_ref, v_ref, tokens)
         else:
-            load_k = functools.partial(_load, slots, k_ref, tokens)
-            load_v = functools.partial(_load, slots, v_ref, tokens)
+            load_k = functools.partial(load_lanes, slots, k_ref, tokens)
+            load_v = functools.partial(load_lanes, slots, v_ref, tokens)
             head_words = row_words(slots, load_k, load_v, scales)
         for w, words in enumerate(head_words):
             for c, word in enumerate(words):
@@ -196,7 +196,7 @@ def _paired_words(slots, k_ref, v_ref, tokens):
     return used + [[None] * lane_tiles] * (slots.num_words - slots.num_kv_heads)
 
 
-def _load(slots, ref, tokens, first_lane, num_lanes, head):
+def load_lanes(slots, ref, tokens, first_lane, num_lanes, head):
     """float32[n, 128]: lanes `first_lane .. + num_lanes` of a head, zeros behind them."""
     if not slots.is_flat:
         x = ref[tokens, head, pl.ds(first_lane, num_lanes)].astype(jnp.float32)

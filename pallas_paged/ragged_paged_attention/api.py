@@ -217,7 +217,17 @@ def _write_and_attend(
     q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window,
     k_scale, v_scale, sinks, *, num_kv_heads, backend, **options,
 ):
-    """Composed of the two ops. Returns (out, log-sum-exp, pool)."""
+    """One kernel where there is one, else composed of the two ops: (out, log-sum-exp, pool)."""
+    if backend == "mosaic_tpu" and mosaic_tpu.is_fused(
+        q, kv_pages, num_kv_heads, options["config"]
+    ):
+        arrays = (q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
+        arrays = checks.refuse_transforms("write_and_attend", arrays)
+        options.pop("mask_value")
+        return mosaic_tpu.write_and_attend(
+            *arrays, sm_scale=sm_scale, sliding_window=sliding_window, k_scale=k_scale,
+            v_scale=v_scale, sinks=sinks, num_kv_heads=num_kv_heads, **options,
+        )
     w = kv_write.write_indices(
         page_indices, kv_lens, cu_q_lens, num_seqs, kv_pages.shape[1], num_tokens=q.shape[0]
     )

@@ -5,7 +5,14 @@ q and the output stay `[T, N*H]` in memory, as a projection makes them; the kern
 tiles of them and never a transposed or padded copy (heads of whole 128 lanes).
 """
 
-__all__ = ["Config", "default_config", "ragged_paged_attention", "unsupported"]
+__all__ = [
+    "Config",
+    "default_config",
+    "is_fused",
+    "ragged_paged_attention",
+    "unsupported",
+    "write_and_attend",
+]
 
 import dataclasses
 import functools
@@ -17,24 +24,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_paged import dispatch, layout, tuned
+from pallas_paged.kv_write import oracle as write_oracle
+from pallas_paged.kv_write.mosaic_tpu_interleave import Slots
 from pallas_paged.ragged_paged_attention import mosaic_tpu_attend as attend
-from pallas_paged.ragged_paged_attention import mosaic_tpu_walk
 from pallas_paged.ragged_paged_attention.mosaic_tpu_attend import Score
 from pallas_paged.ragged_paged_attention.mosaic_tpu_operands import Heads
-from pallas_paged.ragged_paged_attention.mosaic_tpu_walk import (
-    ROW_TILE,
-    STATE_SIZE,
-    UNIT_SIZE,
-    Walk,
-    kernel,
-)
+from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import ROW_TILE, STATE_SIZE, Walk
+from pallas_paged.ragged_paged_attention.mosaic_tpu_walk import kernel
 
 # What the kernel leaves of a generation's VMEM to the compiler and to XLA's prefetches.
 _VMEM_SHARE = 0.75
 _VMEM_BYTES = {4: 16 * 2**20, 5: 64 * 2**20, 6: 128 * 2**20, 7: 64 * 2**20}
 _SMALLEST_VMEM = 16 * 2**20
-# Page table entries that SMEM (1 MiB) holds beside the other metadata.
-_MAX_TABLE = 200_000
+# Keys of heads in the largest body of a decode, about 4,000 bundles.
+_MAX_BODY = 16_384
+# Page table entries that SMEM (1 MiB) holds beside the other metadata; longer tables are streamed,
+# so many entries at a time (a power of 2, 256 KiB with the part that comes in meanwhile).
+_MAX_TABLE = 160_000
+_TABLE_PART = 32_768
+# Sequences whose lengths and first rows SMEM holds beside that.
+_MAX_SEQS = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,64 +82,76 @@ class Config:
             )
 
 
-def default_config(heads: Heads, page_size: int) -> Config:
+def default_config(heads: Heads, page_size: int, num_new_tokens: int = 0) -> Config:
     """What was found for the device (`pallas_paged.tuned`), else the largest blocks whose buffers
-    fit the generation's VMEM."""
+    fit the generation's VMEM.
+
+    Args:
+      heads: the static description.
+      page_size: tokens of a page.
+      num_new_tokens: T of a call that writes them, 0 of one that only reads.
+    """
     found = tuned.find(
         dispatch.tpu_device_kind(), "ragged_paged_attention", page_size=page_size,
         num_heads=heads.num_heads, num_kv_heads=heads.num_kv_heads, head_dim=heads.head_dim,
         q_dtype=heads.q_dtype.name, pool_dtype=heads.pool_dtype.name,
     )
-    if found and fits(heads, Config(**found)):
+    if found and fits(heads, Config(**found), num_new_tokens):
         return Config(**found)
     # A block of all heads is one straight body: 4,096 keys of heads are about 1,000 bundles.
     block_keys = max(128, min(1024, 4096 // heads.num_kv_heads // 128 * 128))
     while True:
-        pieces = block_keys // _piece(page_size, block_keys)
-        for num_buffers, blocks_per_body in ((8, 4), (4, 2), (3, 1)):
+        for num_buffers, blocks_per_body in ((16, 8), (8, 4), (4, 2), (3, 1)):
             config = Config(block_keys, 128, num_buffers, blocks_per_body)
-            # More DMAs than a body writes out are issued before it, in a loop that nothing hides:
-            # not where fewer blocks at a time do without it.
-            is_looped = pieces <= mosaic_tpu_walk._MAX_UNROLL < blocks_per_body * pieces
-            if fits(heads, config) and not is_looped:
+            is_short = blocks_per_body * block_keys * heads.num_kv_heads <= _MAX_BODY
+            if (is_short or blocks_per_body == 1) and fits(heads, config, num_new_tokens):
                 return config
         if block_keys == 128:
             return config
         block_keys = max(128, block_keys // 2 // 128 * 128)
 
 
-def fits(heads: Heads, config: Config) -> bool:
-    """Whether the buffers leave enough of the generation's VMEM to the compiler."""
-    return vmem_bytes(heads, config, return_lse=True) <= _VMEM_SHARE * _vmem_capacity()
+def fits(heads: Heads, config: Config, num_new_tokens: int = 0) -> bool:
+    """Whether the kernel's share of the generation's VMEM holds what block sizes need."""
+    needed = vmem_bytes(heads, config, num_new_tokens, return_lse=True)
+    return needed <= _VMEM_SHARE * _vmem_capacity()
 
 
 def _vmem_capacity() -> int:
     return _VMEM_BYTES.get(dispatch.tpu_generation() or 0, _SMALLEST_VMEM)
 
 
-def vmem_bytes(heads: Heads, config: Config, *, return_lse: bool) -> int:
+def vmem_bytes(
+    heads: Heads, config: Config, num_new_tokens: int = 0, *, return_lse: bool
+) -> int:
     """VMEM that the kernel's scratch takes, and the largest values of a body."""
     window, width = config.window_rows, heads.num_heads * heads.lanes
     rows = window * heads.group
-    ring = (config.num_buffers + 1) * config.block_keys * heads.pitch * heads.lanes * 4
+    slot = heads.pitch * heads.lanes * 4
+    ring = (config.num_buffers + 1) * config.block_keys * slot
     windows = 3 * window * width * heads.q_dtype.itemsize
     windows += 2 * window * attend.row_pitch(heads.num_heads) * heads.lanes * 4
     prefill = heads.num_kv_heads * rows * (heads.lanes + 24) * 4
     decode = attend.decode_rows(heads.num_heads) * (heads.lanes + 2 * layout.LANES) * 4
     lse = 2 * window * _round_up(heads.num_heads, layout.LANES) * 4 if return_lse else 0
     body = 3 * config.block_keys * rows * 4  # scores, weights and the mask of one head
-    return ring + windows + prefill + decode + lse + body
+    new = 0
+    if num_new_tokens:
+        # With a page, at most a block of keys, before them; and the windows of k and v, of which
+        # [T, K, H] pads the heads to whole tiles.
+        new = (_round_up(num_new_tokens, config.block_keys) + 2 * config.block_keys) * slot
+        new += 2 * window * _round_up(heads.num_kv_heads, 16) * heads.lanes * 4
+    return ring + windows + prefill + decode + lse + body + new
 
 
 def unsupported(q, kv_pages, page_indices, num_kv_heads: int, config: Config | None) -> str | None:
     """Why the kernel cannot run a call, as a sentence; None if it can."""
     if jnp.float16 in (q.dtype, kv_pages.dtype):
         return "a TPU has no float16; use bfloat16"
-    table = page_indices.shape[0] * page_indices.shape[1]
-    if table > _MAX_TABLE:
+    max_seqs = page_indices.shape[0]
+    if max_seqs > _MAX_SEQS:
         return (
-            f"a page table of {table} entries does not fit SMEM beside the other metadata "
-            f"({_MAX_TABLE} entries do); use longer pages or a narrower table"
+            f"the lengths of {max_seqs} sequences do not fit SMEM ({_MAX_SEQS} do); split the batch"
         )
     heads = heads_of(q, kv_pages, num_kv_heads)
     config = config or default_config(heads, kv_pages.shape[1])
@@ -142,6 +163,16 @@ def unsupported(q, kv_pages, page_indices, num_kv_heads: int, config: Config | N
             "there; shard the heads or make the blocks smaller"
         )
     return None
+
+
+def is_fused(q, kv_pages, num_kv_heads: int, config: Config | None) -> bool:
+    """Whether one kernel writes a call's new tokens and attends; a static question.
+
+    They are held in VMEM until their sequence is over, so there may not be too many.
+    """
+    heads, num_new_tokens = heads_of(q, kv_pages, num_kv_heads), q.shape[0]
+    config = config or default_config(heads, kv_pages.shape[1], num_new_tokens)
+    return fits(heads, config, num_new_tokens)
 
 
 def heads_of(q, kv_pages, num_kv_heads: int) -> Heads:
@@ -167,12 +198,44 @@ def ragged_paged_attention(
     return_lse, config,
 ):
     """See api.ragged_paged_attention; returns (out, log-sum-exp or None)."""
-    num_tokens, num_heads, head_dim = q.shape
-    if num_tokens == 0:
-        return q, jnp.zeros((0, num_heads), jnp.float32)
+    if q.shape[0] == 0:
+        return q, jnp.zeros(q.shape[:2], jnp.float32)
     heads = heads_of(q, kv_pages, num_kv_heads)
-    config = config or default_config(heads, kv_pages.shape[1])
-    page_size = kv_pages.shape[1]
+    out, lse, _ = _attend(
+        q, None, kv_pages, (kv_lens, page_indices, cu_q_lens, num_seqs), heads=heads,
+        sm_scale=sm_scale, causal=causal, sliding_window=sliding_window, soft_cap=soft_cap,
+        k_scale=k_scale, v_scale=v_scale, sinks=sinks, return_lse=return_lse,
+        config=config or default_config(heads, kv_pages.shape[1]),
+    )
+    return out, lse
+
+
+def write_and_attend(
+    q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs,
+    *, sm_scale, causal, sliding_window, soft_cap, k_scale, v_scale, sinks, num_kv_heads,
+    return_lse, config,
+):
+    """See api.write_and_attend, where `is_fused`; returns (out, log-sum-exp or None, pool)."""
+    if q.shape[0] == 0:
+        return q, jnp.zeros(q.shape[:2], jnp.float32), kv_pages
+    heads = heads_of(q, kv_pages, num_kv_heads)
+    return _attend(
+        q, (k, v), kv_pages, (kv_lens, page_indices, cu_q_lens, num_seqs), heads=heads,
+        sm_scale=sm_scale, causal=causal, sliding_window=sliding_window, soft_cap=soft_cap,
+        k_scale=k_scale, v_scale=v_scale, sinks=sinks, return_lse=return_lse,
+        config=config or default_config(heads, kv_pages.shape[1], q.shape[0]),
+    )
+
+
+def _attend(
+    q, new, kv_pages, lengths,
+    *, heads, sm_scale, causal, sliding_window, soft_cap, k_scale, v_scale, sinks, return_lse,
+    config,
+):
+    """Prepares the operands and launches; (out, log-sum-exp, pool), the last two or None."""
+    num_tokens, num_heads, head_dim = q.shape
+    page_size, num_rows = kv_pages.shape[1:3]
+    kv_lens, page_indices, cu_q_lens, num_seqs = lengths
     has_scales = k_scale is not None or v_scale is not None
     score = Score(
         soft_cap=soft_cap,
@@ -196,50 +259,73 @@ def ragged_paged_attention(
         ring=config.num_buffers,
         blocks_per_body=config.blocks_per_body,
         window=config.window_rows,
+        new=_new_slots(new, heads),
+        table_part=_TABLE_PART if page_indices.size > _MAX_TABLE else 0,
         is_interpreted=False,
     )
+    table = page_indices.reshape(-1)
+    # A block's entries are read whether it has so many pieces or not.
+    behind = static.pieces_per_block
+    if static.table_part:
+        behind = -table.shape[0] % static.table_part
+    table = jnp.pad(table, (0, behind))
     factors = [jnp.asarray(sm_scale, jnp.float32).reshape(1)]
     if has_scales:
         for scale in (k_scale, v_scale):
             scale = jnp.asarray(1.0 if scale is None else scale, jnp.float32)
-            factors.append(jnp.broadcast_to(scale, (num_kv_heads,)))
-    metadata = [
-        kv_lens, page_indices.reshape(-1), cu_q_lens, num_seqs, jnp.concatenate(factors)
-    ]
+            factors.append(jnp.broadcast_to(scale, (heads.num_kv_heads,)))
+    metadata = [kv_lens, table, cu_q_lens, num_seqs, jnp.concatenate(factors)]
     if score.has_window:
         metadata.append(jnp.asarray(sliding_window, jnp.int32).reshape(1))
-    vectors = []
     if score.has_sinks:
-        metadata.append(sinks)
         column = jnp.pad(sinks, (0, attend.decode_rows(num_heads) - num_heads))
-        vectors.append(jnp.broadcast_to(column[:, None], (column.shape[0], layout.LANES)))
+        metadata += [sinks, jnp.broadcast_to(column[:, None], (column.shape[0], layout.LANES))]
+    if new is not None and layout.is_quantized(heads.pool_dtype):
+        scales = (write_oracle.inverse_scale(x, heads.num_kv_heads) for x in (k_scale, v_scale))
+        metadata.append(jnp.concatenate(list(scales)))
 
     # Reshaped back to what a projection made, before any padding that it does not need.
     pad_lanes = heads.lanes - head_dim
     if pad_lanes:
         q = jnp.pad(q, ((0, 0), (0, 0), (0, pad_lanes)))
     q = q.reshape(num_tokens, num_heads * heads.lanes)
-    if rows > num_tokens:
-        q = jnp.pad(q, ((0, rows - num_tokens), (0, 0)))
+    tensors = [_pad_rows(x, rows) for x in (q, *(new or ()))]
     pool = layout.flatten_slots(kv_pages)
-    if heads.num_rows > pool.shape[1]:
-        pool = jnp.pad(pool, ((0, 0), (0, heads.num_rows - pool.shape[1]), (0, 0)))
+    if heads.num_rows > num_rows:
+        pool = jnp.pad(pool, ((0, 0), (0, heads.num_rows - num_rows), (0, 0)))
 
     def launch(is_interpreted, pool):
-        return _launch(
-            dataclasses.replace(static, is_interpreted=is_interpreted), metadata, vectors, q, pool
-        )
+        walk = dataclasses.replace(static, is_interpreted=is_interpreted)
+        return list(_launch(walk, metadata, tensors, pool))
 
-    # The interpreter cannot view a ref as words, so on a CPU it gets the pool as words.
-    out, *lse = lax.platform_dependent(
+    def launch_with_words(pool):  # the interpreter cannot view a ref as words
+        *results, last = launch(True, layout.to_words(pool))
+        return [*results, last if new is None else layout.from_words(last, heads.pool_dtype)]
+
+    out, *results = lax.platform_dependent(
         pool,
         tpu=functools.partial(launch, False),
-        default=lambda pool: launch(
-            True, layout.to_words(pool) if heads.rows_per_word > 1 else pool
-        ),
+        default=launch_with_words if heads.rows_per_word > 1 else functools.partial(launch, True),
     )
     out = out[:num_tokens].reshape(num_tokens, num_heads, heads.lanes)[..., :head_dim]
-    return out, lse[0][:num_tokens, :num_heads] if return_lse else None
+    lse = results.pop(0)[:num_tokens, :num_heads] if return_lse else None
+    pool = results[0][:, :num_rows].reshape(kv_pages.shape) if new is not None else None
+    return out, lse, pool
+
+
+def _new_slots(new, heads: Heads) -> Slots | None:
+    """What the making of slots needs to know of k and v, [T, K, H] or [T, K*H]."""
+    if new is None:
+        return None
+    return Slots(
+        heads.num_kv_heads, heads.head_dim, heads.pool_dtype, heads.num_rows,
+        is_flat=new[0].ndim == 2,
+    )
+
+
+def _pad_rows(x, num_rows):
+    missing = num_rows - x.shape[0]
+    return jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))) if missing else x
 
 
 def _piece(page_size: int, block_keys: int) -> int:
@@ -247,65 +333,85 @@ def _piece(page_size: int, block_keys: int) -> int:
     return next(n for n in range(min(page_size, block_keys), 0, -1) if page_size % n == 0)
 
 
-def _launch(walk: Walk, metadata, vectors, q, pool):
-    """The one pallas_call."""
-    heads, window = walk.heads, walk.window
-    width = heads.num_heads * heads.lanes
+def _launch(walk: Walk, metadata, tensors, pool):
+    """The one pallas_call: [out, log-sum-exp if wanted, pool if written to].
+
+    Args:
+      walk: static.
+      metadata: SMEM, but for a streamed page table and the column of sinks.
+      tensors: q, and k and v if they are to be written.
+      pool: [P*page_size, R or words, C].
+    """
+    heads, window, has_new = walk.heads, walk.window, walk.new is not None
+    q = tensors[0]
     decode_rows = attend.decode_rows(heads.num_heads)
-    pitch = attend.row_pitch(heads.num_heads)
+    head_rows = heads.lane_tiles * window, attend.row_pitch(heads.num_heads), 1, layout.LANES
     prefill_rows = window * heads.group
     lse_lanes = _round_up(heads.num_heads, layout.LANES)
     word = jnp.float32 if heads.pool_dtype == jnp.float32 else jnp.uint32
-    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    num_slots = walk.ring_rows + heads.lane_tiles * walk.new_rows
+    hbm, smem, vmem = (
+        pl.BlockSpec(memory_space=space) for space in (pltpu.HBM, pltpu.SMEM, pltpu.VMEM)
+    )
+    in_specs = [vmem if x.ndim == 2 else smem for x in metadata]
+    if walk.table_part:
+        in_specs[1] = hbm
+    in_specs += [hbm] * (len(tensors) + 1)
 
-    def vmem(*shape):
+    def scratch(*shape):
         return pltpu.VMEM(shape, jnp.float32)
 
-    out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype, manual_axis_type=_varying(q, pool))]
+    def shape_of(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=_varying(q, pool))
+
+    out_shape = [shape_of(q.shape, q.dtype)]
     if walk.score.return_lse:
-        out_shape.append(
-            jax.ShapeDtypeStruct(
-                (q.shape[0], lse_lanes), jnp.float32, manual_axis_type=_varying(q, pool)
-            )
-        )
-    smem = pl.BlockSpec(memory_space=pltpu.SMEM)
+        out_shape.append(shape_of((q.shape[0], lse_lanes), jnp.float32))
+    aliases = {}
+    if has_new:
+        aliases[len(in_specs) - 1] = len(out_shape)
+        out_shape.append(layout.result_like(pool))
+    scratch_shapes = [
+        pltpu.SMEM((STATE_SIZE,), jnp.int32),
+        pltpu.SMEM((walk.max_units, walk.unit_size), jnp.int32),
+        pltpu.VMEM((num_slots, heads.pitch, 1, layout.LANES), word),
+        pltpu.VMEM((window, q.shape[1]), q.dtype),
+        pltpu.VMEM((2, window, q.shape[1]), q.dtype),
+        *[scratch(*head_rows)] * 2,
+        scratch(decode_rows, layout.LANES),
+        scratch(decode_rows, layout.LANES),
+        scratch(decode_rows, heads.lanes),
+        scratch(heads.num_kv_heads, 8, prefill_rows),
+        scratch(heads.num_kv_heads, 16, prefill_rows),
+        scratch(heads.num_kv_heads, heads.lanes, prefill_rows),
+        pltpu.SemaphoreType.DMA((walk.ring + 1,)),
+        pltpu.SemaphoreType.DMA((1,)),
+        pltpu.SemaphoreType.DMA((2,)),
+    ]
+    if walk.score.return_lse:
+        scratch_shapes.append(scratch(2, window, lse_lanes))
+    if has_new:
+        scratch_shapes += [pltpu.VMEM((window, *x.shape[1:]), x.dtype) for x in tensors[1:]]
+        scratch_shapes.append(pltpu.SemaphoreType.DMA((1,)))
+    if walk.table_part:
+        scratch_shapes.append(pltpu.SMEM((2 * walk.table_part,), jnp.int32))
+        scratch_shapes.append(pltpu.SemaphoreType.DMA((2,)))
+    name = "write_and_attend" if has_new else "ragged_paged_attention"
     return pl.pallas_call(
         functools.partial(kernel, walk),
         out_shape=out_shape,
-        in_specs=[
-            *(smem for _ in metadata),
-            *(pl.BlockSpec(memory_space=pltpu.VMEM) for _ in vectors),
-            hbm,
-            hbm,
-        ],
+        in_specs=in_specs,
         out_specs=[hbm for _ in out_shape],
-        scratch_shapes=[
-            pltpu.SMEM((STATE_SIZE,), jnp.int32),
-            pltpu.SMEM((walk.max_units, UNIT_SIZE), jnp.int32),
-            pltpu.VMEM(
-                (walk.ring + 1, heads.lane_tiles, walk.block, heads.pitch, 1, layout.LANES), word
-            ),
-            pltpu.VMEM((window, width), heads.q_dtype),
-            pltpu.VMEM((2, window, width), heads.q_dtype),
-            *[vmem(heads.lane_tiles, window, pitch, 1, layout.LANES)] * 2,
-            vmem(decode_rows, layout.LANES),
-            vmem(decode_rows, layout.LANES),
-            vmem(decode_rows, heads.lanes),
-            vmem(heads.num_kv_heads, 8, prefill_rows),
-            vmem(heads.num_kv_heads, 16, prefill_rows),
-            vmem(heads.num_kv_heads, heads.lanes, prefill_rows),
-            pltpu.SemaphoreType.DMA((walk.ring + 1,)),
-            pltpu.SemaphoreType.DMA((1,)),
-            pltpu.SemaphoreType.DMA((2,)),
-            *([vmem(2, window, lse_lanes)] if walk.score.return_lse else []),
-        ],
-        # The kernel checks every id (fetch_block) and keeps every row inside the batch (rows_of).
+        input_output_aliases=aliases,
+        scratch_shapes=scratch_shapes,
+        # The kernel checks every id (start_piece, _send) and keeps every row inside the batch
+        # (rows_of) and every position inside the page table (unit_at).
         compiler_params=pltpu.CompilerParams(
             disable_bounds_checks=True,
             vmem_limit_bytes=_vmem_capacity(),
         ),
-        name=f"ragged_paged_attention_block{walk.block}_window{window}",
-    )(*metadata, *vectors, q, pool)
+        name=f"{name}_block{walk.block}_window{window}",
+    )(*metadata, *tensors, pool)
 
 
 def _varying(q, pool):

@@ -1,8 +1,8 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """Attention of one unit's queries over one block of keys, on the matrix unit: two forms.
 
-`Decode` takes the one row of a decode with all its heads: heads are rows, keys are lanes, K and V
-are what the matrix unit holds. `Prefill` takes many rows, head by head, and everything transposed:
+`decode` takes the one row of a decode with all its heads: heads are rows, keys are lanes, K and V
+are what the matrix unit holds. `prefill` takes many rows, head by head, and everything transposed:
 keys are rows and queries are lanes. So the running maximum and sum are vectors along the lanes,
 no reduction crosses lanes, and the second product fills the matrix unit although a head has only
 128 lanes.
@@ -14,6 +14,8 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,115 +87,178 @@ def row_pitch(num_heads: int) -> int:
     return decode_rows(num_heads) + 1
 
 
+class Step(NamedTuple):
+    """One block of keys that a decode's body takes.
+
+    Attributes:
+      load: see `operands.keys`.
+      first, end: position of its first key, and of the first that it does not hold.
+      position: of the query.
+      is_first: whether it is its decode's first; False where the step before is known to be of the
+        same decode.
+      q: `q(row, lane_tile)`, f32[8, 128], eight heads of the token.
+      store: `store(row, lane_tile, x)` takes f32[8, 128] of the values attended to so far; None if
+        nobody wants them yet.
+      store_lse: takes the log-sum-exp so far, f32[rows, 1].
+    """
+
+    load: Any
+    first: Any
+    end: Any
+    position: Any
+    is_first: Any
+    q: Any
+    store: Any
+    store_lse: Any
+
+
 def decode(
     heads: Heads, score: Score, sinks_ref, scales, window, sm_scale,
-    *, q, loads, spans, position, num_keys, is_full, issue, is_first, store, m_ref, l_ref, acc_ref,
+    *, steps: Sequence[Step], num_keys, is_full, issue, m_ref, l_ref, acc_ref,
 ):
-    """Takes blocks of keys into a decode's running state, and stores its result so far.
+    """Takes blocks of keys, one behind the other, each into its decode's running state.
 
-    Blocks are pipelined: the products with the next block's keys come before the softmax of this
-    one's, so that the matrix unit has work while that is computed. Where they are small, one
-    softmax takes all.
+    The products with the next block's keys come before the softmax of this one's, so that the
+    matrix unit has work while that is computed. Where they are small and of one decode, one softmax
+    takes all.
 
     Args:
       heads, score: static.
       sinks_ref: f32[rows, 128], a head's sink in all lanes; None without sinks.
       scales: `scales(which, head)`, K's (0) or V's (1) float32 scale.
       window, sm_scale: scalars.
-      q: `q(row, lane_tile)`, f32[8, 128], eight heads of the token.
-      loads: for each block, see `keys`.
-      spans: for each block (position of its first key, of the first that it does not hold).
-      position: of the query.
+      steps: the blocks.
       num_keys: keys in a block.
       is_full: whether all keys of the blocks are known to count; static.
       issue: called twice for each KV head of each block, where DMAs are welcome.
-      is_first: whether the state is to be empty before.
-      store: `store(row, lane_tile, x)` takes f32[8, 128] of the attended values.
-      m_ref, l_ref, acc_ref: running maximum f32[rows, 128] (all lanes equal), sum f32[rows, 128]
-        (each lane its part) and accumulator f32[rows, C].
-
-    Returns:
-      the log-sum-exp so far, f32[rows, 1].
+      m_ref, l_ref, acc_ref: state from body to body: running maximum f32[rows, 128] (all lanes
+        equal), sum f32[rows, 128] (each lane its part) and accumulator f32[rows, C].
     """
     rows = range(0, decode_rows(heads.num_heads), _SUBLANES)
-    queries = {
-        row: jnp.concatenate([q(row, c) for c in range(heads.lane_tiles)], axis=1).astype(
-            heads.compute_dtype
-        )
-        for row in rows
-    }
-    m = {row: jnp.where(is_first, -jnp.inf, m_ref[pl_rows(row)]) for row in rows}
-    total = {row: jnp.where(is_first, 0.0, l_ref[pl_rows(row)]) for row in rows}
-    acc = {row: jnp.where(is_first, 0.0, acc_ref[pl_rows(row)]) for row in rows}
 
-    def products(b):
-        first, end = spans[b]
-        position_of_key = first + lax.broadcasted_iota(jnp.int32, (_SUBLANES, num_keys), 1)
-        seen = is_seen(score, position_of_key, position, window) & (position_of_key < end)
-        product: dict = {}
-        for head in range(heads.num_kv_heads):
-            issue()
-            k = keys(heads, loads[b], head)
-            scale = sm_scale * scales(0, head) if score.has_scales else sm_scale
-            for row, mask in _head_rows(heads, head):
-                s = lax.dot_general(
-                    queries[row], k, (((1,), (1,)), ((), ())), precision=heads.precision,
-                    preferred_element_type=jnp.float32,
-                )
-                product[row] = _select(mask, scores(score, s, scale), product.get(row))
+    @functools.cache
+    def queries(q, row):
+        lane_tiles = [q(row, c) for c in range(heads.lane_tiles)]
+        return jnp.concatenate(lane_tiles, axis=1).astype(heads.compute_dtype)
+
+    def multiply_keys(step, head, product):
+        """Takes one KV head's scores into `product`, f32[8, keys] of each register of rows."""
+        issue()
+        k = keys(heads, step.load, head)
+        scale = sm_scale * scales(0, head) if score.has_scales else sm_scale
+        for row, mask in _head_rows(heads, head):
+            s = lax.dot_general(
+                queries(step.q, row), k, (((1,), (1,)), ((), ())), precision=heads.precision,
+                preferred_element_type=jnp.float32,
+            )
+            product[row] = _select(mask, scores(score, s, scale), product.get(row))
+
+    def mask_product(step, product):
         if is_full:
             return product
+        key = step.first + lax.broadcasted_iota(jnp.int32, (_SUBLANES, num_keys), 1)
+        seen = is_seen(score, key, step.position, window) & (key < step.end)
         return {row: jnp.where(seen, s, -jnp.inf) for row, s in product.items()}
 
-    def attend(blocks, found):
-        """Softmax over some blocks' products, and the products with their values."""
-        weights, rescale = {}, {}
+    def weigh(state, together, found):
+        """Softmax over some steps' products: their weights, and the state without their values."""
+        weights: list[dict] = [{} for _ in together]
+        after = {}
         for row in rows:
-            before = m[row]
-            largest = (jnp.max(product[row], axis=1, keepdims=True) for product in found)
-            m[row] = functools.reduce(jnp.maximum, largest, before)
-            shift = jnp.where(m[row] == -jnp.inf, 0.0, m[row])  # nothing seen yet: 0, not NaN
-            rescale[row] = jnp.exp2(before - shift)
-            weights[row] = [jnp.exp2(product[row] - shift[:, :1]) for product in found]
-            total[row] = total[row] * rescale[row] + sum(
-                p[:, c : c + layout.LANES]
-                for p in weights[row]
-                for c in range(0, num_keys, layout.LANES)
-            )
-        attended = {row: acc[row] * _wide(rescale[row], heads.lane_tiles) for row in rows}
-        for b, head in itertools.product(range(len(blocks)), range(heads.num_kv_heads)):
-            issue()
-            first, end = spans[blocks[b]]
-            is_token = None if is_full else functools.partial(_is_token, first, end, num_keys)
-            v = values(heads, loads[blocks[b]], head, is_token)
-            for row, mask in _head_rows(heads, head):
-                o = attended[row] + jnp.dot(
-                    weights[row][b].astype(heads.compute_dtype), v, precision=heads.precision,
-                    preferred_element_type=jnp.float32,
+            m, total, acc = state[row]
+            if together[0].is_first is not False:
+                is_first = together[0].is_first
+                m, total, acc = (
+                    jnp.where(is_first, *x)
+                    for x in ((-jnp.inf, m), (0.0, total), (0.0, acc))
                 )
-                attended[row] = _select(mask, o, attended[row])
-        acc.update(attended)
+            largest = (jnp.max(product[row], axis=1, keepdims=True) for product in found)
+            top = functools.reduce(jnp.maximum, largest, m)
+            shift = jnp.where(top == -jnp.inf, 0.0, top)  # nothing seen yet: 0, not NaN
+            rescale = jnp.exp2(m - shift)
+            total = total * rescale
+            for weights_of_step, product in zip(weights, found, strict=True):
+                p = jnp.exp2(product[row] - shift[:, :1])
+                total += sum(
+                    p[:, c : c + layout.LANES] for c in range(0, num_keys, layout.LANES)
+                )
+                weights_of_step[row] = p.astype(heads.compute_dtype)
+            after[row] = _State(top, total, acc * _wide(rescale, heads.lane_tiles))
+        return weights, after
 
-    # Few products wait for each other less if one softmax takes all.
-    is_joint = len(rows) * num_keys * len(loads) <= _JOINT_KEYS
-    steps = [list(range(len(loads)))] if is_joint else [[b] for b in range(len(loads))]
-    found = [products(b) for b in steps[0]]
-    for i, blocks in enumerate(steps):
-        ahead = [products(b) for b in steps[i + 1]] if i + 1 < len(steps) else []
-        attend(blocks, found)
-        found = ahead
+    def multiply_values(step, head, weights, state):
+        """Takes one KV head's weighted values into the state."""
+        issue()
+        is_token = functools.partial(_is_token, step.first, step.end, num_keys)
+        v = values(heads, step.load, head, None if is_full else is_token)
+        for row, mask in _head_rows(heads, head):
+            acc = state[row].acc
+            o = acc + jnp.dot(
+                weights[row], v, precision=heads.precision, preferred_element_type=jnp.float32
+            )
+            state[row] = state[row]._replace(acc=_select(mask, o, acc))
 
-    lse = []
+    def finish(step, state):
+        if step.store is None:
+            return
+        lse = []
+        for row in rows:
+            out, lse_of_row = _finish_decode(heads, score, sinks_ref, scales, row, *state[row])
+            lse.append(lse_of_row)
+            for c in range(heads.lane_tiles):
+                step.store(row, c, out[:, c * layout.LANES : (c + 1) * layout.LANES])
+        if score.return_lse:
+            step.store_lse(jnp.concatenate(lse, axis=0))
+
+    groups = _joined(heads, steps, num_keys)
+    state = {
+        row: _State(*(ref[pl_rows(row)] for ref in (m_ref, l_ref, acc_ref))) for row in rows
+    }
+    found: list[dict] = []
+    nothing: list[Step] = []
+    for together, following in zip([nothing, *groups], [*groups, nothing], strict=True):
+        weights: list[dict] = []
+        if together:
+            products = [mask_product(step, p) for step, p in zip(together, found, strict=True)]
+            weights, state = weigh(state, together, products)
+        found = [{} for _ in following]
+        # Keys and values of a head take turns, because values load the vector units and keys the
+        # matrix unit; only the last keys come first, so that values hide the softmax behind them.
+        num_heads = heads.num_kv_heads
+        lag = num_heads if following is groups[-1] else 0
+        for turn in range(num_heads + lag):
+            if turn < num_heads:
+                for step, product in zip(following, found, strict=True):
+                    multiply_keys(step, turn, product)
+            if turn >= lag:
+                for step, weights_of_step in zip(together, weights, strict=True):
+                    multiply_values(step, turn - lag, weights_of_step, state)
+        if together:
+            finish(together[-1], state)
     for row in rows:
-        m_ref[pl_rows(row)], l_ref[pl_rows(row)] = m[row], total[row]
-        acc_ref[pl_rows(row)] = acc[row]
-        out, lse_of_row = _finish_decode(
-            heads, score, sinks_ref, scales, row, m[row], total[row], acc[row]
-        )
-        lse.append(lse_of_row)
-        for c in range(heads.lane_tiles):
-            store(row, c, out[:, c * layout.LANES : (c + 1) * layout.LANES])
-    return jnp.concatenate(lse, axis=0)
+        for ref, x in zip((m_ref, l_ref, acc_ref), state[row], strict=True):
+            ref[pl_rows(row)] = x
+
+
+def _joined(heads: Heads, steps: Sequence[Step], num_keys: int) -> list[list[Step]]:
+    """Steps that one softmax takes: of one decode, and as many as have few products together,
+    which would wait for each other."""
+    registers = decode_rows(heads.num_heads) // _SUBLANES
+    most = max(1, _JOINT_KEYS // (registers * num_keys))
+    groups: list[list[Step]] = []
+    for step in steps:
+        if step.is_first is not False or len(groups[-1]) == most:
+            groups.append([])
+        groups[-1].append(step)
+    return groups
+
+
+class _State(NamedTuple):
+    """What a decode has so far, of eight heads; see `decode`."""
+
+    m: Any
+    total: Any
+    acc: Any
 
 
 def _wide(x, lane_tiles):

@@ -1,0 +1,307 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Blocks of keys: pages of all units, in order, stream through a ring of buffers.
+
+A *block* is the keys that a unit takes at a time. Blocks are fetched some ahead of the one that is
+being computed, a DMA a page (or equal part of one), and waited for by their number of tokens.
+"""
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_paged import layout
+from pallas_paged.ragged_paged_attention import mosaic_tpu_table as page_table
+from pallas_paged.ragged_paged_attention.mosaic_tpu_new import row_of
+from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
+    AHEAD_BLOCKS,
+    AHEAD_END,
+    AHEAD_PIECE,
+    AHEAD_SEQ,
+    AHEAD_TABLE,
+    FETCHED,
+    TAKEN,
+    Refs,
+    Rows,
+    Unit,
+    Walk,
+    ceil_div,
+    div,
+    rem,
+)
+from pallas_paged.ragged_paged_attention.mosaic_tpu_units import find_unit, num_seqs
+
+# DMAs of one body that are written out, so that their issue hides behind the arithmetic; beyond
+# them a loop issues first.
+_MAX_UNROLL = 512
+
+
+class Fetch(NamedTuple):
+    """A block to fetch: its buffer, its unit's place in the page table, and which pieces."""
+
+    buffer: Any
+    table: Any
+    first_piece: Any
+    num_pieces: Any
+
+
+NO_FETCH = Fetch(*[np.int32(0)] * 4)
+
+
+class Place(NamedTuple):
+    """Where a block is: the row of its first token in its first lane tile, and from that lane
+    tile's to the next one's."""
+
+    row: Any
+    lane_tile_rows: Any
+
+
+def next_fetches(walk: Walk, refs: Refs, num_blocks: int) -> list[Fetch]:
+    """The next blocks to fetch; without pieces where there is none, or all is in VMEM already."""
+    state, per_block = refs.state, walk.pieces_per_block
+    fetched = state[FETCHED]
+
+    def is_over(_, piece, end, blocks):
+        """Whether the unit that is being fetched is all fetched, and there may be another."""
+        is_done = piece >= end if walk.new is None else blocks == 0
+        return is_done & (state[AHEAD_SEQ] < num_seqs(walk, refs))
+
+    def within_unit(table, piece, end, blocks):
+        """All full blocks of the unit that is being fetched."""
+        bring_entries(walk, refs, Fetch(fetched, table, piece, num_blocks * per_block))
+        starts = [(table, piece + b * per_block) for b in range(num_blocks)]
+        counts, is_there = [jnp.int32(per_block)] * num_blocks, [jnp.int32(1)] * num_blocks
+        blocks = None if blocks is None else blocks - num_blocks
+        return starts, counts, is_there, (table, piece + num_blocks * per_block, end, blocks)
+
+    def block_by_block(*ahead):
+        starts, counts, is_there = [], [], []
+        for _ in range(num_blocks):
+            table, piece, end, blocks = lax.cond(
+                is_over(*ahead), functools.partial(find_unit, walk, refs), lambda ahead=ahead: ahead
+            )
+            starts.append((table, piece))
+            counts.append(jnp.clip(end - piece, 0, per_block))
+            there = counts[-1] if walk.new is None else blocks
+            is_there.append(jnp.where(there > 0, 1, 0))
+            blocks = None if walk.new is None else jnp.maximum(blocks - 1, 0)
+            ahead = table, piece + counts[-1], end, blocks
+            if walk.table_part and num_blocks > 1:
+                # Started here: the entries of several units may not all be in SMEM at a time.
+                buffer = rem(fetched + sum(is_there[:-1]), walk.ring)
+                start_block(walk, refs, Fetch(buffer, table, piece, counts[-1]))
+                counts[-1] = jnp.zeros_like(counts[-1])
+            else:
+                bring_entries(walk, refs, Fetch(fetched, table, piece, counts[-1]))
+        return starts, counts, is_there, ahead
+
+    places = (AHEAD_TABLE, AHEAD_PIECE, AHEAD_END, AHEAD_BLOCKS)
+    ahead = tuple(state[i] for i in places[:3])
+    ahead += (None if walk.new is None else state[AHEAD_BLOCKS],)
+    if num_blocks == 1:
+        starts, counts, is_there, ahead = block_by_block(*ahead)
+    else:
+        # Where a unit ends with a body, as long ones of round lengths do, the next is one as well.
+        ahead = lax.cond(is_over(*ahead), functools.partial(find_unit, walk, refs), lambda: ahead)
+        starts, counts, is_there, ahead = lax.cond(
+            ahead[2] - ahead[1] >= num_blocks * per_block, within_unit, block_by_block, *ahead
+        )
+    for place, value in zip(places, ahead, strict=True):
+        if value is not None:
+            state[place] = value
+    fetches = []
+    for (table, piece), count, one in zip(starts, counts, is_there, strict=True):
+        fetches.append(Fetch(rem(fetched, walk.ring), table, piece, count))
+        fetched += one
+    state[FETCHED] = fetched
+    return fetches
+
+
+def bring_entries(walk: Walk, refs: Refs, fetch: Fetch):
+    """Has a fetch's entries of the page table in SMEM, where that is streamed."""
+    if not walk.table_part:
+        return
+    per_page = walk.page_size // walk.piece
+    first = fetch.table + div(fetch.first_piece, per_page)
+    last = fetch.table + div(fetch.first_piece + fetch.num_pieces - 1, per_page)
+    pl.when(fetch.num_pieces > 0)(lambda: page_table.bring(walk, refs, first, last))
+
+
+def _pool_row(walk: Walk, refs: Refs, fetch: Fetch, i):
+    """The pool's row where piece i of a block begins; any row where it has no such piece."""
+    pieces_per_page = walk.page_size // walk.piece
+    at, part = (fetch.table + fetch.first_piece) + i, 0
+    if pieces_per_page > 1:
+        piece = fetch.first_piece + i
+        at, part = fetch.table + div(piece, pieces_per_page), rem(piece, pieces_per_page)
+    # Inside the pool whatever the table says: as an unsigned number, no id is negative.
+    page_id = page_table.entry(walk, refs, at).astype(jnp.uint32)
+    page_id = jnp.minimum(page_id, jnp.uint32(walk.num_pages - 1)).astype(jnp.int32)
+    return page_id * walk.page_size + part * walk.piece
+
+
+def _start_piece(walk: Walk, refs: Refs, fetch: Fetch, i, pool_row):
+    """Starts the DMA of piece i of a block."""
+    heads, place = walk.heads, buffer_at(walk, fetch.buffer)
+    for c in range(heads.lane_tiles):
+        row = place.row + c * place.lane_tile_rows + i * walk.piece
+        pltpu.make_async_copy(
+            refs.pool.at[pl.ds(pool_row, walk.piece), :, pl.ds(c * layout.LANES, layout.LANES)],
+            refs.slots.at[pl.ds(row, walk.piece), pl.ds(0, heads.num_words), 0],
+            refs.ring_sems.at[fetch.buffer],
+        ).start()
+
+
+def start_block(walk: Walk, refs: Refs, fetch: Fetch):
+    """Starts the DMAs of a block, one by one."""
+    bring_entries(walk, refs, fetch)
+    pl.loop(0, fetch.num_pieces)(
+        lambda i: _start_piece(walk, refs, fetch, i, _pool_row(walk, refs, fetch, i))
+    )
+
+
+def fill_ring(walk: Walk, refs: Refs):
+    """Starts the first blocks, so many that a body's are always all on their way."""
+
+    @pl.loop(0, walk.ring - walk.blocks_per_body)
+    def _fill(_):
+        (fetch,) = next_fetches(walk, refs, 1)
+        start_block(walk, refs, fetch)
+
+
+def issues(walk: Walk, refs: Refs, fetches: list[Fetch], num_points: int):
+    """A function that, called `num_points` times, starts the DMAs of some blocks.
+
+    The compiler keeps the order of DMAs and loads, so those that are to hide behind a body's
+    arithmetic must stand among its loads. Where they are many, a loop starts all at once.
+    """
+    num_dmas = len(fetches) * walk.pieces_per_block
+    if num_dmas > _MAX_UNROLL:
+        for fetch in fetches:
+            start_block(walk, refs, fetch)
+        return lambda: None
+    pieces = iter([(fetch, i) for fetch in fetches for i in range(walk.pieces_per_block)])
+
+    def issue():
+        for fetch, i in itertools.islice(pieces, pl.cdiv(num_dmas, num_points)):
+            # Read before it is known to be there: under the condition it would cost a select.
+            pool_row = _pool_row(walk, refs, fetch, i)
+            start = functools.partial(_start_piece, walk, refs, fetch, i, pool_row)
+            pl.when(i < fetch.num_pieces)(start)
+
+    return issue
+
+
+def buffer_at(walk: Walk, buffer) -> Place:
+    """Where a buffer of the ring is."""
+    return Place(buffer * (walk.heads.lane_tiles * walk.block), walk.block)
+
+
+def block_of(walk: Walk, unit: Unit, block):
+    """(position of a unit's block's first key, of the first that its buffer does not hold), of a
+    unit whose keys all come from the pool."""
+    first = unit.first_piece + block * walk.pieces_per_block
+    end = (first + walk.pieces_per_block) * walk.piece
+    return first * walk.piece, jnp.minimum(unit.key_end, end)
+
+
+def prefill_block_of(walk: Walk, unit: Unit, block):
+    """`block_of` of a prefill: with new keys, the blocks from `old_end` on are in VMEM."""
+    if walk.new is None:
+        return block_of(walk, unit, block)
+    is_old = block < unit.num_pool_blocks
+    piece = unit.first_piece + block * walk.pieces_per_block
+    end = jnp.minimum(piece + walk.pieces_per_block, unit.old_end) * walk.piece
+    new = unit.old_end * walk.piece + _new_block(unit, block) * walk.block
+    first = jnp.where(is_old, piece * walk.piece, new)
+    return first, jnp.minimum(unit.key_end, jnp.where(is_old, end, new + walk.block))
+
+
+def _new_block(unit: Unit, block):
+    """Which of the blocks of new keys a block of a unit is."""
+    return unit.first_new + block - unit.num_pool_blocks
+
+
+def _wait_block(walk: Walk, refs: Refs, buffer, num_tokens):
+    """Waits for the tokens of a block in a buffer."""
+    heads = walk.heads
+    rows = pl.ds(0, num_tokens * heads.lane_tiles)
+    view = refs.slots.at[rows, pl.ds(0, heads.num_words), 0]
+    pltpu.make_async_copy(view, view, refs.ring_sems.at[buffer]).wait()
+
+
+def _num_fetched(walk: Walk, first, end):
+    """How many tokens of a block are fetched: whole pieces."""
+    return ceil_div(end - first, walk.piece) * walk.piece
+
+
+def take_blocks(walk: Walk, refs: Refs, taken, is_full: bool) -> list[Place]:
+    """Waits for the next blocks; returns where they are.
+
+    Args:
+      taken: (unit, block) of each, of decodes.
+      is_full: whether all are known to be full.
+    """
+    first = refs.state[TAKEN]
+    refs.state[TAKEN] = first + len(taken)
+    buffers = [rem(first + b, walk.ring) for b in range(len(taken))]
+    for buffer, (unit, block) in zip(buffers, taken, strict=True):
+        num_tokens = _num_fetched(walk, *block_of(walk, unit, block))
+        _wait_block(walk, refs, buffer, walk.block if is_full else num_tokens)
+    return [buffer_at(walk, buffer) for buffer in buffers]
+
+
+def take_prefill_block(walk: Walk, refs: Refs, unit: Unit, block):
+    """Waits for a prefill's next block; returns its buffer."""
+    taken = refs.state[TAKEN]
+    refs.state[TAKEN] = taken + 1
+    buffer = rem(taken, walk.ring)
+    num_tokens = _num_fetched(walk, *prefill_block_of(walk, unit, block))
+    _when_in_pool(walk, unit, block, lambda: _wait_block(walk, refs, buffer, num_tokens))
+    return buffer
+
+
+def bring_again(walk: Walk, refs: Refs, unit: Unit, block):
+    """Brings a block that was taken before, to the buffer behind the ring, which it returns."""
+    buffer = jnp.int32(walk.ring)
+
+    def bring():
+        first, end = prefill_block_of(walk, unit, block)
+        num_pieces = ceil_div(end - first, walk.piece)
+        table = unit.seq * walk.table_width
+        start_block(walk, refs, Fetch(buffer, table, div(first, walk.piece), num_pieces))
+        _wait_block(walk, refs, buffer, _num_fetched(walk, first, end))
+
+    _when_in_pool(walk, unit, block, bring)
+    return buffer
+
+
+def _when_in_pool(walk: Walk, unit: Unit, block, do):
+    """Does it for a block that comes from the pool; new keys are in VMEM."""
+    if walk.new is None:
+        do()
+    else:
+        pl.when(block < unit.num_pool_blocks)(do)
+
+
+def prefill_place(walk: Walk, unit: Unit, block, buffer) -> Place:
+    """Where a prefill's block is: in its buffer, or among the new tokens."""
+    place = buffer_at(walk, buffer)
+    if walk.new is None:
+        return place
+    new = Place(row_of(walk, _new_block(unit, block) * walk.block), walk.new_rows)
+    is_old = block < unit.num_pool_blocks
+    return Place(*(jnp.where(is_old, a, b) for a, b in zip(place, new, strict=True)))
+
+
+def load(walk: Walk, refs: Refs, place: Place, word: int, lane_tile: int, parity: int | None):
+    """Words of a block; see attend's `keys`."""
+    first, step = (0, 1) if parity is None else (parity, 2)
+    row = place.row + lane_tile * place.lane_tile_rows + first
+    words = Rows(refs.slots, walk.is_interpreted).load(row, walk.block // step, word, step)
+    return lax.bitcast_convert_type(words, jnp.uint32)

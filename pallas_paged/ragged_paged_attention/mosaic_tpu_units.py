@@ -1,0 +1,138 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Finding the units of a batch in order: which rows of which sequence, and which keys they see.
+
+Whatever the metadata says, rows are inside the batch and keys inside the page table.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
+    AHEAD_ROW,
+    AHEAD_SEQ,
+    FOUND,
+    ROW_TILE,
+    Refs,
+    Unit,
+    Walk,
+    ceil_div,
+    div,
+    rem,
+)
+
+# Lengths that a kernel takes at their word; longer ones are absurd.
+_MAX_LEN = 2**30
+
+
+def rows_of(walk: Walk, refs: Refs, seq):
+    """The rows of a sequence: (first, end)."""
+    start = jnp.clip(refs.cu_q_lens[seq], 0, walk.num_tokens)
+    return start, jnp.clip(refs.cu_q_lens[seq + 1], start, walk.num_tokens)
+
+
+def num_seqs(walk: Walk, refs: Refs):
+    """How many sequences there are."""
+    return jnp.clip(refs.num_seqs[0], 0, walk.max_seqs)
+
+
+def window_len(walk: Walk, refs: Refs):
+    """The sliding window, None without one."""
+    return jnp.clip(refs.window_len[0], 1, _MAX_LEN) if walk.score.has_window else None
+
+
+def unit_at(walk: Walk, refs: Refs, seq, row) -> tuple[Unit, object]:
+    """The unit that begins at a row, and the end of its pieces in the pool."""
+    start, stop = rows_of(walk, refs, seq)
+    kv_len = jnp.clip(refs.kv_lens[seq], 0, _MAX_LEN)
+    num_keys = jnp.minimum(kv_len, walk.capacity)
+    end = jnp.minimum(stop, (row & -ROW_TILE) + walk.window)
+    position = kv_len - (stop - row)
+    key_end = num_keys
+    if walk.score.causal:
+        key_end = jnp.clip(position + end - row, 0, num_keys)
+    first_key = jnp.int32(0)
+    if walk.score.has_window:
+        first_key = jnp.clip(position - window_len(walk, refs) + 1, 0, key_end)
+    first_piece, end_piece = div(first_key, walk.piece), ceil_div(key_end, walk.piece)
+    is_decode = stop - start == 1
+    unit = Unit(seq, row, end, position, first_piece, key_end, None, is_decode)
+    if walk.new is None:
+        return unit, end_piece
+    # A decode's only new token is put into its last block; a prefill's stay where they were made.
+    old_end = div(jnp.clip(kv_len - (stop - start), 0, walk.capacity), walk.piece)
+    old_end = jnp.where(is_decode, _MAX_LEN // walk.piece, old_end)
+    end_in_pool = jnp.minimum(end_piece, old_end)
+    num_in_pool = jnp.maximum(end_in_pool - first_piece, 0)
+    num_pool_blocks = ceil_div(num_in_pool, walk.pieces_per_block)
+    first_new = div(jnp.maximum(first_piece - old_end, 0) * walk.piece, walk.block)
+    num_new = jnp.maximum(key_end - old_end * walk.piece, 0)
+    num_new = ceil_div(num_new, walk.block) - first_new
+    unit = unit._replace(
+        num_blocks=num_pool_blocks + jnp.maximum(num_new, 0), old_end=old_end,
+        num_pool_blocks=num_pool_blocks, first_new=first_new,
+    )
+    return unit, end_in_pool
+
+
+def _after(walk: Walk, refs: Refs, seq, end):
+    """Where the search goes on behind a unit: (sequence, row)."""
+    following = jnp.minimum(seq + 1, walk.max_seqs - 1)
+    is_over = end >= rows_of(walk, refs, seq)[1]
+    next_row = rows_of(walk, refs, following)[0]
+    return jnp.where(is_over, seq + 1, seq), jnp.where(is_over, next_row, end)
+
+
+def find_unit(walk: Walk, refs: Refs):
+    """Finds the next unit that has keys to see and keeps it.
+
+    Returns:
+      what to fetch: its place in the page table, its first piece and their end in the pool, and
+      its number of blocks; nothing where there is no unit.
+    """
+    state = refs.state
+    end_seq = num_seqs(walk, refs)
+
+    def candidate(seq, row):
+        unit, end_in_pool = unit_at(walk, refs, jnp.minimum(seq, walk.max_seqs - 1), row)
+        return unit._replace(seq=seq), end_in_pool
+
+    def has_keys(unit, end_in_pool):
+        return unit.first_piece < end_in_pool if walk.new is None else unit.num_blocks > 0
+
+    def is_empty(found):
+        unit, end_in_pool = found
+        has_work = (unit.row < unit.end) & has_keys(unit, end_in_pool)
+        return (unit.seq < end_seq) & ~has_work
+
+    def skip(found):
+        unit, _ = found
+        return candidate(*_after(walk, refs, unit.seq, jnp.maximum(unit.row, unit.end)))
+
+    found = candidate(state[AHEAD_SEQ], state[AHEAD_ROW])
+    unit, end_in_pool = lax.while_loop(is_empty, skip, found)
+    is_found = unit.seq < end_seq
+    state[AHEAD_SEQ] = unit.seq
+
+    @pl.when(is_found)
+    def _found():
+        state[AHEAD_SEQ], state[AHEAD_ROW] = _after(walk, refs, unit.seq, unit.end)
+        at = rem(state[FOUND], walk.max_units)
+        state[FOUND] = state[FOUND] + 1
+        kept = unit
+        if walk.new is None:
+            num_pieces = end_in_pool - unit.first_piece
+            kept = unit._replace(num_blocks=ceil_div(num_pieces, walk.pieces_per_block))
+        for i, value in enumerate(kept[: walk.unit_size]):
+            refs.units[at, i] = jnp.asarray(value, jnp.int32)
+
+    table = jnp.where(is_found, unit.seq * walk.table_width, 0)
+    end_in_pool = jnp.where(is_found, end_in_pool, unit.first_piece)
+    num_blocks = None if walk.new is None else jnp.where(is_found, unit.num_blocks, 0)
+    return table, unit.first_piece, end_in_pool, num_blocks
+
+
+def kept_unit(walk: Walk, refs: Refs, index) -> Unit:
+    """The unit found as number `index`."""
+    at = rem(index, walk.max_units)
+    return Unit(*(refs.units[at, i] for i in range(walk.unit_size)))
