@@ -1,6 +1,7 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """bench.attention: its walk on paper, its reading of the schedule, its gate, flags and output."""
 
+import collections
 import contextlib
 import dataclasses
 import importlib
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import pytest
 from absl import app, flags
 from absl.testing import flagsaver
+from jax.experimental.pallas import tpu as pltpu
 
 from bench import _attention_model as model
 from bench import _attention_roles as roles
@@ -25,7 +27,13 @@ from bench._attention_cases import CASES, PRESETS, Call, Case, room_for
 from bench._attention_walk import DECODE, END, FILL, FULL, PREFILL, SEVERAL, SINGLE
 from bench._tpu_compile import COMPILE_ENV, DEVICES, TOPOLOGIES, as_if_on, mesh_of
 from pallas_paged import dispatch, tuned
-from pallas_paged.ragged_paged_attention import mosaic_tpu, oracle
+from pallas_paged.ragged_paged_attention import (
+    mosaic_tpu,
+    mosaic_tpu_blocks,
+    mosaic_tpu_refs,
+    mosaic_tpu_walk,
+    oracle,
+)
 
 _ONE = walk.Blocks(block=128, window=128, ring=3, blocks_per_body=1, page_size=16, piece=16)
 _TWO = dataclasses.replace(_ONE, ring=4, blocks_per_body=2)
@@ -155,6 +163,42 @@ def test_empty_sequences_are_skipped_and_their_rows_zeroed():
     counts = _counts(_ONE, (1, 16), (3, 0))
     assert counts[FILL, "find0"] == 2 and counts[FILL, "skip_trips0"] == 1
     assert (END, "zero") not in counts  # one row tile, the decode's
+
+
+def test_the_walk_is_the_kernels(monkeypatch):
+    """The interpreted kernel runs the bodies that the walk counts, and searches as often."""
+    done, decode_blocks, find_unit = [], mosaic_tpu_walk._decode_blocks, mosaic_tpu_blocks.find_unit
+
+    def counted_blocks(static, refs, taken, **options):
+        place = SINGLE if len(taken) == 1 else FULL if options["is_full"] else SEVERAL
+        jax.debug.callback(lambda: done.append(place))
+        return decode_blocks(static, refs, taken, **options)
+
+    def counted_search(static, refs):
+        jax.debug.callback(lambda: done.append("find"))
+        return find_unit(static, refs)
+
+    monkeypatch.setattr(mosaic_tpu_walk, "_decode_blocks", counted_blocks)
+    monkeypatch.setattr(mosaic_tpu_blocks, "find_unit", counted_search)
+    monkeypatch.setattr(mosaic_tpu_refs, "_LONG_BODY", 256)  # full bodies are of two decodes
+    runs = ((2, 1, 128), (1, 1, 256), (2, 1, 100), (1, 5, 200), (1, 1, 300))
+    # A cap that no other call has, so that jit traces what counts.
+    call = Call(
+        num_heads=2, num_kv_heads=1, soft_cap=41.0, config=mosaic_tpu.Config(128, 128, 4, 2),
+        **room_for([runs], 16, is_exact=True),
+    )  # fmt: skip
+    case = Case("own", "v6e", runs, call)
+    pool, q, *metadata = attention.random_inputs(case, seed=0)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+        jax.block_until_ready(jax.jit(call.step("mosaic_tpu"))(q, pool, *metadata))
+    jax.effects_barrier()
+    counts = walk.trips(case.lens, walk.blocks_of(call.config, 16))
+    assert collections.Counter(done) == {
+        FULL: counts[FULL, "body"], SEVERAL: counts[SEVERAL, "body"],
+        SINGLE: counts[SINGLE, "body"],
+        "find": sum(n for (_, event), n in counts.items() if event.startswith("find")),
+    }  # fmt: skip
+    assert {*done} == {FULL, SEVERAL, SINGLE, "find"}
 
 
 def test_a_case_counts_its_operations():
