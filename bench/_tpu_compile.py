@@ -34,6 +34,14 @@ TOPOLOGIES = {
     "v6e": "v6e:2x2",
     "tpu7x": "tpu7x:2x2x1",
 }
+# What jax calls a device of each generation, and the cores that it is programmed as.
+DEVICES = {
+    "v4": ("TPU v4", 1),
+    "v5e": ("TPU v5 lite", 1),
+    "v5p": ("TPU v5", 2),
+    "v6e": ("TPU v6 lite", 1),
+    "tpu7x": ("TPU7x", 1),
+}
 # What a process needs in its environment, before it loads libtpu, to compile without a TPU.
 COMPILE_ENV = {
     "JAX_PLATFORMS": "cpu",
@@ -113,6 +121,19 @@ def mesh_of(generation: str, axes: Mapping[str, int] | None = None) -> Mesh:
             f" {len(devices)}"
         )
     return Mesh(np.array(devices[:wanted]).reshape(tuple(axes.values())), tuple(axes))
+
+
+def as_if_on(generation: str) -> Any:
+    """A context in which jax traces for a device of a generation; needs no libtpu.
+
+    Raises:
+      ValueError: unknown generation.
+    """
+    _check_generation(generation)
+    kind, cores = DEVICES[generation]
+    device = jax.sharding.AbstractDevice(kind, cores, "tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def aot_compile(

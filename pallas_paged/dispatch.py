@@ -33,6 +33,20 @@ def tpu_generation() -> int | None:
     return pltpu.get_tpu_info().generation if pltpu.is_tpu_device() else None
 
 
+def tpu_device_kind() -> str | None:
+    """What jax calls the TPU that a call is traced for ("TPU v6 lite"), None elsewhere."""
+    if not pltpu.is_tpu_device():
+        return None
+    # Inside an ahead-of-time trace the mesh has the device and jax.devices() another.
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        config: Any = jax.config
+        device = config.jax_default_device
+    if device is None or isinstance(device, str):
+        device = jax.devices(device)[0]
+    return device.device_kind
+
+
 def choose(op: str, backend: str, reasons: Mapping[str, str | None]) -> str:
     """Picks the backend of one call.
 

@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_paged import dispatch, layout
+from pallas_paged import dispatch, layout, tuned
 from pallas_paged.kv_write import oracle as write_oracle
 from pallas_paged.kv_write.mosaic_tpu_interleave import Slots
 from pallas_paged.ragged_paged_attention import mosaic_tpu_attend as attend
@@ -82,26 +82,39 @@ class Config:
             )
 
 
-def default_config(heads: Heads, num_new_tokens: int = 0) -> Config:
-    """The largest blocks whose buffers fit the generation's VMEM.
+def default_config(heads: Heads, page_size: int, num_new_tokens: int = 0) -> Config:
+    """What was found for the device (`pallas_paged.tuned`), else the largest blocks whose buffers
+    fit the generation's VMEM.
 
     Args:
       heads: the static description.
+      page_size: tokens of a page.
       num_new_tokens: T of a call that writes them, 0 of one that only reads.
     """
-    budget = _VMEM_SHARE * _vmem_capacity()
+    found = tuned.find(
+        dispatch.tpu_device_kind(), "ragged_paged_attention", page_size=page_size,
+        num_heads=heads.num_heads, num_kv_heads=heads.num_kv_heads, head_dim=heads.head_dim,
+        q_dtype=heads.q_dtype.name, pool_dtype=heads.pool_dtype.name,
+    )
+    if found and fits(heads, Config(**found), num_new_tokens):
+        return Config(**found)
     # A block of all heads is one straight body: 4,096 keys of heads are about 1,000 bundles.
     block_keys = max(128, min(1024, 4096 // heads.num_kv_heads // 128 * 128))
     while True:
         for num_buffers, blocks_per_body in ((16, 8), (8, 4), (4, 2), (3, 1)):
             config = Config(block_keys, 128, num_buffers, blocks_per_body)
             is_short = blocks_per_body * block_keys * heads.num_kv_heads <= _MAX_BODY
-            needed = vmem_bytes(heads, config, num_new_tokens, return_lse=True)
-            if (is_short or blocks_per_body == 1) and needed <= budget:
+            if (is_short or blocks_per_body == 1) and fits(heads, config, num_new_tokens):
                 return config
         if block_keys == 128:
             return config
         block_keys = max(128, block_keys // 2 // 128 * 128)
+
+
+def fits(heads: Heads, config: Config, num_new_tokens: int = 0) -> bool:
+    """Whether the kernel's share of the generation's VMEM holds what block sizes need."""
+    needed = vmem_bytes(heads, config, num_new_tokens, return_lse=True)
+    return needed <= _VMEM_SHARE * _vmem_capacity()
 
 
 def _vmem_capacity() -> int:
@@ -141,7 +154,7 @@ def unsupported(q, kv_pages, page_indices, num_kv_heads: int, config: Config | N
             f"the lengths of {max_seqs} sequences do not fit SMEM ({_MAX_SEQS} do); split the batch"
         )
     heads = heads_of(q, kv_pages, num_kv_heads)
-    config = config or default_config(heads)
+    config = config or default_config(heads, kv_pages.shape[1])
     needed, there = vmem_bytes(heads, config, return_lse=True), _vmem_capacity()
     if needed > there:
         return (
@@ -158,9 +171,8 @@ def is_fused(q, kv_pages, num_kv_heads: int, config: Config | None) -> bool:
     They are held in VMEM until their sequence is over, so there may not be too many.
     """
     heads, num_new_tokens = heads_of(q, kv_pages, num_kv_heads), q.shape[0]
-    config = config or default_config(heads, num_new_tokens)
-    needed = vmem_bytes(heads, config, num_new_tokens, return_lse=True)
-    return needed <= _VMEM_SHARE * _vmem_capacity()
+    config = config or default_config(heads, kv_pages.shape[1], num_new_tokens)
+    return fits(heads, config, num_new_tokens)
 
 
 def heads_of(q, kv_pages, num_kv_heads: int) -> Heads:
@@ -193,7 +205,7 @@ def ragged_paged_attention(
         q, None, kv_pages, (kv_lens, page_indices, cu_q_lens, num_seqs), heads=heads,
         sm_scale=sm_scale, causal=causal, sliding_window=sliding_window, soft_cap=soft_cap,
         k_scale=k_scale, v_scale=v_scale, sinks=sinks, return_lse=return_lse,
-        config=config or default_config(heads),
+        config=config or default_config(heads, kv_pages.shape[1]),
     )
     return out, lse
 
@@ -211,7 +223,7 @@ def write_and_attend(
         q, (k, v), kv_pages, (kv_lens, page_indices, cu_q_lens, num_seqs), heads=heads,
         sm_scale=sm_scale, causal=causal, sliding_window=sliding_window, soft_cap=soft_cap,
         k_scale=k_scale, v_scale=v_scale, sinks=sinks, return_lse=return_lse,
-        config=config or default_config(heads, q.shape[0]),
+        config=config or default_config(heads, kv_pages.shape[1], q.shape[0]),
     )
 
 

@@ -1,0 +1,322 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""The walk of the TPU attention on paper: what its kernel does for given lengths, counted.
+
+The same control flow as `mosaic_tpu_walk.kernel` and what it calls, function by function, on plain
+integers and without the arithmetic. `trips` runs it and counts what `bench._attention_model` weighs
+the compiled schedule with.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+from pallas_paged.ragged_paged_attention import mosaic_tpu, mosaic_tpu_refs
+from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import ROW_TILE
+
+# The bodies: many full blocks of a decode (or of two), many blocks of any decodes, one block of a
+# decode, one block of a prefill.
+FULL, SEVERAL, SINGLE, PREFILL = "full", "several", "single", "prefill"
+# What runs before a decode's body, before all bodies, and after them.
+DECODE, FILL, END = "decode", "fill", "end"
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The kernel's static sizes that decide its way.
+
+    Attributes:
+      block, window, ring, blocks_per_body: see mosaic_tpu.Config: keys of a block, rows of a
+        window, blocks in VMEM and of a decode's long bodies.
+      full_parts: decodes that a body of full blocks is of: see mosaic_tpu_refs.Walk.
+      page_size: tokens of a page.
+      piece: tokens that one DMA brings.
+    """
+
+    block: int
+    window: int
+    ring: int
+    blocks_per_body: int
+    page_size: int
+    piece: int
+    full_parts: int = 1
+
+    @property
+    def pieces(self) -> int:
+        """Pieces of a full block."""
+        return self.block // self.piece
+
+
+def blocks_of(config: mosaic_tpu.Config, page_size: int) -> Blocks:
+    """The sizes that a config gives with pages of a size."""
+    many = config.blocks_per_body
+    is_long = many * config.block_keys >= mosaic_tpu_refs._LONG_BODY and many % 2 == 0
+    return Blocks(
+        block=config.block_keys,
+        window=config.window_rows,
+        ring=config.num_buffers,
+        blocks_per_body=config.blocks_per_body,
+        page_size=page_size,
+        piece=mosaic_tpu._piece(page_size, config.block_keys),
+        full_parts=2 if is_long else 1,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unit:
+    """One record of the kernel's units, and what finding it took."""
+
+    row: int
+    end: int
+    position: int
+    first_piece: int
+    end_piece: int
+    key_end: int
+    is_decode: bool
+    skipped: int  # candidates without keys before it
+
+    def num_blocks(self, pieces: int) -> int:
+        return _cdiv(self.end_piece - self.first_piece, pieces)
+
+
+@functools.lru_cache(maxsize=256)
+def trips(
+    lens: tuple[tuple[int, int], ...], blocks: Blocks, sliding_window: int | None = None
+) -> collections.Counter:
+    """Counts what a call does.
+
+    Args:
+      lens: for each sequence (new tokens, all keys), at most as many new tokens as keys.
+      blocks: the kernel's sizes.
+      sliding_window: keys that a query looks back on.
+
+    Returns:
+      (place, event) -> count. Places are FILL, DECODE, FULL, SEVERAL, SINGLE, PREFILL and END.
+      Events: "body"; of windows, of DECODE, PREFILL or END, "first" (a unit's first body), "open",
+      "close", "gather" and "gather_trips", "zero" and "zero_trips", "keep", "tiles"; "find",
+      "skip" and "skip_trips" (a unit found before many blocks are fetched); "slow" (fetches that
+      went block by block), "find<b>", "skip<b>" and "skip_trips<b>" of the b-th block fetched,
+      "fetch<b>" and "pieces<b>"; of a prefill "last", and "masked", "masked_fetch" and
+      "masked_pieces" and the same with "unmasked".
+    """
+    return _Walk(lens, blocks, sliding_window).run()
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def find_units(
+    lens: Sequence[tuple[int, int]], blocks: Blocks, sliding_window: int | None
+) -> tuple[list[_Unit], int | None]:
+    """The units in order; and the candidates that the search after the last one skips, or None
+    where the last unit ends the last sequence and nothing is searched for."""
+    units: list[_Unit] = []
+    start = skipped = 0
+    for q_len, kv_len in lens:
+        stop = start + q_len
+        row = start
+        while True:
+            end = min(stop, (row & -ROW_TILE) + blocks.window)
+            position = kv_len - (stop - row)
+            key_end = max(0, min(position + end - row, kv_len))
+            first_key = 0
+            if sliding_window is not None:
+                first_key = max(0, min(position - sliding_window + 1, key_end))
+            first, last = first_key // blocks.piece, _cdiv(key_end, blocks.piece)
+            if row < end and first < last:
+                units.append(_Unit(row, end, position, first, last, key_end, q_len == 1, skipped))
+                skipped = 0
+            else:
+                skipped += 1
+            row = max(row, end)
+            if row >= stop:
+                break
+        start = stop
+    return units, skipped or None
+
+
+class _Walk:
+    """The kernel's state; methods have the names of its functions."""
+
+    def __init__(self, lens, blocks: Blocks, sliding_window: int | None):
+        self.blocks, self.sliding_window = blocks, sliding_window
+        self.units, self.last_search = find_units(lens, blocks, sliding_window)
+        self.num_tokens = _cdiv(sum(q for q, _ in lens), ROW_TILE) * ROW_TILE
+        self.counts: collections.Counter = collections.Counter()
+        self.found = self.fetched = self.taken = 0
+        self.is_searched = False  # to the end of the last sequence
+        self.ahead = self.ahead_end = 0
+        self.window = self.window_end = self.done = 0
+        self.kind = ""
+
+    def count(self, place: str, event: str, number: int = 1) -> None:
+        self.counts[place, event] += number
+
+    def run(self) -> collections.Counter:
+        for _ in range(self.blocks.ring - self.blocks.blocks_per_body):
+            self.count(FILL, "body")
+            self.next_fetches(FILL, 1)
+        index = block = 0
+        while self.taken < self.fetched:
+            index, block = self.step(index, block)
+        if index != len(self.units):
+            raise AssertionError(f"took the blocks of {index} units of {len(self.units)}")
+        self.close_window(END)
+        self.zero_until(END, self.num_tokens)
+        return self.counts
+
+    def step(self, index: int, block: int) -> tuple[int, int]:
+        """Takes the next block, or blocks; returns the unit and the block behind them."""
+        unit = self.units[index]
+        if block == 0:
+            self.count(DECODE if unit.is_decode else PREFILL, "first")
+        taken = [(index, block)]
+        if unit.is_decode:
+            place = self.decode(unit, block, taken)
+        else:
+            place = PREFILL
+            if block == 0:
+                self.open_window(PREFILL, unit.row)
+        self.count(place, "body")
+        num_pieces = self.next_fetches(place, len(taken))
+        self.taken += len(taken)
+        if self.taken > self.fetched:
+            raise AssertionError(f"took {self.taken} blocks of {self.fetched} fetched")
+        if place == PREFILL:
+            form = "masked" if self.is_edge(unit, block) else "unmasked"
+            self.count(place, form)
+            self.count(place, f"{form}_fetch", num_pieces > 0)
+            self.count(place, f"{form}_pieces", num_pieces)
+            self.count(place, "last", block + 1 == unit.num_blocks(self.blocks.pieces))
+        self.window_end = self.units[taken[-1][0]].end
+        return self.behind(taken[-1])
+
+    def decode(self, unit: _Unit, block: int, taken: list[tuple[int, int]]) -> str:
+        """Which body takes a decode's next block; adds the blocks behind it that it takes."""
+        is_inside = self.window <= unit.row < self.window + self.blocks.window
+        if block == 0 and (not is_inside or self.kind != "decodes"):
+            self.open_window(DECODE, unit.row)
+        many, parts = self.blocks.blocks_per_body, self.blocks.full_parts
+        if many == 1:
+            return SINGLE
+        is_there = self.taken + many <= self.fetched
+        full, is_full = self.full_part(taken[0])
+        for _ in range(1, parts):
+            at = self.behind(full[-1])
+            is_full = is_full and is_there and self.is_near(at)
+            more, is_more_full = self.full_part(at) if is_full else ([at], False)
+            is_full &= is_more_full
+            full += more
+        if is_full:
+            taken[:] = full
+            return FULL
+        several = [taken[0]]
+        while is_there and len(several) < many:
+            several.append(self.behind(several[-1]))
+            is_there = self.is_near(several[-1])
+        if is_there:
+            taken[:] = several
+            return SEVERAL
+        return SINGLE
+
+    def full_part(self, at: tuple[int, int]) -> tuple[list[tuple[int, int]], bool]:
+        """Blocks of a decode from one on that are a part of a full body, if they are full."""
+        index, block = at
+        number = self.blocks.blocks_per_body // self.blocks.full_parts
+        unit = self.units[index]
+        end = (unit.first_piece + (block + number) * self.blocks.pieces) * self.blocks.piece
+        return [(index, block + b) for b in range(number)], end <= unit.key_end
+
+    def is_near(self, at: tuple[int, int]) -> bool:
+        """Whether a unit is known, and a decode whose row is in the window."""
+        index, _ = at
+        if index >= self.found:
+            return False
+        unit = self.units[index]
+        return unit.is_decode and self.window <= unit.row < self.window + self.blocks.window
+
+    def behind(self, at: tuple[int, int]) -> tuple[int, int]:
+        """The block behind one: (number of the unit, its block)."""
+        index, block = at
+        is_over = block + 1 == self.units[index].num_blocks(self.blocks.pieces)
+        return (index + 1, 0) if is_over else (index, block + 1)
+
+    def is_edge(self, unit: _Unit, block: int) -> bool:
+        first_piece = unit.first_piece + block * self.blocks.pieces
+        first = first_piece * self.blocks.piece
+        end = min(unit.key_end, (first_piece + self.blocks.pieces) * self.blocks.piece)
+        is_edge = end < first + self.blocks.block or end - 1 > unit.position
+        if self.sliding_window is not None:
+            is_edge |= first <= unit.position + unit.end - unit.row - 1 - self.sliding_window
+        return is_edge
+
+    def next_fetches(self, place: str, number: int) -> int:
+        """Fetches some blocks and returns their pieces."""
+        if number > 1 and self.is_over():
+            self.find_unit(place, "")
+        is_within = number > 1 and self.ahead_end - self.ahead >= number * self.blocks.pieces
+        self.count(place, "slow", not is_within)
+        num_pieces = 0
+        for b in range(number):
+            if not is_within and self.is_over():
+                self.find_unit(place, b)
+            num_pieces += self.fetch(place, b)
+        return num_pieces
+
+    def is_over(self) -> bool:
+        """Whether the unit that is being fetched is all fetched, and there may be another."""
+        return self.ahead >= self.ahead_end and not self.is_searched
+
+    def fetch(self, place: str, b: int) -> int:
+        num_pieces = max(0, min(self.ahead_end - self.ahead, self.blocks.pieces))
+        self.ahead += num_pieces
+        if num_pieces:
+            self.fetched += 1
+            self.count(place, f"fetch{b}")
+            self.count(place, f"pieces{b}", num_pieces)
+        return num_pieces
+
+    def find_unit(self, place: str, b: int | str) -> None:
+        self.count(place, f"find{b}")
+        is_found = self.found < len(self.units)
+        skipped = self.units[self.found].skipped if is_found else self.last_search or 0
+        if skipped:
+            self.count(place, f"skip{b}")
+            self.count(place, f"skip_trips{b}", skipped)
+        if is_found:
+            unit = self.units[self.found]
+            self.ahead, self.ahead_end = unit.first_piece, unit.end_piece
+            self.found += 1
+        is_last = self.found == len(self.units)
+        self.is_searched = not is_found or (is_last and self.last_search is None)
+
+    def open_window(self, place: str, row: int) -> None:
+        self.count(place, "open")
+        self.close_window(place)
+        first = row & -ROW_TILE
+        self.count(place, "keep", self.done > first)
+        self.zero_until(place, first)
+        self.window, self.kind = first, "prefill" if place == PREFILL else "decodes"
+        if place != PREFILL:
+            num_rows = min(self.blocks.window, self.num_tokens - first)
+            self.count(place, "tiles", num_rows // ROW_TILE)
+
+    def close_window(self, place: str) -> None:
+        if not self.kind:
+            return
+        self.count(place, "close")
+        num_tiles = _cdiv(self.window_end - self.window, ROW_TILE)
+        if self.kind == "decodes":
+            self.count(place, "gather")
+            self.count(place, "gather_trips", num_tiles)
+        self.done = max(self.done, self.window + num_tiles * ROW_TILE)
+        self.kind = ""
+
+    def zero_until(self, place: str, row: int) -> None:
+        if self.done < row:
+            self.count(place, "zero")
+            self.count(place, "zero_trips", _cdiv(row - self.done, self.blocks.window))
+            self.done = row

@@ -1,0 +1,436 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""What ragged paged attention costs: decodes, prefills, and both in one call.
+
+    python -m bench.attention [--generations=v5e,v6e,tpu7x] [--cases=decode,prefill] [--presets=...]
+
+Without an accelerator it compiles the shipped TPU kernel for real TPU generations, reads its final
+schedule and predicts whole calls; with one it measures the same calls there. Either way nothing is
+printed before the op agrees with the oracle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax.experimental.pallas import tpu as pltpu
+
+from bench import _clock, _report
+from bench import _tpu_schedule as ts
+from bench._attention_cases import CASES, PRESETS, Call, Case, Runs, room_for
+from bench._attention_model import Prediction, compiles, predict, unknown
+from bench._tpu_compile import as_if_on
+
+# `allow_override`: other commands have flags of these names, and a process may import several.
+_GENERATIONS = flags.DEFINE_list(
+    "generations",
+    ["v5e", "v6e", "tpu7x"],
+    "TPU generations to predict for.",
+    allow_override=True,
+)
+_CASES = flags.DEFINE_list("cases", list(CASES), f"Some of {', '.join(CASES)}.")
+_LENS = flags.DEFINE_list(
+    "lens",
+    None,
+    "Sequences of a case of your own, as [COUNTx]NEW:ALL: 64x1:4096,512:8704. The other cases are "
+    "left out unless --cases names them.",
+)
+_PAGE_SIZES = flags.DEFINE_list(
+    "page_sizes", ["16", "128"], "Tokens in a page.", allow_override=True
+)
+_PRESETS = flags.DEFINE_list(
+    "presets", ["llama3-8b"], f"Some of {', '.join(PRESETS)}.", allow_override=True
+)
+_NUM_HEADS = flags.DEFINE_integer("num_heads", None, "Query heads, in place of the preset's.")
+_KV_HEADS = flags.DEFINE_integer(
+    "kv_heads", None, "KV heads, in place of the preset's.", allow_override=True
+)
+_HEAD_DIM = flags.DEFINE_integer(
+    "head_dim", None, "Head dimension, in place of the preset's.", allow_override=True
+)
+_WINDOW = flags.DEFINE_integer("sliding_window", None, "Sliding window, in place of the preset's.")
+_SOFT_CAP = flags.DEFINE_float("soft_cap", None, "Soft cap, in place of the preset's.")
+_PARTS = flags.DEFINE_bool("parts", False, "Print where in the kernel a call's bundles are, too.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.", allow_override=True)
+_PLOT = flags.DEFINE_string(
+    "plot", None, "Write a PNG of 64 decodes' time against their keys.", allow_override=True
+)
+
+# Largest difference from the oracle in bfloat16 outputs of about 1: two steps of rounding.
+_TOLERANCE = 0.03
+# What a GPU's cache may hold; pools rotate until they are larger together.
+_COLD_BYTES = 2**28
+_PLOTTED: dict[str, Runs] = {
+    f"64 decodes at {keys}": ((64, 1, keys),) for keys in (256, 512, 1024, 2048, 4096, 8192)
+}
+
+_ASSUMPTIONS = """\
+The numbers for TPUs are predictions. They rest on
+- the clock and the peak HBM bandwidth of one core (bench/_tpu_schedule.py has their sources): {};
+- bundles of the final schedule that libtpu compiled, each part as often as the kernel's walk over
+  these lengths runs it (bench/_attention_walk.py), as cycles;
+- perfect overlap: a call takes as long as the slower of the core and HBM;
+- weights that stay in range, so that no prefill runs again with its exact maxima.
+They leave out waiting for a DMA, its latency (about 0.45 us at either end of a call) and what the
+DMA engine takes a descriptor, bank conflicts, instruction fetch, taken branches, the page table's
+way to SMEM, launch overhead and what XLA runs before the kernel. Matrix-unit use counts
+4 * queries * keys * heads * head_dim: of all pairs (no causal discount), and of the blocks that
+the kernel takes. "block" is a decode's block of keys, with all that comes with each of them, on the
+core and in HBM; "fixed" is what a decode costs outside its blocks."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Checks, predicts or measures, prints."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    if _PLOT.value:
+        _report.require_matplotlib()
+    say = _stderr if _JSON.value else print
+    cases = _cases(_runs())
+    plotted = _cases(_PLOTTED) if _PLOT.value else []
+    on_cpu = _report.start_backends() == "cpu"
+    if on_cpu:
+        _require_supported([*cases, *plotted])
+    check_against_oracle(list(_shapes().values()))
+    record: dict[str, Any] = {"environment": _report.environment()}
+    if on_cpu:
+        predictions = _predict([*cases, *plotted])
+        points = _points([(p.case, p.microseconds) for p in predictions[len(cases) :]])
+        predictions = predictions[: len(cases)]
+        record["predictions"] = [_as_record(p) for p in predictions]
+        say(_prediction_text(predictions))
+    else:
+        kind = jax.devices()[0].device_kind
+        first = [case for case in cases if case.generation == cases[0].generation]
+        measured = [_measure(case) for case in first]
+        record["measured"] = measured
+        say(_measured_text(measured, kind))
+        plotted = [case for case in plotted if case.generation == cases[0].generation]
+        points = _points([(case, _measure(case)["median_us"]) for case in plotted], kind)
+    if _PLOT.value:
+        how = "predicted" if on_cpu else "measured"
+        _report.save_plot(
+            _PLOT.value, points, xlabel="keys of each of 64 decodes", ylabel="microseconds",
+            title=f"Attention, {how}",
+        )  # fmt: skip
+    if _JSON.value:
+        _report.write_json(record)
+
+
+def _stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+# --- cases ------------------------------------------------------------------------------------
+
+
+def _runs() -> dict[str, Runs]:
+    """Case name -> its sequences, as the flags say."""
+    _require_known("cases", CASES, _CASES.value)
+    chosen = {name: CASES[name] for name in _CASES.value}
+    if _LENS.value is None:
+        return chosen
+    own: list[tuple[int, int, int]] = []
+    for text in _LENS.value:
+        found = re.fullmatch(r"(?:(\d+)x)?(\d+):(\d+)", text.strip())
+        count, new, keys = (int(x or 1) for x in found.groups()) if found else (0, 0, 0)
+        if count < 1 or not 1 <= new <= keys:
+            raise app.UsageError(
+                f"--lens has {text!r}; wanted [COUNTx]NEW:ALL with 1 <= NEW <= ALL, as 64x1:4096"
+            )
+        own.append((count, new, keys))
+    return (chosen if _CASES.present else {}) | {"own": tuple(own)}
+
+
+def _require_known(name: str, known, given: Sequence[str]) -> None:
+    for value in given:
+        if value not in known:
+            raise app.UsageError(f"--{name} has {value!r}; wanted some of {', '.join(known)}")
+
+
+def _shapes() -> dict[str, dict[str, Any]]:
+    """Name -> heads and options, as the flags say."""
+    _require_known("presets", PRESETS, _PRESETS.value)
+    given: dict[str, Any] = {
+        "num_heads": _NUM_HEADS.value,
+        "num_kv_heads": _KV_HEADS.value,
+        "head_dim": _HEAD_DIM.value,
+        "sliding_window": _WINDOW.value,
+        "soft_cap": _SOFT_CAP.value,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        if value <= 0:
+            raise app.UsageError(f"--{name.replace('num_kv', 'kv')} is {value}; wanted > 0")
+    shapes = {name: PRESETS[name] | given for name in _PRESETS.value}
+    for shape in shapes.values():
+        if shape["num_heads"] % shape["num_kv_heads"]:
+            raise app.UsageError(
+                f"--num_heads is {shape['num_heads']}; wanted a multiple of the "
+                f"{shape['num_kv_heads']} KV heads"
+            )
+    if not given:
+        return shapes
+    return {f"{name}, changed": shape for name, shape in shapes.items()}
+
+
+def _cases(runs: dict[str, Runs]) -> list[Case]:
+    """Such sequences for every generation, page size and shape that the flags name."""
+    _require_known("generations", tuple(ts.GENERATIONS), _GENERATIONS.value)
+    if not all(value.isdigit() and int(value) for value in _PAGE_SIZES.value):
+        raise app.UsageError(
+            f"--page_sizes has {','.join(_PAGE_SIZES.value)!r}; wanted integers >= 1"
+        )
+    # Room for what is plotted, too, so that all share their compiles.
+    room = [*_runs().values(), *(_PLOTTED.values() if _PLOT.value else ())]
+    return [
+        Case(name, generation, lens, Call(**shape, page_size=page, **room_for(room, page)))
+        for generation in _GENERATIONS.value
+        for shape in _shapes().values()
+        for name, lens in runs.items()
+        for page in sorted({int(value) for value in _PAGE_SIZES.value})
+    ]
+
+
+def _require_supported(cases: Sequence[Case]) -> None:
+    """Ends the program with the kernel's own sentence where it cannot run a case."""
+    for case in cases:
+        with as_if_on(case.generation):
+            reason = case.call.unsupported() or unknown(case.call)
+        if reason:
+            raise app.UsageError(f"{case.name} on {case.generation}: {reason}")
+
+
+# --- correctness ------------------------------------------------------------------------------
+
+
+def check_against_oracle(shapes: Sequence[dict[str, Any]]) -> None:
+    """A call of decodes and prefills against the oracle, or the program ends.
+
+    On a CPU the TPU kernel runs in interpret mode, small; elsewhere the backend that would be
+    measured runs, at size.
+
+    Args:
+      shapes: heads and options, fields of `Call`.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    backend = "mosaic_tpu" if on_cpu else "auto"
+    runs = ((2, 1, 45), (1, 19, 150), (1, 1, 7)) if on_cpu else CASES["mixed"]
+    page_size = 4 if on_cpu else 16
+    for shape in shapes:
+        if on_cpu:
+            group = min(2, shape["num_heads"] // shape["num_kv_heads"])
+            shape = shape | {"num_heads": group, "num_kv_heads": 1}
+            if shape.get("sliding_window"):
+                shape["sliding_window"] = min(shape["sliding_window"], 32)
+        call = Call(**shape, page_size=page_size, **room_for([runs], page_size, is_exact=True))
+        pool, q, *metadata = random_inputs(Case("gate", "v6e", runs, call), seed=1)
+        want = jax.jit(call.step("oracle"))(q, pool, *metadata)
+        if on_cpu:
+            with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+                got = jax.jit(call.step(backend))(q, pool, *metadata)
+        else:
+            got = jax.jit(call.step(backend))(q, pool, *metadata)
+        error = np.abs(np.asarray(want, np.float32) - np.asarray(got, np.float32)).max()
+        if not error <= _TOLERANCE:
+            raise SystemExit(
+                f"ragged_paged_attention: {backend} differs from the oracle by {error:.3g}, more "
+                f"than {_TOLERANCE}; no number is printed"
+            )
+
+
+def random_inputs(case: Case, seed: int) -> tuple[jax.Array, ...]:
+    """Pool, q and metadata of a case: pages in random order, ids of unused entries absurd."""
+    rng = np.random.default_rng(seed)
+    q, pool, kv_lens, table, *_ = case.call.shapes()
+    keys = jax.random.split(jax.random.key(seed), 2)
+    lens = np.array(case.lens, np.int32)
+    used = -(-lens[:, 1] // case.call.page_size)
+    pages = rng.permutation(pool.shape[0])[: used.sum()].astype(np.int32)
+    page_indices = np.full(table.shape, -(2**31) + 7, np.int32)
+    for row, ids in enumerate(np.split(pages, np.cumsum(used)[:-1])):
+        page_indices[row, : len(ids)] = ids
+    cu_q_lens = np.zeros(kv_lens.shape[0] + 1, np.int32)
+    cu_q_lens[1 : len(lens) + 1] = np.cumsum(lens[:, 0])
+    cu_q_lens[len(lens) + 1 :] = cu_q_lens[len(lens)]
+    all_lens = np.zeros(kv_lens.shape, np.int32)
+    all_lens[: len(lens)] = lens[:, 1]
+    return (
+        jax.random.normal(keys[0], pool.shape, pool.dtype),
+        jax.random.normal(keys[1], q.shape, q.dtype),
+        jnp.asarray(all_lens),
+        jnp.asarray(page_indices),
+        jnp.asarray(cu_q_lens),
+        jnp.array([len(lens)], jnp.int32),
+    )
+
+
+# --- prediction -------------------------------------------------------------------------------
+
+
+def _predict(cases: Sequence[Case]) -> list[Prediction]:
+    number = len(set(compiles(cases).values()))
+    with _report.Progress(number, "compiling") as progress:
+        return predict(cases, on_done=lambda job, _: progress.step(job.name))
+
+
+def _as_record(p: Prediction) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(p),
+        "bytes": p.case.num_bytes,
+        "flop": p.case.flop,
+        "microseconds": p.microseconds,
+        "bound": p.bound,
+        "matrix_use": p.matrix_use(p.case.all_flop),
+        "matrix_use_of_taken": p.matrix_use(p.taken_flop),
+    }
+
+
+def _prediction_text(predictions: Sequence[Prediction]) -> str:
+    generations = ", ".join(
+        f"{name} {ts.GENERATIONS[name].clock_ghz:g} GHz {ts.GENERATIONS[name].hbm_gb_per_s:g} GB/s"
+        for name in _GENERATIONS.value
+    )
+    text = ["Predicted from compiled schedules.", _ASSUMPTIONS.format(generations)]
+    for name, shape in _shapes().items():
+        for generation in _GENERATIONS.value:
+            mine = [
+                p
+                for p in predictions
+                if p.case.generation == generation
+                and {key: getattr(p.case.call, key) for key in shape} == shape
+            ]
+            text += [f"\n{generation}, {name}: {_shape_text(shape)}"]
+            text += [_report.table([_row(p, mine) for p in mine], indent=2)]
+            if _PARTS.value:
+                text += ["  percent of a call's bundles in"]
+                text += [_report.table([_parts_row(p) for p in mine], indent=2)]
+    return "\n".join(text)
+
+
+def _shape_text(shape: dict[str, Any]) -> str:
+    words = f"{shape['num_heads']} query heads, {shape['num_kv_heads']} KV heads, head_dim "
+    words += str(shape["head_dim"])
+    for name in ("sliding_window", "soft_cap"):
+        if shape.get(name) is not None:
+            words += f", {name} {shape[name]:g}"
+    return words + ", bfloat16"
+
+
+def _row(p: Prediction, others: Sequence[Prediction]) -> dict[str, str]:
+    c = p.config
+    is_decode, has_decodes = p.fixed_cycles > 0, p.block_cycles > 0
+    return {
+        "case": p.case.name,
+        "page": str(p.case.call.page_size),
+        "us": f"{p.microseconds:.1f}",
+        "HBM us": f"{ts.microseconds(p.hbm_cycles, p.case.generation):.1f}",
+        "core/HBM": f"{p.core_cycles / p.hbm_cycles:.2f}",
+        "bound": p.bound,
+        "matrix use": f"{p.matrix_use(p.case.all_flop):.2f}",
+        "taken": f"{p.matrix_use(p.taken_flop):.2f}",
+        "block": f"{p.block_cycles:.0f}" if has_decodes else "-",
+        "in HBM": f"{p.block_hbm_cycles:.0f}" if has_decodes else "-",
+        "fixed": f"{p.fixed_cycles:.0f}" if is_decode else "-",
+        "of its parts": _of_parts(p, others),
+        "DMAs": f"{p.num_dmas:,}",
+        "spills a bundle: prefill": f"{p.spills['unmasked']:.2f}",
+        "masked": f"{p.spills['masked']:.2f}",
+        "decode": f"{p.spills['decode']:.2f}",
+        "VMEM MiB": f"{p.vmem_bytes / 2**20:.1f}",
+        "keys:rows:buffers:body": f"{c.block_keys}:{c.window_rows}:{c.num_buffers}"
+        f":{c.blocks_per_body}",
+    }
+
+
+def _of_parts(p: Prediction, others: Sequence[Prediction]) -> str:
+    """Time of a call of several kinds of sequences over the times of calls of one kind each."""
+    runs = {other.case.runs: other for other in others if other.case.call == p.case.call}
+    alone = [runs.get((run,)) for run in p.case.runs]
+    if len(alone) < 2 or None in alone:
+        return "-"
+    return f"{p.cycles / sum(part.cycles for part in alone if part):.2f}"
+
+
+def _parts_row(p: Prediction) -> dict[str, str]:
+    return {"case": p.case.name, "page": str(p.case.call.page_size)} | {
+        name: f"{100 * bundles / p.core_cycles:.1f}" for name, bundles in p.parts.items()
+    }
+
+
+def _points(times: Sequence[tuple[Case, float]], panel: str | None = None) -> dict[str, dict]:
+    """panel -> line -> points (keys, microseconds)."""
+    panels: dict[str, dict[str, list]] = {}
+    for case, microseconds in times:
+        heads = f"{case.call.num_heads}/{case.call.num_kv_heads}/{case.call.head_dim}"
+        lines = panels.setdefault(panel or case.generation, {})
+        line = lines.setdefault(f"{heads}, page {case.call.page_size}", [])
+        line.append((case.runs[0][2], microseconds))
+    return panels
+
+
+# --- measurement ------------------------------------------------------------------------------
+
+
+def _measure(case: Case) -> dict[str, Any]:
+    """Times the platform's backend over pools that rotate, so that no cache holds the next one.
+
+    The next step's q is this step's output: no loop can be hoisted or its steps reordered.
+    """
+    room = room_for([case.runs], case.call.page_size, is_exact=True)
+    case = dataclasses.replace(case, call=dataclasses.replace(case.call, **room))
+    attend = case.call.step("auto")
+    pool, q, *metadata = random_inputs(case, seed=0)
+    copies = max(2, min(16, -(-_COLD_BYTES // pool.nbytes)))
+    states = [(pool, q), *((pool.copy(), q.copy()) for _ in range(copies - 1))]
+
+    def step(state, *metadata):
+        pool, q = state
+        return pool, attend(q, pool, *metadata)
+
+    timing = _clock.time_step(step, states, metadata)
+    return {
+        "case": case.name,
+        "runs": case.runs,
+        "page_size": case.call.page_size,
+        "num_heads": case.call.num_heads,
+        "num_kv_heads": case.call.num_kv_heads,
+        "head_dim": case.call.head_dim,
+        "bytes": case.num_bytes,
+        "flop": case.flop,
+        "gb_per_s": timing.gb_per_s(case.num_bytes),
+        "tflop_per_s": case.flop / timing.median_us * 1e-6,
+        **dataclasses.asdict(timing),
+    }
+
+
+def _measured_text(rows: Sequence[dict[str, Any]], device: str) -> str:
+    cells = [
+        {
+            "heads": f"{row['num_heads']}/{row['num_kv_heads']}/{row['head_dim']}",
+            "case": row["case"],
+            "page": str(row["page_size"]),
+            "MB": f"{row['bytes'] / 1e6:.2f}",
+            "us": f"{row['median_us']:.1f}",
+            "p20": f"{row['p20_us']:.1f}",
+            "p80": f"{row['p80_us']:.1f}",
+            "GB/s": f"{row['gb_per_s']:,.0f}",
+            "TFLOP/s": f"{row['tflop_per_s']:.1f}",
+        }
+        for row in rows
+    ]
+    return (
+        f"Measured on {device} ({rows[0]['method']}); operations of pairs that the mask lets see.\n"
+        f"{_report.table(cells, indent=2)}"
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)
