@@ -39,6 +39,7 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_units import find_unit, num_
 # DMAs of one body that are written out, so that their issue hides behind the arithmetic; beyond
 # them a loop issues first.
 _MAX_UNROLL = 512
+_MAX_UNROLL_INTERPRETED = 64  # each is a call back to Python, and slow to compile
 
 
 class Fetch(NamedTuple):
@@ -181,7 +182,7 @@ def issues(walk: Walk, refs: Refs, fetches: list[Fetch], num_points: int):
     arithmetic must stand among its loads. Where they are many, a loop starts all at once.
     """
     num_dmas = len(fetches) * walk.pieces_per_block
-    if num_dmas > _MAX_UNROLL:
+    if num_dmas > (_MAX_UNROLL_INTERPRETED if walk.is_interpreted else _MAX_UNROLL):
         for fetch in fetches:
             start_block(walk, refs, fetch)
         return lambda: None
