@@ -18,7 +18,7 @@ import numpy as np
 from pallas_paged import layout
 from pallas_paged.ragged_paged_attention.api import ragged_paged_attention, write_and_attend
 from pallas_paged.ragged_paged_attention.mosaic_tpu import Config
-from tests.cases import FAST_COMPILE, difference, interpret
+from tests.cases import FAST_COMPILE, INT_MAX, INT_MIN, difference, interpret
 
 NASTY_IDS = (2_147_480_000, -1, -(2**31), 10_000)
 
@@ -583,3 +583,22 @@ def lengths(batch: Batch, page_size: int) -> tuple[int, list[tuple[int, int]]]:
     if batch == "spans":  # several windows, whose ends are no pages' ends
         return 2, [(1, 129), (150, 333), (3, 40), (130, 130), (1, 128)]
     return 2, [(0, 5), (0, 0), (7, 0)]
+
+
+# Metadata that no batch of 6 slots, 6 pages each and 23 rows can have.
+ABSURD = {
+    "lengths": {"kv_lens": [-5, INT_MAX, INT_MIN, 3, 3, -1]},
+    "longer than the table": {"kv_lens": [1000, 31, 2**30, 30, 7, 8]},
+    "fewer tokens than new ones": {"kv_lens": [1, 1, 1, 1, 1, 1]},
+    "decreasing rows": {"cu_q_lens": [19, 4, INT_MIN, INT_MAX, 0, 5, 3]},
+    "huge rows": {"cu_q_lens": [INT_MAX, INT_MAX, 7, INT_MAX, INT_MIN, INT_MAX, 2]},
+    "overlapping rows": {"cu_q_lens": [0, 9, 3, 17, 2, 20, 1]},
+    "negative first row": {"cu_q_lens": [-9, 7, 8, 15, 20, 21, 22]},
+    "too many sequences": {"num_seqs": [INT_MAX]},
+    "a negative number of sequences": {"num_seqs": [INT_MIN]},
+    "ids": {"page_indices": [[INT_MIN, -1, 2**30, INT_MAX, 9, 10]] * 6},
+    "everything": {
+        "kv_lens": [INT_MAX] * 6, "cu_q_lens": [INT_MIN, INT_MAX, 20, 1, 19, 0, INT_MAX],
+        "num_seqs": [7], "page_indices": [[INT_MAX] * 6] * 6,
+    },
+}  # fmt: skip

@@ -17,7 +17,7 @@ from pallas_paged.ragged_paged_attention import mosaic_tpu_attend
 from pallas_paged.ragged_paged_attention.api import ragged_paged_attention
 from pallas_paged.ragged_paged_attention.mosaic_tpu import Config
 from tests import cases
-from tests.attention_cases import Setup, check, make_case, mismatch, run_kernel, run_oracle
+from tests.attention_cases import ABSURD, Setup, check, make_case, mismatch, run_kernel, run_oracle
 from tests.cases import INT_MAX, INT_MIN
 
 SETUPS = [
@@ -207,24 +207,6 @@ def test_all_rows_of_a_pool_are_heads_where_nothing_else_is_said():
     options = setup.options()
     del options["num_kv_heads"]
     check(setup.case("late"), options, mode, setup.config)
-
-
-ABSURD = {
-    "lengths": {"kv_lens": [-5, INT_MAX, INT_MIN, 3, 3, -1]},
-    "longer than the table": {"kv_lens": [1000, 31, 2**30, 30, 7, 8]},
-    "fewer tokens than new ones": {"kv_lens": [1, 1, 1, 1, 1, 1]},
-    "decreasing rows": {"cu_q_lens": [19, 4, INT_MIN, INT_MAX, 0, 5, 3]},
-    "huge rows": {"cu_q_lens": [INT_MAX, INT_MAX, 7, INT_MAX, INT_MIN, INT_MAX, 2]},
-    "overlapping rows": {"cu_q_lens": [0, 9, 3, 17, 2, 20, 1]},
-    "negative first row": {"cu_q_lens": [-9, 7, 8, 15, 20, 21, 22]},
-    "too many sequences": {"num_seqs": [INT_MAX]},
-    "a negative number of sequences": {"num_seqs": [INT_MIN]},
-    "ids": {"page_indices": [[INT_MIN, -1, 2**30, INT_MAX, 9, 10]] * 6},
-    "everything": {
-        "kv_lens": [INT_MAX] * 6, "cu_q_lens": [INT_MIN, INT_MAX, 20, 1, 19, 0, INT_MAX],
-        "num_seqs": [7], "page_indices": [[INT_MAX] * 6] * 6,
-    },
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ABSURD)

@@ -19,6 +19,8 @@ ROW_TILE = 16
 # A window's first tile may have rows of the sequence before: so many rows lie before new tokens.
 LEAD = ROW_TILE
 
+# Lengths that the kernel takes at their word; longer ones are absurd.
+MAX_LEN = 2**30
 # Keys of a body from which on it takes full blocks of two decodes.
 _LONG_BODY = 8192
 
@@ -105,7 +107,7 @@ class Walk:
     @property
     def capacity(self) -> int:
         """Tokens that a sequence's row of the page table has room for."""
-        return min(self.table_width * self.page_size, 2**30)
+        return min(self.table_width * self.page_size, MAX_LEN)
 
     @property
     def max_units(self) -> int:
@@ -207,9 +209,8 @@ def unpack(walk: Walk, arguments: Sequence[Any]) -> Refs:
         "table_parts table_sems" if walk.table_part else "",
     ]
     refs = dict(zip(" ".join(names).split(), arguments, strict=True))
-    for name in ("pool", "pool_before"):
-        if name in refs and refs[name].dtype.itemsize < 4:
-            refs[name] = refs[name].bitcast(jnp.uint32)
+    if refs["pool"].dtype.itemsize < 4:
+        refs["pool"] = refs["pool"].bitcast(jnp.uint32)
     return Refs(**refs)
 
 

@@ -12,6 +12,7 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
     AHEAD_ROW,
     AHEAD_SEQ,
     FOUND,
+    MAX_LEN,
     ROW_TILE,
     Refs,
     Unit,
@@ -20,9 +21,6 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
     div,
     rem,
 )
-
-# Lengths that a kernel takes at their word; longer ones are absurd.
-_MAX_LEN = 2**30
 
 
 def rows_of(walk: Walk, refs: Refs, seq):
@@ -38,13 +36,13 @@ def num_seqs(walk: Walk, refs: Refs):
 
 def window_len(walk: Walk, refs: Refs):
     """The sliding window, None without one."""
-    return jnp.clip(refs.window_len[0], 1, _MAX_LEN) if walk.score.has_window else None
+    return jnp.clip(refs.window_len[0], 1, MAX_LEN) if walk.score.has_window else None
 
 
 def unit_at(walk: Walk, refs: Refs, seq, row) -> tuple[Unit, object]:
     """The unit that begins at a row, and the end of its pieces in the pool."""
     start, stop = rows_of(walk, refs, seq)
-    kv_len = jnp.clip(refs.kv_lens[seq], 0, _MAX_LEN)
+    kv_len = jnp.clip(refs.kv_lens[seq], 0, MAX_LEN)
     num_keys = jnp.minimum(kv_len, walk.capacity)
     end = jnp.minimum(stop, (row & -ROW_TILE) + walk.window)
     position = kv_len - (stop - row)
@@ -61,7 +59,7 @@ def unit_at(walk: Walk, refs: Refs, seq, row) -> tuple[Unit, object]:
         return unit, end_piece
     # A decode's only new token is put into its last block; a prefill's stay where they were made.
     old_end = div(jnp.clip(kv_len - (stop - start), 0, walk.capacity), walk.piece)
-    old_end = jnp.where(is_decode, _MAX_LEN // walk.piece, old_end)
+    old_end = jnp.where(is_decode, MAX_LEN // walk.piece, old_end)
     end_in_pool = jnp.minimum(end_piece, old_end)
     num_in_pool = jnp.maximum(end_in_pool - first_piece, 0)
     num_pool_blocks = ceil_div(num_in_pool, walk.pieces_per_block)
