@@ -119,7 +119,7 @@ BUGS = {
         DECODES, "eager", "numbers",
     ),
     "page_id_not_clamped": (
-        "mosaic_tpu_blocks",
+        "mosaic_tpu_table",
         "jnp.minimum(page_id, jnp.uint32(walk.num_pages - 1))",
         "jnp.minimum(page_id, jnp.uint32(2**31 - 1))",
         Call(PLAIN, "absurd id"), "eager", "error",

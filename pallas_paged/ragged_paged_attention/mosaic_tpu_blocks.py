@@ -140,9 +140,7 @@ def _pool_row(walk: Walk, refs: Refs, fetch: Fetch, i):
     if pieces_per_page > 1:
         piece = fetch.first_piece + i
         at, part = fetch.table + div(piece, pieces_per_page), rem(piece, pieces_per_page)
-    # Inside the pool whatever the table says: as an unsigned number, no id is negative.
-    page_id = page_table.entry(walk, refs, at).astype(jnp.uint32)
-    page_id = jnp.minimum(page_id, jnp.uint32(walk.num_pages - 1)).astype(jnp.int32)
+    page_id = page_table.page_to_read(walk, refs, at)
     return page_id * walk.page_size + part * walk.piece
 
 

@@ -151,8 +151,8 @@ def start_old_tail(walk: Walk, refs: Refs, unit: Unit):
 
     @pl.when(num_tokens > 0)
     def _start():
-        page_id = _page_id(walk, refs, unit.seq, div(first, walk.page_size)).astype(jnp.uint32)
-        page_id = jnp.minimum(page_id, jnp.uint32(walk.num_pages - 1)).astype(jnp.int32)
+        at = _entry_of(walk, refs, unit.seq, div(first, walk.page_size))
+        page_id = table.page_to_read(walk, refs, at)
         source = page_id * walk.page_size + rem(first, walk.page_size)
         for copy in _copies_of_slots(walk, refs, source, row_of(walk, 0), num_tokens):
             copy.start()
@@ -243,17 +243,17 @@ def _send_pages(walk: Walk, refs: Refs, unit: Unit, first, end):
 # ---- To the pool
 
 
-def _page_id(walk, refs, seq, page):
-    """A page of a sequence, as the table has it."""
+def _entry_of(walk, refs, seq, page):
+    """Which entry of the table has a page of a sequence; it is in SMEM."""
     at = seq * walk.table_width + page
     if walk.table_part:
         table.bring(walk, refs, at, at)
-    return table.entry(walk, refs, at)
+    return at
 
 
 def _send(walk, refs, seq, page, row, source, num_tokens):
     """Sends slots to a page of a sequence, from its row `row` on; skips an id outside the pool."""
-    page_id = _page_id(walk, refs, seq, page)
+    page_id = table.entry(walk, refs, _entry_of(walk, refs, seq, page))
 
     @pl.when(page_id.astype(jnp.uint32) < jnp.uint32(walk.num_pages))
     def _start():

@@ -6,6 +6,7 @@ place follows from its number alone. Sequences are walked in order, so the part 
 is used comes in meanwhile.
 """
 
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -23,6 +24,12 @@ def entry(walk: Walk, refs: Refs, i):
     if not walk.table_part:
         return refs.table[i]
     return refs.table_parts[i & (2 * walk.table_part - 1)]
+
+
+def page_to_read(walk: Walk, refs: Refs, i):
+    """The page id of an entry, inside the pool whatever the table says."""
+    page_id = entry(walk, refs, i).astype(jnp.uint32)  # as an unsigned number, none is negative
+    return jnp.minimum(page_id, jnp.uint32(walk.num_pages - 1)).astype(jnp.int32)
 
 
 def start(walk: Walk, refs: Refs):
