@@ -116,7 +116,8 @@ class _Shape:
     Attributes:
       num_tokens: T.
       tokens: tokens that a block holds.
-      heads: KV heads that a block holds, a divisor of K.
+      heads: KV heads that a block holds, a divisor of K; one where values are converted, because
+        each head has its scales, and a loop over heads would wait for memory at each.
       slot_heads: heads that a slot has room for, R or R / 2; those beyond K are padding.
     """
 
@@ -150,14 +151,13 @@ def _shape(kv_pages, k, num_kv_heads, config) -> _Shape:
     num_pages, page_size, num_rows, _ = kv_pages.shape
     head_dim = k.shape[-1] // (num_kv_heads if k.ndim == 2 else 1)
     row_bytes = 2 * head_dim * kv_pages.dtype.itemsize
+    converts = k.dtype != kv_pages.dtype
     heads = next(
-        n for n in range(num_kv_heads, 0, -1)
-        if num_kv_heads % n == 0 and (n * row_bytes <= _BLOCK_BYTES)
+        n for n in range(1 if converts else num_kv_heads, 0, -1)
+        if num_kv_heads % n == 0 and n * row_bytes <= _BLOCK_BYTES
     )
-    if k.dtype != kv_pages.dtype:  # unrolled over heads, all of a block's loads in flight at once
-        heads = next(n for n in range(min(heads, 8), 0, -1) if num_kv_heads % n == 0)
     tokens = min(config.block_tokens, max(1, _BLOCK_BYTES // (heads * row_bytes)), k.shape[0])
-    if k.dtype != kv_pages.dtype:
+    if converts:
         smallest = _WARPGROUP // min(head_dim, _WARPGROUP)
         tokens = -(-tokens // smallest) * smallest
     return _Shape(
@@ -190,8 +190,8 @@ def page_write(
 
     def rows(block, ids, *starts):
         entry = block // parts
-        # The last part is pulled back: what two parts share, both write alike.
-        row = jnp.minimum(block % parts * count, shape.page_size - count)
+        first_row = block % parts * count
+        row = jnp.minimum(first_row, shape.page_size - count)
         page = ids[entry]
         is_live = (page >= 0) & (page < shape.num_pages)
         start = entry * shape.page_size
@@ -201,7 +201,10 @@ def page_write(
             start = jnp.where(is_live, start, 0)
         source, shift = _pull_back(start + row, shape)
         slots = [page * shape.page_size + row + j for j in range(count)]
-        return _Rows(source, shift, slots, [is_live] * count, has_sources)
+        is_mine = [True] * count
+        if shape.page_size % count:  # the last part begins with rows of the one before
+            is_mine = [row + j >= first_row for j in range(count)]
+        return _Rows(source, shift, slots, [is_live & x for x in is_mine], has_sources)
 
     metadata = (page_ids, token_starts) if has_sources else (page_ids,)
     return _write(
@@ -353,13 +356,10 @@ def _kernel(
             )  # fmt: skip
 
     def fetch_and_convert():
-        values = [
-            [new[tokens, head + i] for i in range(shape.heads)] for new in (k, v)
-        ]
+        values = [new[tokens, head] for new in (k, v)]  # both on their way before either is used
         for kind, smem in enumerate((k_smem, v_smem)):
-            for i, value in enumerate(values[kind]):
-                scale = scales[kind][head + i] if scales else None
-                smem[:, i] = convert.convert(value, scale, shape.pool_dtype)
+            scale = scales[kind][head] if scales else None
+            smem[:, 0] = convert.convert(values[kind], scale, shape.pool_dtype)
 
     def send():
         if zeros_smem is not None:
@@ -376,7 +376,11 @@ def _kernel(
                         pool.at[slot, heads, kind],
                         commit_group=False,
                     )
-                if zeros_smem is not None:
+
+            if zeros_smem is not None:
+
+                @pl.when(is_live & (head == 0))
+                def _(slot=slot):
                     plgpu.copy_smem_to_gmem(
                         zeros_smem.at[pl.ds(0, shape.padding)],
                         pool.at[slot, pl.ds(shape.num_kv_heads, shape.padding)],
@@ -407,15 +411,16 @@ def copy_pages(kv_pages, src_ids, dst_ids):
     if src_ids.shape[0] == 0:
         return kv_pages
     page_rows = page_size * num_rows
-    count = min(page_rows, _BLOCK_BYTES // (num_lanes * kv_pages.dtype.itemsize))
-    parts = pl.cdiv(page_rows, count)
+    most = _BLOCK_BYTES // (num_lanes * kv_pages.dtype.itemsize)
+    count = next(n for n in range(min(most, page_rows), 0, -1) if page_rows % n == 0)
+    parts = page_rows // count
     pool = jax.new_ref(kv_pages.reshape(num_pages, page_rows, num_lanes))
 
     def copy_pages_kernel(src_ids, dst_ids, pool, rows_smem, barrier):
         # src_ids, dst_ids: i32[n]; pool: [P, page rows, C]; rows_smem: [rows of a part, C]
         block = lax.axis_index("block")
         src, dst = (ids[block // parts] for ids in (src_ids, dst_ids))
-        rows = pl.ds(jnp.minimum(block % parts * count, page_rows - count), count)
+        rows = pl.ds(block % parts * count, count)
 
         @pl.when((src >= 0) & (src < num_pages) & (dst >= 0) & (dst < num_pages))
         def _():
