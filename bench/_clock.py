@@ -211,7 +211,28 @@ def time_kernels(
 
     for i in range(max(warmup, len(states))):
         one(i)
-    events = record_kernels(lambda: [one(i) for i in range(repeats)])
+
+    def all_of_them():
+        for i in range(repeats):
+            one(i)
+
+    events = record_kernels(all_of_them)
+    return summarise_kernels(events, evicting, repeats)
+
+
+def summarise_kernels(
+    events: Sequence[tuple[str, float]], evicting: frozenset[str], repeats: int
+) -> Timing:
+    """The time of a step's kernels, from what ran on the GPU, each step behind an eviction.
+
+    Args:
+      events: (name, microseconds), in order.
+      evicting: names of the kernels that empty the L2.
+      repeats: steps.
+
+    Raises:
+      RuntimeError: there are not that many steps, or one is without a kernel.
+    """
     samples: list[float] = []
     was_evicting = False
     for name, microseconds in events:

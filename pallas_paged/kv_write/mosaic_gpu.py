@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Writes on Hopper: each block brings a few tokens into shared memory and sends them to their slots.
+"""Writes on Hopper: a block brings a few tokens into shared memory and sends them to their slots.
 
 The pipeline: one bulk copy each for the k and v of a block's tokens -> shared memory -> two tensor
 copies a token, K to the even rows of its slot and V to the odd ones. Pools of another dtype take
@@ -86,8 +86,19 @@ def unsupported(kv_pages, k, num_kv_heads: int, head_dim: int) -> str | None:
 
 def unsupported_pool(kv_pages) -> str | None:
     """Why the kernels cannot run on a pool, as a sentence; None if they can."""
-    del kv_pages
-    return dispatch.why_no_mosaic_gpu()
+    reason = dispatch.why_no_mosaic_gpu()
+    if reason is None and _varies(kv_pages):
+        reason = (
+            "under shard_map jax's kernels on a GPU take no ref that varies over the mesh; call "
+            "jax.shard_map with check_vma=False"
+        )
+    return reason
+
+
+def _varies(kv_pages) -> bool:
+    """Whether a shard_map that checks what varies is around the call."""
+    axes = getattr(getattr(kv_pages, "aval", None), "manual_axis_type", None)
+    return axes is not None and bool(axes.varying)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +299,7 @@ def _write(
     missing = shape.tokens - shape.num_tokens
     if missing > 0:  # a lone token of 64: fewer values than a block has threads
         k, v = (jnp.pad(x, ((0, missing), (0, 0), (0, 0))) for x in (k, v))
-    scales = ()
+    scales: tuple[jax.Array, ...] = ()
     if layout.is_quantized(shape.pool_dtype):
         heads = shape.num_kv_heads
         scales = tuple(oracle.inverse_scale(scale, heads) for scale in (k_scale, v_scale))
@@ -318,13 +329,15 @@ def _write(
         grid=(num_blocks, shape.num_kv_heads // shape.heads),
         grid_names=("block", "head_group"),
         scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True,  # the kernel has the one that it needs, in commit_smem
-            reduction_scratch_bytes=0,
-        ),
+        compiler_params=_compiler_params(),
         kernel_name=f"{name}_{shape.tokens}x{shape.heads}",
     )(*metadata, k, v, *scales, pool)
     return pool[...].reshape(kv_pages.shape)
+
+
+def _compiler_params():
+    # The kernels have the barrier that they need, in commit_smem, and reduce nothing.
+    return plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
 
 
 def _kernel(
@@ -438,7 +451,7 @@ def copy_pages(kv_pages, src_ids, dst_ids):
         grid=(src_ids.shape[0] * parts,),
         grid_names=("block",),
         scratch_types=[plgpu.SMEM((count, num_lanes), kv_pages.dtype), plgpu.Barrier()],
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+        compiler_params=_compiler_params(),
         kernel_name=f"copy_pages_{count}",
     )(src_ids, dst_ids, pool)
     return pool[...].reshape(kv_pages.shape)

@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Values on their way into a pool of another dtype, in a GPU's registers: `oracle.quantize`, bit for bit.
+"""Values for a pool of another dtype, in a GPU's registers: `oracle.quantize`, bit for bit.
 
 The hardware's conversions round as the oracle does but give one NaN for all: signs and the
 oracle's NaN are put back.
