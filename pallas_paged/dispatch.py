@@ -65,6 +65,11 @@ def why_no_mosaic_gpu() -> str | None:
     return None
 
 
+def num_multiprocessors() -> int:
+    """Multiprocessors of the GPU that a call is made for; those of an H100 elsewhere."""
+    return jax.devices()[0].core_count if platform() == "gpu" else 132
+
+
 def choose(op: str, backend: str, reasons: Mapping[str, str | None]) -> str:
     """Picks the backend of one call.
 
