@@ -32,11 +32,11 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="only a GPU's compiler makes t
 def _static_cases():
     """Pool dtype x op; everything else is cycled, in cycles that drift past one another."""
     page_sizes = itertools.cycle((4, 16, 1, 24, 33))
-    heads = itertools.cycle((2, 1, 3, 2, 5, 1))
+    heads = itertools.cycle((2, 1, 3, 2, 1))
     head_dims = itertools.cycle((128, 64, 256, 64, 128))
     tokens = {
         "page_write": itertools.cycle((33, 47)),
-        "slice_write": itertools.cycle((17, 9)),  # T + 16 slices, most of them dead
+        "slice_write": itertools.cycle((9, 5)),  # T + 16 slices, most of them dead
         "token_write": itertools.cycle((33, 16, 21)),
     }
     new_dtypes = itertools.cycle(("bfloat16", "float32", "bfloat16", "float16", "bfloat16"))
@@ -66,7 +66,7 @@ SPECIAL = [
     Case("page_write", 70, 16, 2, 128, entries="any", block_tokens=4),
     Case("page_write", 70, 16, 2, 128, entries="implicit", block_tokens=8),
     Case("page_write", 70, 33, 2, 128, entries="implicit", block_tokens=4, fetch_first=False),
-    Case("slice_write", 33, 16, 2, 128, entries="any", block_tokens=4),
+    Case("slice_write", 17, 16, 2, 128, entries="any", block_tokens=4),
     Case("token_write", 70, 16, 2, 128, entries="any", block_tokens=4),
     Case("token_write", 37, 3, 2, 128, entries="any", block_tokens=8, fetch_first=False),
     # Fewer tokens than a block holds, than a page, or than a warpgroup has threads.
@@ -116,9 +116,9 @@ def test_coverage():
         assert set(kinds) <= {c.entries for c in CASES if c.op == op}
     for name, wanted in {
         "page_size": {1, 4, 16, 24, 33},
-        "num_kv_heads": {1, 2, 3, 5, 12, 24},
+        "num_kv_heads": {1, 2, 3, 12, 24},
         "head_dim": {64, 128, 256},
-        "num_tokens": {1, 3, 7, 16, 17, 33, 47, 70},
+        "num_tokens": {1, 3, 5, 7, 9, 16, 17, 33, 47, 70},
         "new_dtype": {"float32", "bfloat16", "float16"},
         "is_flat": {True, False},
         "fetch_first": {True, False},
