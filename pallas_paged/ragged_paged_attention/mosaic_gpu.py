@@ -76,7 +76,10 @@ def default_config(head_dim: int, is_quantized: bool) -> Config:
     prefill_keys = 64 if head_dim == 256 else 128
     prefill_slots = {64: 2 * slots, 128: slots, 256: 2}[head_dim]
     if is_quantized:
-        return Config(prefill_keys, prefill_slots, prefill_keys, prefill_slots)
+        raw_slots = 1 if head_dim == 256 else 2
+        return Config(
+            prefill_keys, prefill_slots, prefill_keys, prefill_slots, prefill_raw_slots=raw_slots
+        )
     decode_slots = {64: 6, 128: 3, 256: 3}[head_dim]
     per_sm = 1 if head_dim == 256 else 2
     return Config(prefill_keys, prefill_slots, 64, decode_slots, decode_blocks_per_sm=per_sm)
