@@ -18,7 +18,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf, vector
 
-from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import Shape, tiling
+from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
+    WARPGROUP,
+    Shape,
+    tiling,
+)
 
 # Values of a box of a tensor copy in each dimension, at most.
 _MAX_BOX = 256
@@ -233,54 +237,59 @@ def convert(raw: Ring, ready: Ring, step, shape: Shape) -> None:
 
 
 def _convert_block(source, target, shape: Shape) -> None:
-    """8 values a thread and step: one load of 8 bytes, one store of 16, where the swizzle has it."""
+    """8 values a thread and time: one load of 8 bytes, one store of 16, where the swizzle has it."""
     width = 8
     _, block, box = source.shape
-    steps = block * shape.kv_dim // (128 * width)
+    at_once = 8  # so that their loads and conversions overlap
+    steps = block * shape.kv_dim // (WARPGROUP * width * at_once)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(tiling(shape.q_dtype))))
     def run(_, raw, tiles):  # raw [2H / box, block, box], tiles [block / 8, 2H / 64, 8, 64]
         def const(x):
             return arith.constant(ir.IndexType.get(), x)
 
-        i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
-        chunks = const(shape.kv_dim // width)
-        thread = arith.remui(gpu.thread_id(gpu.Dimension.x), const(128))
-        loop = scf.ForOp(const(0), const(steps), const(1))
-        with ir.InsertionPoint(loop.body):
-            item = arith.addi(arith.muli(loop.induction_variable, const(128)), thread)
-            row = arith.divui(item, chunks)
-            chunk = arith.remui(item, chunks)
-            element = ir.MemRefType(raw.type).element_type
+        chunks, eight = const(shape.kv_dim // width), const(8)
+        narrow_type = ir.VectorType.get((width,), ir.MemRefType(raw.type).element_type)
+        wide_type = ir.VectorType.get((width,), ir.MemRefType(tiles.type).element_type)
+        thread = arith.remui(gpu.thread_id(gpu.Dimension.x), const(WARPGROUP))
+
+        def load(item):
+            row, chunk = arith.divui(item, chunks), arith.remui(item, chunks)
             chunks_of_box = const(box // width)
             column = arith.muli(arith.remui(chunk, chunks_of_box), const(width))
-            narrow = vector.load(
-                ir.VectorType.get((width,), element), raw,
-                [arith.divui(chunk, chunks_of_box), row, column],
-            )  # fmt: skip
-            words = vector.bitcast(
-                ir.VectorType.get((2,), i32),
-                vector.bitcast(ir.VectorType.get((width,), i8), narrow),
-            )
-            pairs = [
-                pair
-                for n in range(2)
-                for pair in _convert_four(_extract(words, n), shape)
-            ]
-            packed = vector.from_elements(ir.VectorType.get((4,), i32), pairs)
-            wide_type = ir.MemRefType(tiles.type).element_type
-            wide = vector.bitcast(ir.VectorType.get((width,), wide_type), packed)
+            place = [arith.divui(chunk, chunks_of_box), row, column]
+            return row, chunk, vector.load(narrow_type, raw, place)
+
+        def store(row, chunk, narrow):
             # A tile's row is 8 chunks of 16 bytes; chunk c of row r lies at c ^ r.
-            eight = const(8)
             in_tile = arith.remui(row, eight)
             place = arith.xori(arith.remui(chunk, eight), in_tile)
-            vector.store(wide, tiles, [
+            target = [
                 arith.divui(row, eight), arith.divui(chunk, eight), in_tile,
                 arith.muli(place, const(width)),
-            ])  # fmt: skip
+            ]  # fmt: skip
+            vector.store(_widen(narrow, wide_type, shape), tiles, target)
+
+        loop = scf.ForOp(const(0), const(steps), const(1))
+        with ir.InsertionPoint(loop.body):
+            first = arith.muli(loop.induction_variable, const(WARPGROUP * at_once))
+            first = arith.addi(first, thread)
+            loaded = [load(arith.addi(first, const(n * WARPGROUP))) for n in range(at_once)]
+            for item in loaded:
+                store(*item)
             scf.yield_([])
 
     run(source, target)
+
+
+def _widen(narrow, wide_type, shape: Shape):
+    """8 values of the pool's dtype as q's."""
+    i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
+    words = vector.bitcast(
+        ir.VectorType.get((2,), i32), vector.bitcast(ir.VectorType.get((8,), i8), narrow)
+    )
+    pairs = [pair for n in range(2) for pair in _convert_four(_extract(words, n), shape)]
+    return vector.bitcast(wide_type, vector.from_elements(ir.VectorType.get((4,), i32), pairs))
 
 
 def _extract(words, n: int):
