@@ -1,0 +1,285 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""The attention in Mosaic GPU: what the float32 oracle makes of hostile batches, or refused.
+
+On a GPU these tests run the kernels there (`JAX_PLATFORMS=cuda pytest tests -k gpu`); on a CPU some
+of them in GPU interpret mode, with race detection, and all forms lowered for CUDA.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_paged import dispatch, layout, ragged_paged_attention
+from pallas_paged.ragged_paged_attention import mosaic_gpu, mosaic_tpu
+from pallas_paged.ragged_paged_attention.mosaic_gpu import Config
+from tests.attention_cases import ABSURD, Case, make_case, mismatch, run_oracle
+from tests.cases import run_on_gpu
+
+ON_GPU = jax.default_backend() == "gpu"
+needs_new_jax = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11, 2), reason="Mosaic GPU needs jax 0.11.2: test_old_jax"
+)
+
+# Decodes, short sequences, prefills, one without keys and one that ends at a block's end; lengths
+# are no multiples of anything.
+MIX = [(1, 200), (40, 150), (3, 0), (2, 130), (1, 37), (20, 128)]
+# More tiles and segments than blocks of threads: the rings go round, heads are split in many parts.
+LONG = [(1, 1500), (300, 1000), (17, 513), (1, 1), (1, 700), (150, 150), (4, 900)]
+DECODES = [(1, n) for n in (4000, 3, 700, 1, 128, 129, 127, 2500)]
+
+FLOATS = "bfloat16", "float16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A batch and what it is called with."""
+
+    lens: Any = tuple(MIX)
+    heads: tuple[int, int] = (4, 2)
+    head_dim: int = 128
+    page_size: int = 16
+    dtype: str = "bfloat16"
+    pool_dtype: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    config: Config | None = None
+    seed: int = 0
+
+    def make(self) -> tuple[Case, dict[str, Any]]:
+        num_heads, num_kv_heads = self.heads
+        case = make_case(
+            list(self.lens), num_heads=num_heads, num_kv_heads=num_kv_heads,
+            head_dim=self.head_dim, page_size=self.page_size, dtype=self.dtype,
+            pool_dtype=self.pool_dtype or self.dtype, seed=self.seed, first_row=3,
+        )  # fmt: skip
+        options = dict(self.options)
+        sinks = options.pop("sinks", False)
+        if sinks:
+            options["sinks"] = jnp.linspace(-2.0, 3.0, num_heads)
+        options |= {"sm_scale": self.head_dim**-0.5, "num_kv_heads": num_kv_heads}
+        return case, options
+
+    @property
+    def id(self) -> str:
+        parts = [f"{len(self.lens)}seqs", "x".join(map(str, self.heads)), f"H{self.head_dim}"]
+        parts += [f"page{self.page_size}", self.dtype, self.pool_dtype or ""]
+        parts += [name for name, _ in self.options] + (["config"] if self.config else [])
+        return "-".join(filter(None, parts))
+
+
+def _options(**options):
+    return tuple(options.items())
+
+
+SCALES = _options(k_scale=0.5, v_scale=np.array([0.7, 1.3], np.float32))
+SMALL = Config(64, 2, 64, 2)
+# What the interpreter does on a CPU: each form of the kernels once, in seconds.
+INTERPRETED = [
+    Call(),
+    Call(heads=(3, 3), head_dim=64, page_size=24, options=_options(sliding_window=40)),
+    Call(heads=(2, 1), head_dim=256, page_size=8, dtype="float16",
+         options=_options(soft_cap=5.0, sinks=True)),
+    Call(pool_dtype="float8_e4m3fn", options=SCALES, config=SMALL),
+    Call(heads=(5, 1), page_size=136, options=_options(causal=False, sliding_window=77),
+         config=SMALL),
+]  # fmt: skip
+
+
+def _device_calls():
+    """What only a GPU does: sizes that fill it, and more of everything."""
+    groups = itertools.cycle([(8, 2), (4, 4), (12, 2), (5, 1), (32, 8), (64, 1)])
+    pages = itertools.cycle([16, 64, 128, 8, 24, 256, 40])
+    dims = itertools.cycle([128, 64, 256])
+    features = [
+        (), _options(sliding_window=1), _options(sliding_window=300), _options(soft_cap=20.0),
+        _options(causal=False), _options(sinks=True), _options(soft_cap=3.0, sliding_window=64),
+        _options(sinks=True, sliding_window=100, causal=False),
+    ]  # fmt: skip
+    for seed, (lens, feature) in enumerate(itertools.product((LONG, DECODES), features)):
+        dtype = FLOATS[seed % 2]
+        yield Call(tuple(lens), next(groups), next(dims), next(pages), dtype, None, feature,
+                   seed=seed)  # fmt: skip
+    for pool_dtype, head_dim in itertools.product(("float8_e4m3fn", "float8_e5m2"), (64, 128, 256)):
+        for lens, dtype in ((LONG, "bfloat16"), (DECODES, "float16")):
+            yield Call(tuple(lens), (4, 2), head_dim, next(pages), dtype, pool_dtype, SCALES)
+    rng = np.random.default_rng(3)
+    ragged = [
+        (int(n) if rng.random() < 0.5 else 1, int(n + rng.integers(0, 500)))
+        for n in rng.integers(1, 300, 100)
+    ]
+    yield Call(tuple(ragged), (8, 2), page_size=32)
+    yield Call(tuple((1, int(n)) for n in rng.integers(1, 900, 300)), (8, 2), page_size=32)
+
+
+CALLS = [*INTERPRETED, *(_device_calls() if ON_GPU else [])]
+
+
+def _run(case: Case, options, config=None, *, detect_races=True):
+    """[out, log-sum-exp] of the kernels, through the public op."""
+    results: list[Any] = []
+
+    def call():
+        results.extend(
+            np.asarray(x)
+            for x in ragged_paged_attention(
+                *case.arrays, **options, return_lse=True, config=config, backend="mosaic_gpu"
+            )
+        )
+        return results[0]
+
+    run_on_gpu(call, detect_races=detect_races)
+    return results
+
+
+@pytest.fixture(autouse=True)
+def few_blocks_of_threads(monkeypatch):
+    """The interpreter gets a chip of two multiprocessors, so that each has several items."""
+    if not ON_GPU:
+        monkeypatch.setattr(dispatch, "num_multiprocessors", lambda: 2)
+
+
+@needs_new_jax
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.id)
+def test_kernels_are_the_oracle(call):
+    case, options = call.make()
+    out, lse = _run(case, options, call.config)
+    assert out.dtype == case.q.dtype and out.shape == case.q.shape
+    found = mismatch(out, lse, *run_oracle(case, options))
+    assert found is None, found
+
+
+@needs_new_jax
+def test_traced_window_and_no_lse():
+    """A window that is an array does what the int does; without the log-sum-exp nothing changes."""
+    case, options = Call(options=_options(sliding_window=40)).make()
+    wanted, _ = run_oracle(case, options)
+    options["sliding_window"] = jnp.int32(40)
+    out = run_on_gpu(
+        lambda: ragged_paged_attention(*case.arrays, **options, backend="mosaic_gpu")
+    )
+    found = mismatch(out, None, wanted, None)
+    assert found is None, found
+
+
+@needs_new_jax
+@pytest.mark.parametrize("name", ABSURD if ON_GPU else ["everything", "overlapping rows"])
+def test_absurd_metadata_ends_in_bounds(name):
+    """Whatever the metadata says; the pool's NaN-free pages only make every read harmless."""
+    lens = [(1, 30), (9, 31), (1, 7), (5, 8), (1, 1), (3, 30)]
+    case = make_case(
+        lens, num_heads=2, num_kv_heads=1, head_dim=64, page_size=8, max_seqs=6, table_width=6,
+        dtype="bfloat16", pool_dtype="bfloat16", num_tokens=24,
+    )  # fmt: skip
+    absurd = {k: np.array(v, np.int32) for k, v in ABSURD[name].items()}
+    case = dataclasses.replace(case, **absurd)
+    out, _ = _run(case, {"sm_scale": 0.1, "num_kv_heads": 1}, detect_races=False)
+    assert out.shape == case.q.shape
+
+
+def _lower(call: Call, **options):
+    num_heads, num_kv_heads = call.heads
+    pool_dtype = jnp.dtype(call.pool_dtype or call.dtype)
+    shape = layout.pool_shape(64, call.page_size, num_kv_heads, call.head_dim, pool_dtype)
+    i32 = jnp.int32
+    arrays = [
+        jax.ShapeDtypeStruct(*x) for x in (
+            ((100, num_heads, call.head_dim), call.dtype), (shape, pool_dtype), ((5,), i32),
+            ((5, 7), i32), ((6,), i32), ((1,), i32),
+        )
+    ]  # fmt: skip
+    dynamic = {k: v for k, v in options.items() if hasattr(v, "shape")}
+    static = {k: v for k, v in options.items() if k not in dynamic}
+
+    def attend(arrays, dynamic):
+        return ragged_paged_attention(
+            *arrays, **static, **dynamic, num_kv_heads=num_kv_heads, config=call.config,
+            backend="mosaic_gpu",
+        )
+
+    traced = jax.jit(attend).trace(arrays, dynamic)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def _lowered_calls():
+    """Page size x dtype of q and pool; everything else is cycled."""
+    heads = itertools.cycle([(8, 2), (12, 2), (5, 1), (3, 3), (64, 1)])
+    dims = itertools.cycle([128, 64, 256, 128])
+    features = itertools.cycle([
+        {}, {"sliding_window": 100}, {"soft_cap": 5.0, "return_lse": True}, {"causal": False},
+        {"sinks": True, "sliding_window": jax.ShapeDtypeStruct((), jnp.int32)},
+        {"return_lse": True},
+    ])  # fmt: skip
+    kinds = [("bfloat16", None), ("float16", None), ("bfloat16", "float8_e4m3fn"),
+             ("float16", "float8_e5m2")]  # fmt: skip
+    for page_size, (dtype, pool_dtype) in zip(
+        (8, 16, 24, 32, 64, 96, 128, 256), itertools.cycle(kinds), strict=False
+    ):
+        yield Call((), next(heads), next(dims), page_size, dtype, pool_dtype), next(features)
+
+
+@needs_new_jax
+@pytest.mark.parametrize("call, options", list(_lowered_calls()), ids=lambda x: getattr(x, "id", ""))
+def test_lowers_for_cuda(call, options):
+    """Three kernels, and the pool only goes in: nothing is as large as it is comes out."""
+    options = dict(options)
+    if options.pop("sinks", False):
+        options["sinks"] = jax.ShapeDtypeStruct((call.heads[0],), jnp.float32)
+    if call.pool_dtype:
+        options["k_scale"] = options["v_scale"] = jax.ShapeDtypeStruct((), jnp.float32)
+    text = _lower(call, **options)
+    assert text.count("custom_call @mosaic_gpu_v2") == 3
+
+
+@needs_new_jax
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("pool_dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("max_seqs", [1, 256])
+def test_default_config_fits_shared_memory(head_dim, pool_dtype, max_seqs):
+    q = jax.ShapeDtypeStruct((8, 8, head_dim), jnp.bfloat16)
+    pool = jax.ShapeDtypeStruct(layout.pool_shape(9, 16, 2, head_dim, pool_dtype), pool_dtype)
+    table = jax.ShapeDtypeStruct((max_seqs, 4), jnp.int32)
+    config = mosaic_gpu.default_config(head_dim, pool_dtype != "bfloat16", max_seqs)
+    assert mosaic_gpu.unsupported(q, pool, table, 2, config) is None
+
+
+REFUSED = {
+    "float32": (dict(dtype="float32"), "q is float32 and the matrix unit takes"),
+    "another pool": (dict(pool_dtype="int8"), "the pool is int8 and q bfloat16"),
+    "head_dim": (dict(head_dim=80), "head_dim is 80"),
+    "page_size": (dict(page_size=12), "page_size is 12"),
+    "group": (dict(heads=(65, 1)), "65 query heads read one KV head"),
+    "shared memory": (dict(config=Config(128, 9, 64, 2)), "config's prefill blocks take"),
+    "another backend's config": (dict(config=mosaic_tpu.Config(128, 128)), "config is"),
+}
+
+
+@needs_new_jax
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_by_sentence(name):
+    fields, sentence = REFUSED[name]
+    case, options = Call(lens=((1, 5),), **fields).make()
+    with pytest.raises(NotImplementedError, match=sentence):
+        ragged_paged_attention(
+            *case.arrays, **options, config=fields.get("config"), backend="mosaic_gpu"
+        )
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11, 2), reason="of older versions")
+def test_old_jax():
+    case, options = Call(lens=((1, 5),)).make()
+    with pytest.raises(NotImplementedError, match="update jax"):
+        ragged_paged_attention(*case.arrays, **options, backend="mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    "fields, name",
+    [((96, 3, 64, 3), "prefill_block_keys"), ((128, 1, 64, 3), "prefill_slots"),
+     ((128, 3, 64, 3, 0), "prefill_raw_slots"), ((128, 3, 64, 3, 2, 2, 0), "decode_blocks_per_sm")],
+)  # fmt: skip
+def test_config_checks_itself(fields, name):
+    with pytest.raises(ValueError, match=name):
+        Config(*fields)
