@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -39,8 +40,7 @@ from reference_engine.scheduler import Scheduler, StepPlan
 from reference_engine.weights import Params
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Output:
+class Output(NamedTuple):
     """One new token.
 
     Attributes:
@@ -66,7 +66,7 @@ class Stats:
       num_steps: steps that computed something.
       num_tokens: tokens computed, recomputed ones included.
       num_padding: rows of the batches that held no token.
-      num_cached: prompt tokens that the prefix cache spared.
+      num_cached: tokens that the prefix cache spared.
       num_deferrals: times that alignment made a request wait a step.
       num_preemptions: times that a request lost its pages.
       seconds: in steps.
@@ -238,7 +238,7 @@ class Engine:
         except BaseException:
             self._recover()
             raise
-        self._count(plan, requests, batch, compiled)
+        self._count(plan, batch, compiled)
         outputs, finished = self._commit(plan, tokens, extras)
         self.stats.seconds += time.perf_counter() - start
         try:
@@ -319,18 +319,14 @@ class Engine:
         ]
         return outputs, finished
 
-    def _count(
-        self, plan: StepPlan, requests: Sequence[Request], batch: Batch, compiled: int
-    ) -> None:
+    def _count(self, plan: StepPlan, batch: Batch, compiled: int) -> None:
         stats, num_tokens = self.stats, plan.num_tokens
         stats.num_steps += 1
         stats.num_tokens += num_tokens
         stats.num_padding += len(batch.token_ids) - num_tokens
         stats.num_deferrals += len(plan.deferrals)
         stats.num_preemptions += len(plan.preempted)
-        for segment, request in zip(plan.segments, requests, strict=True):
-            if segment.start == request.num_cached and segment.start < request.num_prompt:
-                stats.num_cached += request.num_cached
+        stats.num_cached = self.scheduler.num_cached
         if self._compiles_after_warm_up is not None:
             stats.num_recompiles += compiles.num_compiles() - compiled
 

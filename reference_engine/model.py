@@ -54,7 +54,7 @@ def forward(
         first_page = index * pages_per_layer
         attended, kv_pages = _attention(
             _rms_norm(x, weights["attention_norm"], config), weights, kv_pages,
-            _in_layer(batch, first_page, kv_pages.shape[1]), rotation, config, kv_write,
+            in_layer(batch, first_page, kv_pages.shape[1]), rotation, config, kv_write,
             write_backend, attention,
         )
         x += attended
@@ -70,7 +70,7 @@ def forward(
     return _matmul(x, unembedding.T).astype(jnp.float32), kv_pages
 
 
-def _in_layer(batch: Batch, first_page: jax.Array, page_size: int) -> Batch:
+def in_layer(batch: Batch, first_page: jax.Array, page_size: int) -> Batch:
     """The batch with the ids of the pages that one layer has; what is skipped stays skipped."""
 
     def shift(ids, by):
@@ -102,13 +102,13 @@ def _attention(
     if kv_write == "fused":
         out, kv_pages = pallas_paged.write_and_attend(q, k, v, kv_pages, *metadata, **options)
     else:
-        kv_pages = _write(kv_pages, k, v, batch, config, write_backend)
+        kv_pages = write_kv(kv_pages, k, v, batch, config, write_backend)
         out = ragged_paged_attention(q, kv_pages, *metadata, **options)
     return _project(out.reshape(num_tokens, -1), weights, "o"), kv_pages
 
 
-def _write(kv_pages, k, v, batch, config, backend):
-    """Every form of write that the batch brings; k, v [T, K*H]."""
+def write_kv(kv_pages, k, v, batch, config, backend):
+    """Writes a layer's new keys and values in every form that the batch brings; k, v [T, K*H]."""
     options = {"num_kv_heads": config.num_kv_heads, "backend": backend}
     if batch.page_ids.size:
         kv_pages = pallas_paged.page_write(

@@ -39,7 +39,7 @@ class Result:
       num_decode_partials: those that decodes wrote (one token each).
       num_deferrals: times that alignment made a request wait a step.
       num_preemptions: times that a request lost its pages.
-      num_cached: prompt tokens that the prefix cache spared.
+      num_cached: tokens that the prefix cache spared.
       ttft: steps from arrival to first token, both ends included.
       outputs: tokens generated.
       logits: f32[vocab_size] of each of them.

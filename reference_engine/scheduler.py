@@ -50,12 +50,24 @@ class Deferral:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Blocked:
+    """The first in the queue, which wants `num_pages` new pages of `num_free`, or, where those
+    are enough, one of the places of max_num_seqs."""
+
+    request_id: int
+    num_pages: int
+    num_free: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: what to compute, who waits for a page boundary, whose pages were taken away."""
+    """One step: what to compute, who waits for a page boundary, whose pages were taken away, and
+    who could not be admitted."""
 
     segments: tuple[Segment, ...]
     deferrals: tuple[Deferral, ...] = ()
     preempted: tuple[int, ...] = ()
+    blocked: Blocked | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -87,14 +99,15 @@ def limit(
     Returns:
       A count that fits every limit; 0 for "not in this step".
     """
-    last = min(request.num_tokens, config.max_model_len)
+    num_tokens = request.num_tokens
+    last = min(num_tokens, config.max_model_len)
     n = min(last - computed, budget)
     if contended and config.long_prefill_token_threshold:
         n = min(n, config.long_prefill_token_threshold)
     if n <= 0:
         return 0
     # A resumed request replays its outputs as a prefill, all but the newest.
-    is_decode = computed >= max(request.num_prompt, request.num_tokens - 1)
+    is_decode = computed >= num_tokens - 1 and computed >= request.num_prompt
     if is_decode or not config.page_aligned_scheduling:
         return n
     end = computed + n
@@ -113,6 +126,7 @@ class Scheduler:
     Attributes:
       waiting: requests without pages, first come first; a preempted one returns to the front.
       running: requests with pages, in order of admission.
+      num_cached: tokens that admitted requests found in the prefix cache, so far.
     """
 
     def __init__(self, config: EngineConfig, pool: PagePool):
@@ -120,6 +134,7 @@ class Scheduler:
         self.pool = pool
         self.waiting: collections.deque[Request] = collections.deque()
         self.running: list[Request] = []
+        self.num_cached = 0
         self._requests: dict[int, Request] = {}  # both of them, by id
 
     def add(self, request: Request) -> None:
@@ -138,30 +153,30 @@ class Scheduler:
         segments: list[Segment] = []
         deferrals: list[Deferral] = []
         preempted: list[int] = []
+        blocked: Blocked | None = None
         config, page_size = self.config, self.config.page_size
         budget = config.max_num_batched_tokens
         contended = len(self.running) + len(self.waiting) > 1
 
-        def limit_or_defer(request: Request, computed: int) -> int:
-            n = limit(request, computed, budget, contended, config)
-            if n == 0:
-                request.num_deferrals += 1
-                deferrals.append(Deferral(request.request_id, computed, budget))
-            return n
+        def defer(request: Request, computed: int) -> None:
+            request.num_deferrals += 1
+            deferrals.append(Deferral(request.request_id, computed, budget))
 
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
             index += 1
-            n = limit_or_defer(request, request.num_computed)
-            # Whoever cannot use what is left must not stop those behind it, decodes above all.
+            computed = request.num_computed
+            n = limit(request, computed, budget, contended, config)
             if n == 0:
+                # Whoever cannot use what is left must not stop those behind it, decodes above all.
+                defer(request, computed)
                 continue
-            if request.num_computed + n > len(request.page_ids) * page_size and not self._grow(
-                request, request.num_computed + n, preempted
+            if computed + n > len(request.page_ids) * page_size and not self._grow(
+                request, computed + n, preempted
             ):
                 continue
-            segments.append(_segment(request, n))
+            segments.append(_segment(request, computed, computed + n))
             budget -= charge(n)
 
         # Whoever was preempted needs the pages that an admission would take.
@@ -172,15 +187,18 @@ class Scheduler:
             # that other half-admitted prompts hold.
             num_new = num_pages_for(request.num_tokens, page_size) - len(cached)
             if len(self.running) >= config.max_num_seqs or not self.pool.can_take(cached, num_new):
+                blocked = Blocked(request.request_id, num_new, self.pool.num_free)
                 break
-            n = limit_or_defer(request, len(cached) * page_size)
+            computed = len(cached) * page_size
+            n = limit(request, computed, budget, contended, config)
             if n == 0:
+                defer(request, computed)
                 break  # first come, first served
             self._admit(request, cached, num_new)
-            segments.append(_segment(request, n))
+            segments.append(_segment(request, computed, computed + n))
             budget -= charge(n)
 
-        return StepPlan(tuple(segments), tuple(deferrals), tuple(preempted))
+        return StepPlan(tuple(segments), tuple(deferrals), tuple(preempted), blocked)
 
     def commit(self, plan: StepPlan, new_tokens: dict[int, int]) -> list[Request]:
         """Counts the plan's tokens as computed and appends the tokens that the step yielded.
@@ -197,18 +215,18 @@ class Scheduler:
         """
         finished = []
         page_size = self.config.page_size
-        for segment in plan.segments:
-            request = self._requests[segment.request_id]
-            request.num_computed = end = segment.end
+        for request_id, start, token_ids, _, samples in plan.segments:
+            request = self._requests[request_id]
+            request.num_computed = end = start + len(token_ids)
             request.num_deferrals = 0
             if end >= (request.num_published + 1) * page_size:
                 self._publish(request)
-            if not segment.samples:
-                continue
-            request.append(new_tokens[request.request_id])
-            request.finish_reason = _finish_reason(request, self.config)
-            if request.finish_reason is not None:
-                finished.append(request)
+            if samples:
+                request.append(new_tokens[request_id])
+                reason = _finish_reason(request, self.config)
+                if reason is not None:
+                    request.finish_reason = reason
+                    finished.append(request)
         return finished
 
     def release(self, request: Request) -> None:
@@ -271,6 +289,7 @@ class Scheduler:
         request.page_ids.extend(page_ids)
         request.num_published = len(cached)
         request.num_computed = request.num_cached = len(cached) * self.config.page_size
+        self.num_cached += request.num_cached
         self.running.append(request)
 
     def _grow(self, request: Request, num_tokens: int, preempted: list[int]) -> bool:
@@ -297,8 +316,7 @@ class Scheduler:
         request.page_ids = array.array("i")  # a plan may still refer to the old one
 
 
-def _segment(request: Request, n: int) -> Segment:
-    start, end = request.num_computed, request.num_computed + n
+def _segment(request: Request, start: int, end: int) -> Segment:
     return Segment(
         request.request_id, start, request.token_ids(start, end), request.page_ids,
         end == request.num_tokens,

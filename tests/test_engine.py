@@ -424,7 +424,7 @@ def _skipped_ids_are_shifted(batch, first_page, page_size):
     return shifted._replace(slots=batch.slots + first_page * page_size)
 
 
-_real_in_layer = model_lib._in_layer
+_real_in_layer = model_lib.in_layer
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ _real_in_layer = model_lib._in_layer
     ],
 )
 def test_a_planted_layer_offset_is_seen(monkeypatch, kv_write, bug):
-    monkeypatch.setattr(model_lib, "_in_layer", bug)
+    monkeypatch.setattr(model_lib, "in_layer", bug)
     comparison = compare(undisturbed(), run_anew(num_pages=16, kv_write=kv_write))
     assert comparison.num_equal_pools < comparison.num_requests
     assert comparison.max_logit_difference > 0.01

@@ -402,9 +402,8 @@ def _allocate_twice(pool, num_pages):
     return page_ids
 
 
-def _admit_with_a_token_too_many(scheduler, request, cached, num_new):
-    _real_admit(scheduler, request, cached, num_new)
-    request.num_computed += bool(cached)
+def _skip_a_token_behind_the_cached(request, start, end):
+    return _real_segment(request, min(start + bool(request.num_cached == start > 0), end - 1), end)
 
 
 def _publish_before_it_is_computed(scheduler, request, cached, num_new):
@@ -452,8 +451,8 @@ def _free_nothing(scheduler, request):
     request.page_ids = array.array("i")
 
 
-def _sample_from_every_chunk(request, n):
-    return _real_segment(request, n)._replace(samples=True)
+def _sample_from_every_chunk(request, start, end):
+    return _real_segment(request, start, end)._replace(samples=True)
 
 
 _real_allocate = PagePool.allocate
@@ -477,7 +476,7 @@ PLANTED = [
     (PagePool, "take", _leave_a_found_page_free, "pages do not add up"),
     (PagePool, "_forget", _hand_out_and_still_know, "does not hold its reader's tokens"),
     (scheduler_lib, "page_hash", _hash_without_the_front, "does not hold its reader's tokens"),
-    (Scheduler, "_admit", _admit_with_a_token_too_many, "a shared page is not full"),
+    (scheduler_lib, "_segment", _skip_a_token_behind_the_cached, "a shared page is not full"),
     (Scheduler, "_admit", _publish_before_it_is_computed, "does not hold its reader's tokens"),
     (Scheduler, "_publish", _publish_the_partial_page, "does not hold its reader's tokens"),
     (Scheduler, "_find_cached", _full_hit_recomputes_nothing, "deferred"),
