@@ -82,8 +82,8 @@ class Cost:
       prefilled_us, pair_us: attention of a prefilled token, and for each pair.
       written_us: HBM time of a token's slot, read and written.
       page_us: page size -> core time of a whole page written.
-      slice_us: page size -> core time of a slice.
-      token_us: core time of a token written by itself.
+      slice_us: page size -> core time of a slice as long as a page.
+      token_us: core time of a token written by itself, as a slice of one token is taken to be.
       fused_us: core time of a token in the fused form, decode's and prefill's.
       descriptor_us: least time of the DMA engine a descriptor; 0 leaves it out.
     """
@@ -115,7 +115,7 @@ class Cost:
         else:
             whole = self.page_us if kv_write == "pages" else self.slice_us
             core = work.pages * whole[page_size]
-            core += (work.partials + work.decodes) * self.slice_us[page_size]
+            core += work.partials * self.slice_us[page_size] + work.decodes * self.token_us
         engine = work.descriptors(kv_write) * self.descriptor_us
         return max(core, engine, work.tokens * self.written_us)
 

@@ -38,13 +38,12 @@ _TRACES = flags.DEFINE_list(
     " requests are studied beside them.",
 )
 _NUM_REQUESTS = flags.DEFINE_integer(
-    "num_requests", 1000, "Requests of each trace, from its top.", lower_bound=1,
-    allow_override=True,
+    "requests", 500, "Requests of each trace, from its top.", lower_bound=1
 )
 _LOAD = flags.DEFINE_float(
     "load", 0.8, "Offered load, of what the engine takes in when all requests are there at once."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Fixes the generated requests.", allow_override=True)
+_SEED = flags.DEFINE_integer("traffic_seed", 0, "Fixes the generated requests.")
 _DEVICE = flags.DEFINE_string(
     "device", "v6e", "TPU generation whose predicted costs the study has; or a file that"
     " `--parts=real --json` wrote, for a device's measured costs.",
@@ -74,13 +73,11 @@ _POOL_TOKENS = flags.DEFINE_integer(
 _TTFT_MS = flags.DEFINE_float("ttft_ms", 1000.0, "A good request's time to first token, at most.")
 _TPOT_MS = flags.DEFINE_float("tpot_ms", 50.0, "A good request's time for each further token.")
 _MODEL = flags.DEFINE_enum(
-    "model", None, list(_engine_real.MODELS), "Of the real part; default: llama3-8b, tiny on a CPU."
+    "real_model", None, list(_engine_real.MODELS), "Default: llama3-8b, tiny on a CPU."
 )
-_ATTENTION = flags.DEFINE_enum(
-    "attention", "auto", list(BACKENDS), "Of the real part.", allow_override=True
-)
+_ATTENTION = flags.DEFINE_enum("real_attention", "auto", list(BACKENDS), "Its attention's backend.")
 _WRITE_BACKEND = flags.DEFINE_enum(
-    "write_backend", "auto", list(BACKENDS), "Of the real part.", allow_override=True
+    "real_write_backend", "auto", list(BACKENDS), "Its writes' backend."
 )
 _PROCESSES = flags.DEFINE_integer("processes", os.cpu_count() or 1, "Of the study.", lower_bound=1)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.", allow_override=True)

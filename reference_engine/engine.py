@@ -204,7 +204,7 @@ class Engine:
           on_shape: called when a shape is ready.
         """
         for shape in batch_shapes(self.config):
-            logits = self._run(make_batch_of(shape, (), self.config))
+            logits, self._kv_pages = self._run(make_batch_of(shape, (), self.config))
             tokens = sample(logits, make_sampling([], shape.num_seqs))
             jax.block_until_ready((greedy(logits), log_probabilities(logits, tokens)))
             if on_shape is not None:
@@ -226,7 +226,7 @@ class Engine:
         compiled = compiles.num_compiles()
         try:
             batch = make_batch(plan.segments, self.config)
-            logits = self._run(batch)
+            logits, kv_pages = self._run(batch)
             if all(map(is_greedy, requests)):
                 device_tokens = greedy(logits)
             else:
@@ -235,6 +235,7 @@ class Engine:
             tokens = np.asarray(device_tokens)[: len(requests)].tolist()
             self.stats.wait_seconds += time.perf_counter() - wait
             extras = self._extras(requests, device_tokens, logits)
+            self._kv_pages = kv_pages  # not before the step has come to its end without an error
         except BaseException:
             self._recover()
             raise
@@ -274,16 +275,14 @@ class Engine:
         assert request is not None
         return request
 
-    def _run(self, batch: Batch) -> jax.Array:
-        """Dispatches the model's step; logits of its rows."""
+    def _run(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Dispatches the model's step; its logits, and the pool that takes the engine's place."""
         packed, spec = pack(batch)
-        logits, kv_pages = run_step(
+        return run_step(
             self._params, self._kv_pages, packed, spec=spec, model=self.model_config,
             kv_write=self.config.kv_write, write_backend=self.config.write_backend,
             attention=self.config.attention,
         )
-        self._kv_pages = kv_pages
-        return logits
 
     def _extras(
         self, requests: Sequence[Request], tokens: jax.Array, logits: jax.Array

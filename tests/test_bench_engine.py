@@ -42,14 +42,14 @@ def test_a_step_is_the_sum_of_its_parts_and_each_the_largest_of_its_bounds():
     assert COST.compute_us(WORK) == pytest.approx(compute)
     assert COST.compute_us(WORK._replace(rows=16)) == pytest.approx(compute - 1088 + 1000)
     written = {form: COST.write_us(WORK, form, 16) for form in ("tokens", "slices", "pages")}
-    assert written == pytest.approx({"tokens": 138.0, "slices": 17.2, "pages": 14.8})
+    assert written == pytest.approx({"tokens": 138.0, "slices": 23.2, "pages": 20.8})
     assert COST.write_us(WORK, "fused", 16) == pytest.approx(4.6)  # its bytes, written once
     slow_dma = dataclasses.replace(COST, descriptor_us=1.0)
     assert slow_dma.write_us(WORK, "tokens", 16) == 460
     assert slow_dma.write_us(WORK, "pages", 16) == 86
     slow_hbm = dataclasses.replace(COST, written_us=1.0)
     assert slow_hbm.write_us(WORK, "pages", 16) == 460
-    assert COST.step_us(WORK, "pages", 16) == pytest.approx(100 + compute + 14.8)
+    assert COST.step_us(WORK, "pages", 16) == pytest.approx(100 + compute + 20.8)
 
 
 def test_visible_pairs_add_up():
@@ -167,7 +167,7 @@ def test_shares_are_of_the_step_with_its_writes():
     assert share.percent("tokens", is_bound=True) == pytest.approx(100 * 100 / (compute + 100))
     shipped = 32 * 50 * 68 / 1.75e3
     assert share.write_us["shipped"] == pytest.approx(shipped)
-    pages = 2 * 0.1 + 4 * 0.2
+    pages = 2 * 0.1 + 2 * 0.2 + 2 * 0.3
     assert share.write_us["pages"] == pytest.approx(pages)
     assert share.gain_percent("pages", "shipped", is_bound=False) == pytest.approx(
         100 * (shipped - pages) / (compute + shipped))
@@ -224,7 +224,7 @@ def main(*argv, **values):
 def test_the_study_prints_and_draws(capsys, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(cli._engine_cost, "predicted", lambda *args, **kwargs: COST)
-    values = {"num_requests": 25, "page_sizes": ["16", "64"], "budgets": ["128", "512"],
+    values = {"requests": 25, "page_sizes": ["16", "64"], "budgets": ["128", "512"],
               "pool_tokens": 20_000, "processes": 1}
     main(parts=["study", "share"], plot=str(tmp_path / "study.png"), **values)
     out = capsys.readouterr().out
@@ -253,6 +253,6 @@ def test_the_study_prints_and_draws(capsys, monkeypatch, tmp_path):
 )
 def test_mistakes_are_refused(values, message):
     with pytest.raises(app.UsageError, match=message):
-        main(**{"parts": ["study"], "num_requests": 5} | values)
+        main(**{"parts": ["study"], "requests": 5} | values)
     with pytest.raises(app.UsageError, match="unexpected argument 'more'"):
         main("more")

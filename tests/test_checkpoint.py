@@ -45,6 +45,24 @@ def test_weights_are_cast_and_stray_buffers_left_out(tmp_path):
     assert_same(weights.load_params(tmp_path, config), want)
 
 
+def test_parameters_are_in_memory_once_and_one_tensor_beside_them(tmp_path):
+    config = dataclasses.replace(SMALL, num_layers=6, hidden_size=64)
+    params = write_checkpoint(tmp_path, config, num_shards=2)
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    largest = max(x.nbytes for x in hf_tensors(params).values())
+    del params
+    before = sum(x.nbytes for x in jax.live_arrays())
+    seen = []
+
+    def look(name):
+        seen.append(sum(x.nbytes for x in jax.live_arrays()) - before)
+
+    loaded = weights.load_params(tmp_path, config, on_tensor=look)
+    assert largest < size / 20
+    assert max(seen) <= size + largest
+    assert seen[-1] >= size == sum(x.nbytes for x in jax.tree.leaves(loaded))
+
+
 def test_a_tied_head_may_be_stored(tmp_path):
     tied = dataclasses.replace(SMALL, tie_embeddings=True)
     params = write_checkpoint(tmp_path, tied)

@@ -460,8 +460,14 @@ def _raise_after_the_pool_is_gone(*args, **kwargs):
 _real_run_step = engine_lib.run_step
 
 
-@pytest.mark.parametrize("failing", [_raise_before, _raise_after_the_pool_is_gone])
-def test_a_step_that_raises_loses_nothing(monkeypatch, failing):
+@pytest.mark.parametrize(
+    "name, failing",
+    [
+        ("run_step", _raise_before), ("run_step", _raise_after_the_pool_is_gone),
+        ("greedy", _raise_before),  # as an error of the device, which shows when its result is read
+    ],
+)
+def test_a_step_that_raises_loses_nothing(monkeypatch, name, failing):
     engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, num_pages=32))
     for job in jobs():
         engine.add_request(job.prompt_ids, SamplingParams(job.max_tokens))
@@ -471,7 +477,7 @@ def test_a_step_that_raises_loses_nothing(monkeypatch, failing):
         step += 1
         if step % 5 == 2:
             with monkeypatch.context() as patch:
-                patch.setattr(engine_lib, "run_step", failing)
+                patch.setattr(engine_lib, name, failing)
                 with pytest.raises(ModelError):
                     engine.step()
             assert_books_balance(engine)

@@ -288,7 +288,7 @@ def test_an_error_in_a_step_passes_on_and_takes_only_its_own_requests(llm, monke
 
 
 def test_nothing_is_compiled_after_warm_up(folder):
-    config = dataclasses.replace(CONFIG, token_buckets=(16, 32), seq_buckets=(2, 4))
+    config = dataclasses.replace(CONFIG, token_buckets=(16, 32))
     llm = LLM(folder, config, warm_up=True)
     stats = llm.engine.stats
     assert stats.num_steps == 0
@@ -326,6 +326,20 @@ def test_the_persistent_cache_spares_the_next_process_its_compiles(folder, tmp_p
         from jax.experimental.compilation_cache import compilation_cache
 
         compilation_cache.reset_cache()
+
+
+def test_progress_is_drawn_on_a_terminal_alone(llm, monkeypatch, capsys):
+    import sys
+
+    params = SamplingParams(max_tokens=2)
+    llm.generate(PROMPTS, params)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    llm.generate(PROMPTS, params)
+    drawn = capsys.readouterr().err
+    assert "generating" in drawn and "0/3" in drawn and "tokens computed" in drawn
+    llm.generate(PROMPTS, params, use_tqdm=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_compiles_are_counted():
