@@ -69,14 +69,17 @@ class Config:
 
 
 def default_config(head_dim: int, is_quantized: bool) -> Config:
-    """As many keys as shared memory holds three blocks of, beside the queries; two of 8-bit pools,
-    whose raw blocks take the rest."""
+    """Prefill: three blocks beside the queries, or two and the raw ones of an 8-bit pool. Decode:
+    two blocks of threads to a multiprocessor, so that one's latencies at a sequence's end hide
+    behind the other's pages; one where a pool is converted, which takes more registers."""
     slots = 2 if is_quantized else 3
-    if head_dim == 256:
-        return Config(64, 2, 64, slots)
-    if head_dim == 64:
-        return Config(128, 2 * slots, 128, 2 * slots)
-    return Config(128, slots, 128, slots)
+    prefill_keys = 64 if head_dim == 256 else 128
+    prefill_slots = {64: 2 * slots, 128: slots, 256: 2}[head_dim]
+    if is_quantized:
+        return Config(prefill_keys, prefill_slots, prefill_keys, prefill_slots)
+    decode_slots = {64: 6, 128: 3, 256: 3}[head_dim]
+    per_sm = 1 if head_dim == 256 else 2
+    return Config(prefill_keys, prefill_slots, 64, decode_slots, decode_blocks_per_sm=per_sm)
 
 
 def shared_bytes(shape: Shape, config: Config) -> tuple[int, int]:
@@ -190,8 +193,9 @@ def ragged_paged_attention(
                 operands[name] = jnp.asarray(scale, jnp.float32).reshape(-1)
     if sinks is not None:
         operands["sinks"] = sinks.astype(jnp.float32)
+    operands |= {"kv_lens": kv_lens, "cu_q_lens": cu_q_lens, "num_seqs": num_seqs}
     operands["schedule"] = make_schedule(
-        kv_lens, cu_q_lens, num_seqs, sliding_window, num_tokens, shape,
+        kv_lens, cu_q_lens, num_seqs, sliding_window, q.shape[0], shape,
         config.decode_block_keys, prefill.TILE_ROWS,
     )  # fmt: skip
 
@@ -208,11 +212,10 @@ def _launch(shape: Shape, config: Config, num_sms: int, is_interpreted: bool, op
     """The three kernels; each leaves holes for the next, which updates the output in place."""
     shape = dataclasses.replace(shape, is_interpreted=is_interpreted)
     num_blocks = num_sms * config.decode_blocks_per_sm
-    out, lse, means, sums = decode.decode(shape, config, num_blocks, operands)
+    out, lse, *parts = decode.decode(shape, config, num_blocks, operands)
     lse_ref = None if lse is None else jax.new_ref(lse)
     flat = jax.new_ref(out.reshape(out.shape[0], -1))
-    schedule, table = operands["schedule"], operands["table"]
-    decode.merge(shape, num_blocks, schedule, table.shape[0], means, sums, flat, lse_ref)
+    decode.merge(shape, num_blocks, *parts, flat, lse_ref)
     out_ref = jax.new_ref(jax.ref.freeze(flat).reshape(out.shape))
     prefill.prefill(shape, config, num_sms, operands, out_ref, lse_ref)
     return jax.ref.freeze(out_ref), None if lse_ref is None else jax.ref.freeze(lse_ref)

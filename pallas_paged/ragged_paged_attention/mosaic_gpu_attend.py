@@ -89,8 +89,11 @@ class Span:
         return self.newest - self.count + 1
 
 
-def attend(rows: Rows, span: Span, ring: Ring, step, sink, shape: Shape, on_last_keys=None):
+def attend_overlapped(rows: Rows, span: Span, ring: Ring, step, sink, shape: Shape, on_last_keys):
     """Attends to the blocks of a span, which come through the ring from its `step`-th on.
+
+    For work that the matrix unit bounds: a block's scores are issued with the sum of the values of
+    the block before it. A slot is held for two blocks.
 
     Args:
       sink: one more score a row, f32[64] in base 2, or None.
@@ -100,39 +103,14 @@ def attend(rows: Rows, span: Span, ring: Ring, step, sink, shape: Shape, on_last
       the mean of the values f32[64, H], the log2 of the sum of exponentials f32[64]; rows that saw
       nothing have mean 0 and less than LOWEST.
     """
-    largest = on_gpu_rows(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32))
-    total = on_gpu_rows(jnp.zeros((WARPGROUP_ROWS,), jnp.float32))
-    if sink is not None:
-        largest, total = sink, on_gpu_rows(jnp.ones((WARPGROUP_ROWS,), jnp.float32))
-    out = plgpu.layout_cast(
-        jnp.zeros((WARPGROUP_ROWS, shape.head_dim), jnp.float32), plgpu.Layout.WGMMA
-    )
-
-    def softmax(scores, i, largest, total, is_masked):
-        scores, scale = _scaled(scores, rows, shape)
-        if is_masked:
-            scores = _mask(scores, span.first_key(i), rows, shape)
-        newest = jnp.maximum(largest, scores.max(axis=1) * scale)
-        shrink = jnp.exp2(largest - newest)
-        weights = jnp.exp2(scores * scale - over_rows(newest, span.block))
-        return newest, total * shrink + weights.sum(axis=1), shrink, weights
-
-    def wait(i, is_masked):
-        slot = ring.slot(step + i)
-        plgpu.barrier_wait(ring.full.at[slot])
-        if is_masked:
-            _clear_edges(ring, slot, span, i, shape)
-        return slot
 
     def next_block(i, carry, is_masked):
-        """Scores of block i while the values of the block before it are added."""
         out, largest, total, weights = carry
-        slot, before = wait(i, is_masked), ring.slot(step + i - 1)
-        keys = ring.keys(slot, shape.head_dim)
-        values = ring.values(before, shape.head_dim)
+        slot, before = _wait(ring, step, span, i, is_masked, shape), ring.slot(step + i - 1)
+        keys, values = ring.keys(slot, shape.head_dim), ring.values(before, shape.head_dim)
 
         def weigh(scores):
-            return softmax(scores, i, largest, total, is_masked)
+            return _softmax(scores, i, largest, total, rows, span, is_masked, shape)
 
         out, (largest, total, shrink, new) = _scores_and_sum(
             rows.queries, keys, out, weights, values, weigh, span.block, shape
@@ -140,22 +118,83 @@ def attend(rows: Rows, span: Span, ring: Ring, step, sink, shape: Shape, on_last
         plgpu.barrier_arrive(ring.empty.at[before])
         return out * over_rows(shrink, shape.head_dim), largest, total, new.astype(shape.q_dtype)
 
-    keys = ring.keys(wait(0, True), shape.head_dim)
-    scores = _scores(rows.queries, keys, span.block, shape)
-    largest, total, shrink, weights = softmax(scores, 0, largest, total, True)
+    out, largest, total = _start(sink, shape)
+    slot = _wait(ring, step, span, 0, True, shape)
+    scores = _scores(rows.queries, ring.keys(slot, shape.head_dim), span.block, shape)
+    largest, total, _, weights = _softmax(scores, 0, largest, total, rows, span, True, shape)
     carry = out, largest, total, weights.astype(shape.q_dtype)
-    begin, end = span.masked()
-    carry = lax.fori_loop(1, begin, lambda i, c: next_block(i, c, True), carry)
-    carry = lax.fori_loop(begin, end, lambda i, c: next_block(i, c, False), carry)
-    if shape.has_window:
-        carry = lax.fori_loop(end, span.count, lambda i, c: next_block(i, c, True), carry)
-    out, largest, total, weights = carry
-    if on_last_keys is not None:
-        on_last_keys()
+    out, largest, total, weights = _each_block(1, span, carry, next_block, shape)
+    on_last_keys()
     last = ring.slot(step + span.count - 1)
     out = _add_product(out, weights, ring.values(last, shape.head_dim), shape)
     plgpu.barrier_arrive(ring.empty.at[last])
-    del shrink
+    return _finish(out, largest, total, shape)
+
+
+def attend(rows: Rows, span: Span, ring: Ring, step, sink, shape: Shape):
+    """As `attend_overlapped`, one block after the other.
+
+    For work that the memory bounds: a slot is empty as soon as its block is done.
+    """
+
+    def next_block(i, carry, is_masked):
+        out, largest, total = carry
+        slot = _wait(ring, step, span, i, is_masked, shape)
+        scores = _scores(rows.queries, ring.keys(slot, shape.head_dim), span.block, shape)
+        largest, total, shrink, weights = _softmax(
+            scores, i, largest, total, rows, span, is_masked, shape
+        )
+        out, weights = out * over_rows(shrink, shape.head_dim), weights.astype(shape.q_dtype)
+        out = _add_product(out, weights, ring.values(slot, shape.head_dim), shape)
+        plgpu.barrier_arrive(ring.empty.at[slot])
+        return out, largest, total
+
+    carry = _each_block(0, span, _start(sink, shape), next_block, shape)
+    return _finish(*carry, shape)
+
+
+def _start(sink, shape: Shape):
+    """(sum of values, largest score, sum of exponentials) before any key."""
+    out = jnp.zeros((WARPGROUP_ROWS, shape.head_dim), jnp.float32)
+    out = plgpu.layout_cast(out, plgpu.Layout.WGMMA)
+    if sink is not None:
+        return out, sink, on_gpu_rows(jnp.ones((WARPGROUP_ROWS,), jnp.float32))
+    largest = on_gpu_rows(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32))
+    return out, largest, on_gpu_rows(jnp.zeros((WARPGROUP_ROWS,), jnp.float32))
+
+
+def _each_block(first: int, span: Span, carry, next_block, shape: Shape):
+    """`carry = next_block(i, carry, is_masked)` for the blocks from the first on."""
+    begin, end = span.masked()
+    carry = lax.fori_loop(first, begin, lambda i, c: next_block(i, c, True), carry)
+    carry = lax.fori_loop(begin, end, lambda i, c: next_block(i, c, False), carry)
+    if shape.has_window:
+        carry = lax.fori_loop(end, span.count, lambda i, c: next_block(i, c, True), carry)
+    return carry
+
+
+def _wait(ring: Ring, step, span: Span, i, is_masked: bool, shape: Shape):
+    """The slot of the i-th block, once it is there."""
+    slot = ring.slot(step + i)
+    plgpu.barrier_wait(ring.full.at[slot])
+    if is_masked:
+        _clear_edges(ring, slot, span, i, shape)
+    return slot
+
+
+def _softmax(scores, i, largest, total, rows: Rows, span: Span, is_masked: bool, shape: Shape):
+    """(largest, total, shrink, weights) with the scores of the i-th block."""
+    scores, scale = _scaled(scores, rows, shape)
+    if is_masked:
+        scores = _mask(scores, span.first_key(i), rows, shape)
+    newest = jnp.maximum(largest, scores.max(axis=1) * scale)
+    shrink = jnp.exp2(largest - newest)
+    weights = jnp.exp2(scores * scale - over_rows(newest, span.block))
+    return newest, total * shrink + weights.sum(axis=1), shrink, weights
+
+
+def _finish(out, largest, total, shape: Shape):
+    """Mean of the values and log2 of the sum of exponentials."""
     is_any = total > 0
     mean = out * over_rows(1.0 / jnp.where(is_any, total, 1.0), shape.head_dim)
     return mean, jnp.where(is_any, largest + jnp.log(total) * LOG2E, 2 * LOWEST)

@@ -24,18 +24,17 @@ from pallas_paged.ragged_paged_attention import mosaic_gpu_rows as gpu_rows
 from pallas_paged.ragged_paged_attention.mosaic_gpu_attend import Rows, Span
 from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
     BLOCKS,
-    END_ROW,
-    FIRST_ROW,
-    LENGTH,
     LOG2E,
     LOWEST,
     WARPGROUP,
     WARPGROUP_ROWS,
+    Lengths,
     Shape,
     first_seen,
     keep_if,
     named,
     of_head,
+    search,
 )
 
 # Registers of a thread, by whether there is a converter. 64 Ki are for all threads of a
@@ -60,6 +59,7 @@ class Segment:
       first: the segment's first block of `num_blocks`.
       count: its blocks.
       num_blocks: blocks of the sequence's head in all.
+      place: of its first block in the line of all blocks.
     """
 
     seq: Any
@@ -70,6 +70,7 @@ class Segment:
     first: Any
     count: Any
     num_blocks: Any
+    place: Any
 
     def span(self, window, block: int, shape: Shape) -> Span:
         position = self.length - self.num_tokens
@@ -85,6 +86,17 @@ class Segment:
         )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What the kernel writes: refs in device memory of what `decode` returns."""
+
+    out: Any
+    lse: Any
+    means: Any
+    sums: Any
+    merges: Any
+
+
 def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]):
     """Launches the kernel; its rows of out and lse are the short sequences' whole segments.
 
@@ -95,8 +107,10 @@ def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]
       operands: name -> array, as `_kernel` lists them; what is not given is left out.
 
     Returns:
-      out [T, N, H], lse f32[T, N] or None, both with holes; and the parts, two a block of threads:
-      means f32[2 * num_blocks + 1, 64, H] and the log2 of their sums over all lanes, of the same shape.
+      out [T, N, H], lse f32[T, N] or None, both with holes; the parts, two a block of threads: means
+      f32[2 * num_blocks + 1, 64, H] and the log2 of their sums over all lanes, of the same shape;
+      and what there is to merge, int32[num_blocks, 4], one head a block of threads: its parts,
+      first row of the batch, tokens and KV head.
     """
     names = tuple(operands)
     num_tokens = operands["q"].shape[0]
@@ -104,7 +118,10 @@ def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]
     parts = jax.ShapeDtypeStruct(
         (2 * num_blocks + 1, WARPGROUP_ROWS, shape.head_dim), jnp.float32
     )
-    outs: list[Any] = [jax.ShapeDtypeStruct(operands["q"].shape, shape.q_dtype), parts, parts]
+    merges = jax.ShapeDtypeStruct((num_blocks, 4), jnp.int32)
+    outs: list[Any] = [
+        jax.ShapeDtypeStruct(operands["q"].shape, shape.q_dtype), parts, parts, merges
+    ]  # fmt: skip
     if shape.return_lse:
         outs.append(jax.ShapeDtypeStruct((num_tokens, shape.num_heads), jnp.float32))
     num_raw = config.decode_raw_slots if shape.is_quantized else 0
@@ -112,16 +129,15 @@ def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]
     @named(f"decode_{config.decode_block_keys}_{config.decode_slots}_{num_raw}")
     def body(*refs):
         inputs = dict(zip(names, refs[: len(names)], strict=True))
-        out, means, sums, lse = (*refs[len(names):], None)[:4]
+        out, means, sums, merges, lse = (*refs[len(names):], None)[:5]
+        results = Results(out, lse, means, sums, merges)
         pl.run_scoped(
-            lambda ring: _kernel(
-                inputs, out, lse, means, sums, ring, shape, config, num_raw
-            ),
+            lambda ring: _kernel(inputs, results, ring, shape, config, num_raw),
             blocks.scratch(shape, config.decode_block_keys, config.decode_slots, num_raw, 1),
             collective_axes="warpgroup",
         )
 
-    out, means, sums, *lse = plgpu.kernel(
+    out, means, sums, merges, *lse = plgpu.kernel(
         body,
         out_type=outs,
         grid=(num_blocks,),
@@ -132,11 +148,11 @@ def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
     )(*operands.values())
-    return out, (lse[0] if lse else None), means, sums
+    return out, (lse[0] if lse else None), means, sums, merges
 
 
-def _kernel(inputs, out, lse, means, sums, ring_scratch, shape: Shape, config, num_raw: int):
-    """The warpgroups' roles; `inputs` as in the prefill kernel, the rest as `decode` returns it."""
+def _kernel(inputs, results: Results, ring_scratch, shape: Shape, config, num_raw: int):
+    """The warpgroups' roles; `inputs` as in the prefill kernel, `results` as `decode` returns."""
     block = config.decode_block_keys
     ready, raw = blocks.rings(ring_scratch, config.decode_slots, num_raw)
     warpgroup = lax.axis_index("warpgroup")
@@ -148,7 +164,7 @@ def _kernel(inputs, out, lse, means, sums, ring_scratch, shape: Shape, config, n
             plgpu.set_max_registers(count, action=action)
 
     def each_segment(body):
-        return _each_segment(inputs["schedule"], inputs["table"].shape[0], shape, body)
+        return _each_segment(inputs, shape, body)
 
     @pl.when(warpgroup == 0)
     def _consume():
@@ -168,9 +184,10 @@ def _kernel(inputs, out, lse, means, sums, ring_scratch, shape: Shape, config, n
             mean, log2_sum = attention.attend(rows, span, ready, step, sink, shape)
             if "v_scale" in inputs:
                 mean *= of_head(inputs["v_scale"], segment.kv_head)
-            _store(segment, rows, mean, log2_sum, out, lse, means, sums, shape)
+            _store(segment, rows, mean, log2_sum, results, inputs["schedule"], shape)
             return step + span.count
 
+        results.merges[lax.axis_index("block"), 0] = 0
         each_segment(attend)
 
     @pl.when(warpgroup == 1)
@@ -209,55 +226,52 @@ def _kernel(inputs, out, lse, means, sums, ring_scratch, shape: Shape, config, n
             ready.drain(each_segment(convert))
 
 
-def _share(schedule, max_seqs: int, shape: Shape, block):
+def _share(schedule, shape: Shape, block):
     """[begin, end) of a block of threads in the line of all (sequence, KV head, block of keys)."""
-    total = schedule[BLOCKS, max_seqs] * shape.num_kv_heads
+    total = schedule[BLOCKS, schedule.shape[1] - 1] * shape.num_kv_heads
     num_blocks = lax.axis_size("block")
     each, rest = total // num_blocks, lax.rem(total, num_blocks)
     begin = block * each + jnp.minimum(block, rest)
     return begin, begin + each + jnp.where(block < rest, 1, 0)
 
 
-def _find(schedule, max_seqs: int, shape: Shape, place):
-    """The sequence that a place in the line belongs to, by bisection."""
-    def halve(_, bounds):
-        low, high = bounds
-        middle = (low + high) // 2
-        is_right = schedule[BLOCKS, middle] * shape.num_kv_heads <= place
-        return jnp.where(is_right, middle, low), jnp.where(is_right, high, middle)
-
-    bounds = jnp.int32(0), jnp.int32(max_seqs)
-    return lax.fori_loop(0, max(1, max_seqs - 1).bit_length(), halve, bounds)[0]
-
-
-def _segment_at(schedule, seq, place, end, shape: Shape) -> Segment:
-    """What of a sequence, from a place in the line on, comes before the place `end`."""
-    before = schedule[BLOCKS, seq]
-    num_blocks = schedule[BLOCKS, seq + 1] - before
-    inside = place - before * shape.num_kv_heads
-    kv_head = inside // num_blocks
-    first = inside - kv_head * num_blocks
-    row = schedule[FIRST_ROW, seq]
-    return Segment(
-        seq=seq, kv_head=kv_head, row=row, num_tokens=schedule[END_ROW, seq] - row,
-        length=schedule[LENGTH, seq], first=first,
-        count=jnp.minimum(num_blocks - first, end - place), num_blocks=num_blocks,
-    )  # fmt: skip
+def _sharer(schedule, shape: Shape, place):
+    """The block of threads whose share holds a place in the line."""
+    total = schedule[BLOCKS, schedule.shape[1] - 1] * shape.num_kv_heads
+    num_blocks = lax.axis_size("block")
+    each, rest = total // num_blocks, lax.rem(total, num_blocks)
+    longer = rest * (each + 1)  # places in the first shares, which are one longer
+    return jnp.where(
+        place < longer, place // (each + 1), rest + (place - longer) // jnp.maximum(each, 1)
+    )
 
 
-def _each_segment(schedule, max_seqs: int, shape: Shape, body):
+def _each_segment(inputs, shape: Shape, body):
     """Calls `step = body(segment, step)` for this block's share in order; returns the last."""
-    begin, end = _share(schedule, max_seqs, shape, lax.axis_index("block"))
+    schedule, num_tokens = inputs["schedule"], inputs["q"].shape[0]
+    lengths = Lengths(*(inputs[x] for x in ("kv_lens", "cu_q_lens", "num_seqs")), num_tokens, shape)
+    max_seqs = schedule.shape[1] - 1
+    begin, end = _share(schedule, shape, lax.axis_index("block"))
 
     def one(state):
         place, seq, step = state
         seq = lax.while_loop(
             lambda s: schedule[BLOCKS, s + 1] * shape.num_kv_heads <= place, lambda s: s + 1, seq
         )
-        segment = _segment_at(schedule, seq, place, end, shape)
+        before = schedule[BLOCKS, seq]
+        num_blocks = schedule[BLOCKS, seq + 1] - before
+        inside = place - before * shape.num_kv_heads
+        kv_head = inside // num_blocks
+        first = inside - kv_head * num_blocks
+        row, end_row, length = lengths.of(seq)
+        segment = Segment(
+            seq=seq, kv_head=kv_head, row=row, num_tokens=end_row - row, length=length,
+            first=first, count=jnp.minimum(num_blocks - first, end - place),
+            num_blocks=num_blocks, place=place,
+        )  # fmt: skip
         return place + segment.count, seq, body(segment, step)
 
-    start = begin, _find(schedule, max_seqs, shape, begin), jnp.int32(0)
+    start = begin, search(schedule, BLOCKS, max_seqs, begin, shape.num_kv_heads), jnp.int32(0)
     return lax.while_loop(lambda state: state[0] < end, one, start)[2]
 
 
@@ -276,35 +290,41 @@ def _rows(inputs, segment: Segment, window, shape: Shape) -> Rows:
     )  # fmt: skip
 
 
-def _store(segment: Segment, rows: Rows, mean, log2_sum, out, lse, means, sums, shape: Shape):
+def _store(segment: Segment, rows: Rows, mean, log2_sum, results: Results, schedule, shape: Shape):
     """A whole head's rows to the output, others as a part."""
     count = segment.num_tokens * shape.group
     is_whole = segment.count == segment.num_blocks
+    block = lax.axis_index("block")
 
     @pl.when(is_whole)
     def _():
         where = (segment.row, rows.head, 0, count, shape.group, shape.is_interpreted)
-        gpu_rows.store(mean.astype(shape.q_dtype), out, *where)
-        if lse is not None:
-            gpu_rows.store_column(attention.natural_log(log2_sum), lse, *where)
+        gpu_rows.store(mean.astype(shape.q_dtype), results.out, *where)
+        if results.lse is not None:
+            gpu_rows.store_column(attention.natural_log(log2_sum), results.lse, *where)
 
     @pl.when(jnp.logical_not(is_whole))
     def _():
-        part = 2 * lax.axis_index("block") + jnp.where(segment.first > 0, 0, 1)
+        part = 2 * block + jnp.where(segment.first > 0, 0, 1)
         where = (part, 0, 0, count, WARPGROUP_ROWS, shape.is_interpreted)
-        gpu_rows.store(mean, means, *where)
-        gpu_rows.store(attention.over_rows(log2_sum, shape.head_dim), sums, *where)
+        gpu_rows.store(mean, results.means, *where)
+        gpu_rows.store(attention.over_rows(log2_sum, shape.head_dim), results.sums, *where)
+
+    @pl.when(jnp.logical_not(is_whole) & (segment.first == 0))
+    def _():
+        last = _sharer(schedule, shape, segment.place + segment.num_blocks - 1)
+        merge = (last - block + 1, segment.row, segment.num_tokens, segment.kv_head)
+        for i, value in enumerate(merge):
+            results.merges[block, i] = value
 
 
-def merge(shape: Shape, num_blocks: int, schedule, max_seqs: int, means, sums, out, lse):
+def merge(shape: Shape, num_blocks: int, means, sums, merges, out, lse):
     """Launches the kernel that puts the parts of split heads together.
 
     Args:
       shape: the static description.
       num_blocks: blocks of threads of the decode kernel.
-      schedule: int32[5, entries].
-      max_seqs: S.
-      means, sums: the parts, as `decode` returns them.
+      means, sums, merges: as `decode` returns them.
       out: ref [T, N * H].
       lse: ref f32[T, N], or None.
     """
@@ -317,9 +337,9 @@ def merge(shape: Shape, num_blocks: int, schedule, max_seqs: int, means, sums, o
         outs.append(lse)
 
     @named("merge_parts")
-    def body(schedule, means, sums, *refs):
+    def body(means, sums, merges, *refs):
         outs, smem = refs[: len(refs) // 2], refs[len(refs) // 2 :]
-        _merge_kernel(schedule, means, sums, outs, smem, max_seqs, shape, padded)
+        _merge_kernel(means, sums, merges, outs, smem, shape, padded)
 
     plgpu.kernel(
         body,
@@ -328,47 +348,28 @@ def merge(shape: Shape, num_blocks: int, schedule, max_seqs: int, means, sums, o
         grid_names=("block",),
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(schedule, means.reshape(len(means), -1), sums.reshape(len(sums), -1), *outs)
+    )(means.reshape(len(means), -1), sums.reshape(len(sums), -1), merges, *outs)
 
 
-def _merge_kernel(schedule, means, sums, outs, smem, max_seqs: int, shape: Shape, padded: int):
+def _merge_kernel(means, sums, merges, outs, smem, shape: Shape, padded: int):
     """A block of threads merges the head that begins in its share and ends in a later one.
 
     Args:
-      schedule: int32[5, entries].
       means, sums: f32[parts, 64 * H].
+      merges: int32[num_blocks, 4].
       outs: out [T, N * H]; where wanted, lse f32[T, N].
       smem: scratch of [padded] for each of outs.
     """
     block = lax.axis_index("block")
-    begin, end = _share(schedule, max_seqs, shape, block)
-    last = jnp.maximum(end - 1, 0)
-    seq = _find(schedule, max_seqs, shape, last)
-    # Where its share is empty there may be no sequence at all.
-    segment = _segment_at(schedule, seq, last, end, shape)
-    head_begin = last - segment.first
-    head_end = head_begin + segment.num_blocks
+    num_parts, row, num_tokens, kv_head = (merges[block, i] for i in range(4))
 
-    @pl.when((begin < end) & (head_begin >= begin) & (head_end > end))
+    @pl.when(num_parts > 0)
     def _():
-        num_parts = _block_of(schedule, max_seqs, shape, head_end - 1) - block + 1
-
         def merge_token(token, _):
             mean, log2_sum = _merge_parts(means, sums, block, num_parts, token, shape, padded)
-            _store_merged(segment, token, mean, log2_sum, outs, smem, shape)
+            _store_merged(row + token, kv_head, mean, log2_sum, outs, smem, shape)
 
-        lax.fori_loop(0, segment.num_tokens, merge_token, None)
-
-
-def _block_of(schedule, max_seqs: int, shape: Shape, place):
-    """The block of threads whose share holds a place in the line."""
-    total = schedule[BLOCKS, max_seqs] * shape.num_kv_heads
-    num_blocks = lax.axis_size("block")
-    each, rest = total // num_blocks, lax.rem(total, num_blocks)
-    longer = rest * (each + 1)  # places in the first shares, which are one longer
-    return jnp.where(
-        place < longer, place // (each + 1), rest + (place - longer) // jnp.maximum(each, 1)
-    )
+        lax.fori_loop(0, num_tokens, merge_token, None)
 
 
 def _merge_parts(means, sums, block, num_parts, token, shape: Shape, padded: int):
@@ -395,7 +396,8 @@ def _merge_parts(means, sums, block, num_parts, token, shape: Shape, padded: int
             mean, total = mean + part * weight, total + weight
         return mean, total, newest
 
-    layout = plgpu.Layout.WG_STRIDED((padded,), vec_size=min(4, padded // WARPGROUP))
+    vec_size = next(n for n in (4, 2, 1) if padded // WARPGROUP % n == 0)
+    layout = plgpu.Layout.WG_STRIDED((padded,), vec_size=vec_size)
     zeros, lowest = (
         plgpu.layout_cast(jnp.full((padded,), value, jnp.float32), layout)
         for value in (0.0, LOWEST)
@@ -407,17 +409,16 @@ def _merge_parts(means, sums, block, num_parts, token, shape: Shape, padded: int
     return mean / total, jnp.where(is_any, largest + jnp.log(total) * LOG2E, 2 * LOWEST)
 
 
-def _store_merged(segment: Segment, token, mean, log2_sum, outs, smem, shape: Shape):
-    row = segment.row + token
+def _store_merged(row, kv_head, mean, log2_sum, outs, smem, shape: Shape):
     width = shape.group * shape.head_dim
     smem[0][...] = mean.astype(shape.q_dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(
-        smem[0].at[pl.ds(0, width)], outs[0].at[row, pl.ds(segment.kv_head * width, width)]
+        smem[0].at[pl.ds(0, width)], outs[0].at[row, pl.ds(kv_head * width, width)]
     )
     plgpu.wait_smem_to_gmem(0)
     if len(outs) > 1:
         smem[1][...] = attention.natural_log(log2_sum)
         plgpu.commit_smem()
         for head in range(shape.group):
-            outs[1][row, segment.kv_head * shape.group + head] = smem[1][head * shape.head_dim]
+            outs[1][row, kv_head * shape.group + head] = smem[1][head * shape.head_dim]

@@ -22,17 +22,16 @@ from pallas_paged.ragged_paged_attention import mosaic_gpu_blocks as blocks
 from pallas_paged.ragged_paged_attention import mosaic_gpu_rows as gpu_rows
 from pallas_paged.ragged_paged_attention.mosaic_gpu_attend import Rows, Span
 from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
-    END_ROW,
-    FIRST_ROW,
-    LENGTH,
     LOG2E,
     ROW_TILE,
     TILES,
     WARPGROUP_ROWS,
+    Lengths,
     Shape,
     first_seen,
     named,
     of_head,
+    search,
     tiling,
 )
 
@@ -49,7 +48,7 @@ class Tile:
     """128 rows of one query head; traced scalars.
 
     Attributes:
-      seq: the sequence, S or more for rows of none.
+      seq: the sequence; any, with nothing in the cache, for rows of none.
       head: the query head.
       row: the tile's first row in the batch, a multiple of 8: the sequence may begin later.
       begin, end: rows of the sequence.
@@ -135,7 +134,8 @@ def _kernel(inputs, out, lse, scoped, shape: Shape, config, num_raw: int):
         q: [T, N, H]
         kv: [P, page_size, heads, 2H]
         table: int32[S, M]
-        schedule: int32[5, entries]
+        kv_lens, cu_q_lens, num_seqs: int32[S], int32[S + 1], int32[1]
+        schedule: int32[2, S + 1]
         sm_scale: f32[1]
         window: int32[1], k_scale, v_scale: f32[1] or f32[K], sinks: f32[N]; where given
       out: [T, N, H]
@@ -149,7 +149,7 @@ def _kernel(inputs, out, lse, scoped, shape: Shape, config, num_raw: int):
     window = inputs["window"][0] if shape.has_window else None
 
     def each_tile(body):
-        return _each_tile(inputs["schedule"], inputs["table"].shape[0], shape, body)
+        return _each_tile(inputs, shape, body)
 
     @pl.when(warpgroup < NUM_CONSUMERS)
     def _consume():
@@ -170,7 +170,9 @@ def _kernel(inputs, out, lse, scoped, shape: Shape, config, num_raw: int):
             def release():
                 plgpu.barrier_arrive(queries_empty.at[warpgroup])
 
-            mean, log2_sum = attention.attend(rows, span, ready, step, sink, shape, release)
+            mean, log2_sum = attention.attend_overlapped(
+                rows, span, ready, step, sink, shape, release
+            )
             if "v_scale" in inputs:
                 mean *= of_head(inputs["v_scale"], tile.head // shape.group)
             _store(tile, row, mean, log2_sum, out, lse, shape)
@@ -242,30 +244,48 @@ def _kernel(inputs, out, lse, scoped, shape: Shape, config, num_raw: int):
             ready.drain(each_tile(convert))
 
 
-def _each_tile(schedule, max_seqs: int, shape: Shape, body):
-    """Calls `step = body(tile, step)` for every tile of this block of threads; returns the last."""
-    entries = max_seqs + 2
-    total = schedule[TILES, entries] * shape.num_heads
-    block = lax.axis_index("block")
+def _each_tile(inputs, shape: Shape, body):
+    """Calls `step = body(tile, step)` for every tile of this block of threads; returns the last.
+
+    After the sequences' tiles come those of the rows behind the last one and before the first one.
+    """
+    schedule, num_tokens = inputs["schedule"], inputs["q"].shape[0]
+    max_seqs = schedule.shape[1] - 1
+    lengths = Lengths(*(inputs[x] for x in ("kv_lens", "cu_q_lens", "num_seqs")), num_tokens, shape)
+    first_row = lengths.row(0)
+    last_row = lengths.row(jnp.clip(inputs["num_seqs"][0], 0, max_seqs))
+    num_seq_tiles = schedule[TILES, max_seqs]
+    num_behind = _num_tiles(last_row, num_tokens)
+    total = (num_seq_tiles + num_behind + _num_tiles(0, first_row)) * shape.num_heads
 
     def one(state):
-        item, entry, step = state
-        tile, head = item // shape.num_heads, lax.rem(item, shape.num_heads)
-        entry = lax.while_loop(
-            lambda e: schedule[TILES, e + 1] <= tile, lambda e: e + 1, entry
+        item, seq, step = state
+        number, head = item // shape.num_heads, lax.rem(item, shape.num_heads)
+        is_of_sequence = number < num_seq_tiles
+        seq = lax.while_loop(
+            lambda s: is_of_sequence & (number >= schedule[TILES, s + 1]), lambda s: s + 1, seq
         )
-        begin, end = schedule[FIRST_ROW, entry], schedule[END_ROW, entry]
-        length = schedule[LENGTH, entry]
-        from_last = schedule[TILES, entry + 1] - 1 - tile
-        row = begin // ROW_TILE * ROW_TILE + from_last * TILE_ROWS
-        tile = Tile(
-            seq=entry, head=head, row=row, begin=begin, end=end, length=length,
-            position=length - end + row,
+        begin, end, length = lengths.of(seq)
+        is_behind = number < num_seq_tiles + num_behind
+        from_first = jnp.where(
+            is_of_sequence, schedule[TILES, seq + 1] - 1 - number,
+            number - num_seq_tiles - jnp.where(is_behind, 0, num_behind),
         )  # fmt: skip
-        return item + lax.axis_size("block"), entry, body(tile, step)
+        begin = jnp.where(is_of_sequence, begin, jnp.where(is_behind, last_row, 0))
+        end = jnp.where(is_of_sequence, end, jnp.where(is_behind, num_tokens, first_row))
+        length = jnp.where(is_of_sequence, length, 0)
+        row = begin // ROW_TILE * ROW_TILE + from_first * TILE_ROWS
+        tile = Tile(seq, head, row, begin, end, length - end + row, length)
+        return item + lax.axis_size("block"), seq, body(tile, step)
 
-    start = block, jnp.int32(0), jnp.int32(0)
+    # Decodes may stand before the first tile, too many to walk by; later ones are few at a time.
+    block = lax.axis_index("block")
+    start = block, search(schedule, TILES, max_seqs, block // shape.num_heads, 1), jnp.int32(0)
     return lax.while_loop(lambda state: state[0] < total, one, start)[2]
+
+
+def _num_tiles(begin, end):
+    return jnp.where(end > begin, -(-(end - begin // ROW_TILE * ROW_TILE) // TILE_ROWS), 0)
 
 
 def _rows(inputs, queries, tile: Tile, warpgroup, window, shape: Shape) -> Rows:

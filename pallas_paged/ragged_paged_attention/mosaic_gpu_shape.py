@@ -96,53 +96,84 @@ def per_head(kv_pages: jax.Array, shape: Shape) -> jax.Array:
 
 
 # The rows of the schedule.
-BLOCKS, TILES, FIRST_ROW, END_ROW, LENGTH = range(5)
+BLOCKS, TILES = range(2)
 
 
 def make_schedule(
     kv_lens: jax.Array, cu_q_lens: jax.Array, num_seqs: jax.Array, window: jax.Array | None,
     num_tokens: int, shape: Shape, block: int, tile_rows: int,
 ) -> jax.Array:
-    """int32[5, entries], one entry a sequence, then two for rows of no sequence, then padding.
+    """int32[2, S + 1]: work before each sequence, and in all.
 
-    Rows: the decode kernel's blocks of one KV head before this entry, the prefill kernel's tiles of
-    one query head before it, its first row of the batch, the row after its last, its length in the
-    cache. Both kernels find their work in it, so no host needs to know the lengths. All of it is
-    one sum over masked entries, which XLA makes one small kernel of.
+    Rows: blocks of one KV head for the decode kernel, tiles of one query head for the prefill
+    kernel. Both kernels find their work in it, so no host needs to know the lengths. Written as one
+    sum over masked entries, because XLA makes one small kernel of that and three of prefix sums.
     """
     max_seqs = kv_lens.shape[0]
-    is_used = jnp.arange(max_seqs) < num_seqs[0]
-    cu = jnp.clip(cu_q_lens, 0, num_tokens)
-    first, end = cu[:-1], jnp.where(is_used, jnp.maximum(cu[1:], cu[:-1]), cu[:-1])
-    length = jnp.where(end > first, jnp.clip(kv_lens, 0, shape.capacity), 0)
-    is_short = (end - first <= shape.max_short) & (length > 0)
-    low = jnp.zeros_like(length)
-    if window is not None:
-        low = first_seen(length - (end - first), window)
-    blocks = jnp.where(is_short, -(-length // block) - low // block, 0)
-    # Rows of no sequence: those after the last one's, and those before the first one's.
-    last = jnp.max(jnp.where(is_used, end, cu[0]))
-    first = jnp.concatenate([first, jnp.stack([last, jnp.zeros_like(last)])])
-    end = jnp.concatenate([end, jnp.stack([jnp.full_like(last, num_tokens), cu[0]])])
-    length, blocks, is_short = (jnp.pad(x, (0, 2)) for x in (length, blocks, is_short))
-    tiles = -(-(end - first // ROW_TILE * ROW_TILE) // tile_rows)
-    tiles = jnp.where((end > first) & ~is_short, tiles, 0)
-
-    entries = max_seqs + 2
-    size = num_entries(max_seqs)
-    target = jnp.arange(size, dtype=jnp.int32)[:, None]
-    source = jnp.arange(entries, dtype=jnp.int32)
-    before, same = source < target, source == target
-    rows = [
-        jnp.where(before, blocks, 0), jnp.where(before, tiles, 0), jnp.where(same, first, 0),
-        jnp.where(same, end, 0), jnp.where(same, length, 0),
-    ]
-    return jnp.sum(jnp.stack(rows), axis=-1, dtype=jnp.int32)
+    seq = jnp.arange(max_seqs, dtype=jnp.int32)
+    lengths = Lengths(kv_lens, cu_q_lens, num_seqs, num_tokens, shape)
+    begin, end, length = lengths.of(slice(0, max_seqs), slice(1, max_seqs + 1))
+    is_used = (seq < num_seqs[0]) & (end > begin)
+    is_short = (end - begin <= shape.max_short) & (length > 0)
+    low = 0 if window is None else first_seen(length - (end - begin), window)
+    blocks = -(-length // block) - low // block
+    tiles = -(-(end - begin // ROW_TILE * ROW_TILE) // tile_rows)
+    counts = jnp.stack([
+        jnp.where(is_used & is_short, blocks, 0), jnp.where(is_used & ~is_short, tiles, 0)
+    ])  # fmt: skip
+    is_before = seq < jnp.arange(max_seqs + 1, dtype=jnp.int32)[:, None]
+    return jnp.sum(jnp.where(is_before, counts[:, None], 0), axis=-1, dtype=jnp.int32)
 
 
-def num_entries(max_seqs: int) -> int:
-    """Entries of a schedule: one more than used, so that sums end it, in whole warpgroups."""
-    return -(-(max_seqs + 3) // WARPGROUP) * WARPGROUP
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """The metadata of a batch, brought into bounds whatever it says; arrays or refs.
+
+    Attributes:
+      kv_lens: int32[S].
+      cu_q_lens: int32[S + 1].
+      num_seqs: int32[1].
+      num_tokens: T.
+      shape: the static description.
+    """
+
+    kv_lens: Any
+    cu_q_lens: Any
+    num_seqs: Any
+    num_tokens: int
+    shape: Shape
+
+    def of(self, seq, following=None) -> tuple[Any, Any, Any]:
+        """(begin, end, length): rows of the batch and tokens in the cache of a sequence."""
+        begin = self.row(seq)
+        end = jnp.maximum(begin, self.row(seq + 1 if following is None else following))
+        return begin, end, jnp.clip(self.kv_lens[seq], 0, self.shape.capacity)
+
+    def row(self, seq):
+        """A sequence's first row."""
+        return jnp.clip(self.cu_q_lens[seq], 0, self.num_tokens)
+
+
+def search(sums, row: int, size: int, value, scale: int):
+    """The last i < size with `sums[row, i] * scale <= value`, of sums that grow from 0.
+
+    Sixteen places at a time: each step waits for the memory once.
+    """
+    found = jnp.int32(0)
+    width = 16
+    stride = 1
+    while stride * width < size:
+        stride *= width
+    while stride:
+        places = [jnp.minimum(found + j * stride, size) for j in range(1, width)]
+        reached = [sums[row, place] for place in places]
+        steps = [
+            jnp.where((place < size) & (sum_before * scale <= value), 1, 0)
+            for place, sum_before in zip(places, reached, strict=True)
+        ]
+        found += stride * sum(steps)
+        stride //= width
+    return found
 
 
 def first_seen(position: jax.Array, window: jax.Array) -> jax.Array:
