@@ -36,7 +36,7 @@ TINY = ModelConfig(
     num_kv_heads=2, head_dim=16,
 )
 MODELS = {"llama3-8b": LLAMA3_8B, "tiny": TINY}
-_EXTRA = (Batch("decode: 64 at 4,096", 64, 4096, ()),
+_EXTRA = (Batch("decode: 64 at 2,048", 64, 2048, ()),
           Batch("prefill: 2,048 on 0", 0, 0, ((0, 2048),)),
           Batch("prefill: 2,048 on 2,048", 0, 0, ((2048, 4096),)),
           Batch("mixed, chunk off the grid: 64 at 1,024, 1,984 on 1,029", 64, 1024,
@@ -64,14 +64,14 @@ class Setup:
 
 
 def measure(
-    setup: Setup, kv_writes: Sequence[str], page_sizes: Sequence[int],
+    setup: Setup, batches: Sequence[Batch], kv_writes: Sequence[str], page_sizes: Sequence[int],
     on_done: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
     """Times every batch in every form at every page size; yields one row each."""
     params = random_params(setup.model, seed=0)
     for page_size in page_sizes:
         kv_pages = _pool(setup, page_size)
-        for batch in map(functools.partial(_shrunk, setup=setup), ALL_BATCHES):
+        for batch in map(functools.partial(_shrunk, setup=setup), batches):
             for kv_write in kv_writes:
                 config, arrays = _batch(batch, page_size, kv_write, setup)
                 step, kv_pages = _time_steps(setup, params, kv_pages, config, arrays)
@@ -145,7 +145,7 @@ def fit(rows: Sequence[dict[str, Any]], host_us: float, device: str) -> dict[str
         return found[name, form]["write_us"]
 
     decode, prefill = "decode: 64 at ", "prefill: 2,048 on "
-    many, key_us = 2048, (compute(decode + "4,096") - compute(decode + "1,024")) / (64 * 3072)
+    many, key_us = 2048, (compute(decode + "2,048") - compute(decode + "1,024")) / (64 * 1024)
     pair_us = max(0.0, (compute(prefill + "2,048") - compute(prefill + "0")) / many**2)
     row_us = (compute(prefill + "0") - visible_pairs(0, many) * pair_us) / many
     fused_us = None

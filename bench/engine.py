@@ -75,6 +75,9 @@ _TPOT_MS = flags.DEFINE_float("tpot_ms", 50.0, "A good request's time for each f
 _MODEL = flags.DEFINE_enum(
     "real_model", None, list(_engine_real.MODELS), "Default: llama3-8b, tiny on a CPU."
 )
+_BATCHES = flags.DEFINE_list(
+    "batches", ["prefill", "mixed", "decode"], "Kinds of batches of the real part."
+)
 _ATTENTION = flags.DEFINE_enum("real_attention", "auto", list(BACKENDS), "Its attention's backend.")
 _WRITE_BACKEND = flags.DEFINE_enum(
     "real_write_backend", "auto", list(BACKENDS), "Its writes' backend."
@@ -376,10 +379,12 @@ def _real(on_cpu: bool, say) -> dict[str, Any]:
     )
     page_sizes = _sizes("page_sizes", _PAGE_SIZES.value or ["16"])
     forms = _KV_WRITES.value
-    total = len(_engine_real.ALL_BATCHES) * len(forms) * len(page_sizes)
+    _require_known("batches", ("prefill", "mixed", "decode"), _BATCHES.value)
+    batches = [b for b in _engine_real.ALL_BATCHES if b.name.startswith(tuple(_BATCHES.value))]
+    total = len(batches) * len(forms) * len(page_sizes)
     device = jax.devices()[0].device_kind
     with _report.Progress(total, "timing") as progress:
-        rows = list(_engine_real.measure(setup, forms, page_sizes, progress.step))
+        rows = list(_engine_real.measure(setup, batches, forms, page_sizes, progress.step))
         host = _engine_real.host_work(setup)
     say(
         f"\nMeasured on {device}: {name}, random weights, {setup.model.dtype}, attention by"

@@ -89,8 +89,8 @@ class EngineConfig:
       max_model_len: most tokens, prompt and output together, of one request.
       max_num_batched_tokens: most new tokens in one step (the step's budget).
       max_num_seqs: most requests that run at a time.
-      page_aligned_scheduling: end every chunk of a prefill but the last on a page boundary. It costs
-        least where max_num_batched_tokens is a multiple of the page and room for the decodes.
+      page_aligned_scheduling: end every chunk of a prefill but the last on a page boundary. That
+        costs least where max_num_batched_tokens is a multiple of the page and room for decodes.
       long_prefill_token_threshold: most new tokens that one request gets in a step while another
         request competes with it; 0 for no such limit.
       max_deferrals: most steps in a row that alignment may make a request wait; after that it

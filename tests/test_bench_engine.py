@@ -201,11 +201,10 @@ def test_a_measured_device_is_fitted(tmp_path):
         cost_lib.fitted(str(file))
 
 
-def test_the_real_part_times_the_engines_own_step(monkeypatch):
-    monkeypatch.setattr(real, "ALL_BATCHES", real.ALL_BATCHES[1:3])
+def test_the_real_part_times_the_engines_own_step():
     setup = real.Setup(real.TINY, shrink=32, steps=1, repeats=2)
     seen = []
-    rows = list(real.measure(setup, ["pages", "fused"], [16], seen.append))
+    rows = list(real.measure(setup, real.ALL_BATCHES[1:3], ["pages", "fused"], [16], seen.append))
     assert [(row["kv_write"], row["tokens"]) for row in rows] == [
         ("pages", 64), ("fused", 64), ("pages", 2), ("fused", 2),
     ]
@@ -247,6 +246,7 @@ def test_the_study_prints_and_draws(capsys, monkeypatch, tmp_path):
         ({"page_sizes": ["48"]}, "--page_sizes has '48'; wanted some of 16, 32, 64, 128, 256"),
         ({"budgets": ["0"]}, "--budgets has '0'; wanted integers >= 1"),
         ({"load": 0.0}, "--load is 0.0"),
+        ({"parts": ["real"], "batches": ["idle"]}, "--batches has 'idle'; wanted some of prefill"),
         ({"device": "no-such-file"}, "--device is 'no-such-file'; wanted one of v4, v5e"),
         ({"traces": ["/no/such/file"]}, "cannot read /no/such/file: No such file"),
     ],
