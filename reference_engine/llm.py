@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from pallas_paged.checks import require
 from reference_engine import checkpoint, progress
 from reference_engine.batch import batch_shapes
@@ -238,8 +240,9 @@ class LLM:
 
     def _jobs(self, prompts: Any, params: Any) -> list[_Job]:
         """Every prompt with its parameters, all of them checked."""
-        is_one = isinstance(prompts, str) or bool(prompts) and isinstance(prompts[0], int)
-        many: list[Any] = [prompts] if is_one or len(prompts) == 0 else list(prompts)
+        is_one = len(prompts) == 0 or isinstance(prompts, str)
+        is_one = is_one or isinstance(prompts[0], int | np.integer)
+        many: list[Any] = [prompts] if is_one else list(prompts)
         if params is None:
             params = self.get_default_sampling_params()
         each = [params] * len(many) if isinstance(params, SamplingParams) else list(params)

@@ -230,6 +230,29 @@ def test_a_planted_hash_is_seen(monkeypatch):
     assert comparison.num_equal_pools < comparison.num_requests
 
 
+def drawn_tokens(**changes):
+    """Tokens of requests that sample, each with its seed."""
+    engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, **changes))
+    for i, job in enumerate(jobs()):
+        engine.add_request(
+            job.prompt_ids, SamplingParams(job.max_tokens, temperature=1.0, top_p=0.9, seed=i)
+        )
+    return engine.run(), engine.stats
+
+
+def test_sampled_tokens_do_not_depend_on_scheduling_either():
+    want, stats = drawn_tokens()
+    assert stats.num_preemptions == 0
+    assert want != undisturbed().outputs
+    for changes in (
+        {"num_pages": 16}, {"page_aligned_scheduling": False, "max_num_batched_tokens": 14},
+        {"max_num_seqs": 2, "kv_write": "fused", "enable_prefix_caching": False},
+    ):
+        got, stats = drawn_tokens(**changes)
+        assert got == want
+        assert (stats.num_preemptions > 0) == ("num_pages" in changes)
+
+
 def test_no_request_reads_a_page_that_another_writes(monkeypatch):
     """What write_and_attend asks of its caller, in every batch, with pages changing hands."""
     real, batches = engine_lib.make_batch, []

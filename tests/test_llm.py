@@ -64,6 +64,13 @@ def test_prompts_of_both_kinds_come_back_in_order_as_if_they_were_alone(llm):
     assert len({of(a).token_ids for a in together}) == 3
 
 
+def test_token_ids_may_be_numpys(llm):
+    ids, params = np.array(llm.tokenizer.encode(PROMPTS[0])), SamplingParams(max_tokens=4)
+    want = llm.generate(PROMPTS[0], params)[0].outputs
+    assert llm.generate(ids, params)[0].outputs == want
+    assert llm.generate([ids, PROMPTS[0]], params)[0].outputs == want
+
+
 def test_seeds(llm):
     def tokens(**fields):
         params = SamplingParams(max_tokens=16, temperature=1.0, **fields)

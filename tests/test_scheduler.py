@@ -569,6 +569,23 @@ def test_decodes_behind_a_deferred_prefill_run():
     assert run.chunks[2][:4] == [(0, 3), (3, 4), (4, 5), (5, 6)]
 
 
+def test_one_function_limits_running_and_waiting_requests_alike(monkeypatch):
+    """The PR's clauses stood in both loops, one copy of them wrong."""
+
+    def at_most_two(request, computed, budget, contended, config):
+        return min(2, budget, request.num_tokens - computed)
+
+    monkeypatch.setattr(scheduler_lib, "limit", at_most_two)
+    config = make_config(page_size=8, num_pages=20, max_num_batched_tokens=16, max_num_seqs=4)
+    scheduler = Scheduler(config, PagePool(20))
+    for i in range(3):
+        scheduler.add(Request(i, (i,) * 5, SamplingParams(1)))
+    for chunk in ((0, 2), (2, 4), (4, 5)):  # admitted, then twice running
+        plan = scheduler.schedule()
+        assert [(s.start, s.end) for s in plan.segments] == [chunk] * 3
+        scheduler.commit(plan, {i: 9 for i in range(3)})
+
+
 def run_one(scheduler, request):
     """Runs a request alone; its chunks."""
     scheduler.add(request)
