@@ -52,7 +52,8 @@ _GENERATIONS = flags.DEFINE_list(
     "generations", ["v5e", "v6e", "tpu7x"], "TPU generations of the share.", allow_override=True
 )
 _PAGE_SIZES = flags.DEFINE_list(
-    "page_sizes", None, "Tokens in a page; default: study 16,32,64,128,256, else 16.",
+    "page_sizes", ["16", "32", "64", "128", "256"],
+    "Tokens in a page; where the flag is left out, the parts but the study take 16 alone.",
     allow_override=True,
 )
 _BUDGETS = flags.DEFINE_list(
@@ -98,6 +99,8 @@ def main(argv: Sequence[str]) -> None:
     on_cpu = _report.start_backends() == "cpu"
     parts = _PARTS.value or (["study", "share"] if on_cpu else ["real"])
     _require_known("parts", PARTS, parts)
+    if _PLOT.value and "study" not in parts:
+        raise app.UsageError("--plot draws the study; wanted study among --parts")
     _require_known("kv_writes", KV_WRITES, _KV_WRITES.value)
     _require_known("generations", tuple(ts.GENERATIONS), _GENERATIONS.value)
     record: dict[str, Any] = {"environment": _report.environment()}
@@ -136,6 +139,10 @@ def _sizes(name: str, given: Sequence[str], known: Sequence[int] | None = None) 
     return sorted({int(value) for value in given})
 
 
+def _page_sizes_or_16() -> list[str]:
+    return _PAGE_SIZES.value if _PAGE_SIZES.present else ["16"]
+
+
 def _traces() -> dict[str, list[traffic.Arrival]]:
     """Name -> requests: the files', and the generator's."""
     if not 0 < _LOAD.value < 100:
@@ -156,9 +163,8 @@ def _traces() -> dict[str, list[traffic.Arrival]]:
 
 
 def _study(traces: dict[str, list[traffic.Arrival]], say) -> tuple[dict[str, Any], dict[str, Any]]:
-    page_sizes = _sizes("page_sizes", _PAGE_SIZES.value or ["16", "32", "64", "128", "256"],
-                        _engine_cost.PAGE_SIZES)
-    budgets = [b for b in _sizes("budgets", _BUDGETS.value)]
+    page_sizes = _sizes("page_sizes", _PAGE_SIZES.value, _engine_cost.PAGE_SIZES)
+    budgets = _sizes("budgets", _BUDGETS.value)
     cost = _cost()
     options: dict[str, Any] = {
         "pool_tokens": _POOL_TOKENS.value,
@@ -330,7 +336,7 @@ def _share(say) -> list[dict[str, Any]]:
             for name in _GENERATIONS.value
         ]
     descriptor_us = _engine_cost.LLAMA3_8B.num_layers * write_model.DESCRIPTOR_NS * 1e-3
-    page_sizes = _sizes("page_sizes", _PAGE_SIZES.value or ["16"], _engine_cost.PAGE_SIZES)
+    page_sizes = _sizes("page_sizes", _page_sizes_or_16(), _engine_cost.PAGE_SIZES)
     shares = _engine_share.shares(costs, _engine_share.BATCHES, page_sizes, descriptor_us)
     forms = (*_engine_share.FORMS, "shipped")
     rows = []
@@ -377,7 +383,7 @@ def _real(on_cpu: bool, say) -> dict[str, Any]:
         _engine_real.MODELS[name], shrink=16 if name == "tiny" else 1, attention=_ATTENTION.value,
         write_backend=_WRITE_BACKEND.value,
     )
-    page_sizes = _sizes("page_sizes", _PAGE_SIZES.value or ["16"])
+    page_sizes = _sizes("page_sizes", _page_sizes_or_16())
     forms = _KV_WRITES.value
     _require_known("batches", ("prefill", "mixed", "decode"), _BATCHES.value)
     batches = [b for b in _engine_real.ALL_BATCHES if b.name.startswith(tuple(_BATCHES.value))]

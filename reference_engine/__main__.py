@@ -92,7 +92,10 @@ flags.DEFINE_bool(
 )
 flags.DEFINE_bool("enable_prefix_caching", True, "Let requests share pages of common fronts.")
 flags.DEFINE_string("compilation_cache", None, "A folder that keeps what is compiled.")
-flags.DEFINE_string("plot", None, "PNG file for `explain` to draw the steps in.")
+# `allow_override`: benchmarks have a flag of this name, and a process may import both.
+flags.DEFINE_string(
+    "plot", None, "PNG file for `explain` to draw the steps in.", allow_override=True
+)
 
 flags.DEFINE_string("model", None, "generate: a Hugging Face folder of a Llama, Qwen2 or Qwen3.")
 flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be repeated.")

@@ -246,6 +246,7 @@ def test_the_study_prints_and_draws(capsys, monkeypatch, tmp_path):
         ({"page_sizes": ["48"]}, "--page_sizes has '48'; wanted some of 16, 32, 64, 128, 256"),
         ({"budgets": ["0"]}, "--budgets has '0'; wanted integers >= 1"),
         ({"load": 0.0}, "--load is 0.0"),
+        ({"parts": ["share"], "plot": "x.png"}, "--plot draws the study; wanted study among"),
         ({"parts": ["real"], "batches": ["idle"]}, "--batches has 'idle'; wanted some of prefill"),
         ({"device": "no-such-file"}, "--device is 'no-such-file'; wanted one of v4, v5e"),
         ({"traces": ["/no/such/file"]}, "cannot read /no/such/file: No such file"),
