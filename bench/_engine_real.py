@@ -41,7 +41,9 @@ _EXTRA = (Batch("decode: 64 at 2,048", 64, 2048, ()),
           Batch("prefill: 2,048 on 2,048", 0, 0, ((2048, 4096),)),
           Batch("mixed, chunk off the grid: 64 at 1,024, 1,984 on 1,029", 64, 1024,
                 ((1029, 3013),)))
-ALL_BATCHES = (*BATCHES[1:4], *_EXTRA)
+# Short steps first.
+ALL_BATCHES = tuple(sorted((*BATCHES[1:4], *_EXTRA), key=lambda batch: sum(
+    end - start for start, end in batch.chunks)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +66,7 @@ class Setup:
 
 
 def measure(
-    setup: Setup, batches: Sequence[Batch], kv_writes: Sequence[str], page_sizes: Sequence[int],
-    on_done: Callable[[str], None],
+    setup: Setup, batches: Sequence[Batch], kv_writes: Sequence[str], page_sizes: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """Times every batch in every form at every page size; yields one row each."""
     params = random_params(setup.model, seed=0)
@@ -78,7 +79,6 @@ def measure(
                 write = None
                 if kv_write != "fused":
                     write, kv_pages = _time_writes(setup, kv_pages, config, arrays)
-                on_done(f"{batch.name} {kv_write} {page_size}")
                 yield {
                     "batch": batch.name, "page_size": page_size, "kv_write": kv_write,
                     "tokens": int(arrays.cu_q_lens[-1]),

@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _stderr(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(text, file=sys.stderr, flush=True)
 
 
 def _require_known(name: str, known: Sequence[str], given: Sequence[str]) -> None:
@@ -389,20 +389,24 @@ def _real(on_cpu: bool, say) -> dict[str, Any]:
     batches = [b for b in _engine_real.ALL_BATCHES if b.name.startswith(tuple(_BATCHES.value))]
     total = len(batches) * len(forms) * len(page_sizes)
     device = jax.devices()[0].device_kind
-    with _report.Progress(total, "timing") as progress:
-        rows = list(_engine_real.measure(setup, batches, forms, page_sizes, progress.step))
-        host = _engine_real.host_work(setup)
+    host = _engine_real.host_work(setup)
+    say(
+        f"The engine on {host['batch']}: {host['step_us'] / 1e3:.2f} ms a step, of which the host"
+        f" works {host['host_us'] / 1e3:.3f} ms ({host['host_percent']:.1f}%);"
+        f" {host['recompiles']} programs compiled after warm-up"
+    )
+    rows = []
+    for row in _engine_real.measure(setup, batches, forms, page_sizes):
+        rows.append(row)  # told at once: a run of minutes may be cut short
+        cells = _real_row(row)
+        _stderr(f"{len(rows)}/{total} {cells['batch']}, page {cells['page']}, {cells['form']}:"
+                f" {cells['step ms']} ms, writes alone {cells['writes alone ms']}")
     say(
         f"\nMeasured on {device}: {name}, random weights, {setup.model.dtype}, attention by"
         f" {setup.attention}, writes by {setup.write_backend}"
         + (f"; batches and lengths divided by {setup.shrink}" if setup.shrink > 1 else "")
     )
     say(_report.table([_real_row(row) for row in rows], indent=2))
-    say(
-        f"\nThe engine on {host['batch']}: {host['step_us'] / 1e3:.2f} ms a step, of which the host"
-        f" works {host['host_us'] / 1e3:.3f} ms ({host['host_percent']:.1f}%);"
-        f" {host['recompiles']} programs compiled after warm-up"
-    )
     fit = _engine_real.fit(rows, host["host_us"], device) if setup.shrink == 1 else None
     return {"model": name, "shrink": setup.shrink, "rows": rows, "host": host, "fit": fit}
 
