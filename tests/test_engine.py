@@ -17,11 +17,13 @@ from reference_engine import batch as batch_lib
 from reference_engine import engine as engine_lib
 from reference_engine import model as model_lib
 from reference_engine import replay as replay_lib
+from reference_engine import rope
 from reference_engine import scheduler as scheduler_lib
 from reference_engine.config import KV_WRITES, EngineConfig, ModelConfig
 from reference_engine.engine import Engine
 from reference_engine.replay import Job, compare, replay
 from reference_engine.request import FinishReason, SamplingParams
+from reference_engine.rope import RopeScaling
 from reference_engine.weights import random_params
 
 MODEL = ModelConfig(
@@ -302,42 +304,67 @@ def test_the_model_is_the_dense_one():
     result = undisturbed()
     for request_id in (0, 1, 4):
         prompt, output = jobs()[request_id].prompt_ids, result.outputs[request_id]
-        want = dense_logits([*prompt, *output[:-1]])[len(prompt) - 1 :]
+        want = dense_logits([*prompt, *output[:-1]], MODEL, params())[len(prompt) - 1 :]
         np.testing.assert_allclose(result.logits[request_id], want, rtol=1e-4, atol=1e-4)
 
 
-def dense_logits(token_ids):
+def test_biases_head_norms_tied_embeddings_and_stretched_rope():
+    """What Llama, Qwen2 and Qwen3 have beyond that, all in one."""
+    model = dataclasses.replace(
+        MODEL, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True, tie_embeddings=True,
+        rope_scaling=RopeScaling("yarn", factor=4.0, original_max_position=32),
+    )
+    few = [dataclasses.replace(job, max_tokens=3) for job in jobs()[:2]]
+    weights = random_params(model, seed=2)
+    for name in ("q_norm", "k_norm"):  # not the ones that norms start as
+        weights["layers"][name] = 1 + 0.3 * jnp.sin(jnp.arange(32.0)).reshape(2, 16)
+    result = replay(few, weights, model, CONFIG)
+    for request_id, job in enumerate(few):
+        tokens = [*job.prompt_ids, *result.outputs[request_id][:-1]]
+        want = dense_logits(tokens, model, weights)[len(job.prompt_ids) - 1 :]
+        np.testing.assert_allclose(result.logits[request_id], want, rtol=1e-4, atol=1e-4)
+
+
+def dense_logits(token_ids, model, weights):
     """f64[n, vocab_size], every position's logits."""
-    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params())
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), weights)
     x = p["embedding"][token_ids]
-    n, head_dim = len(token_ids), MODEL.head_dim
+    n, head_dim = len(token_ids), model.head_dim
+    frequencies, factor = rope.frequencies(head_dim, model.rope_theta, model.rope_scaling)
 
     def norm(x, scale):
-        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + MODEL.rms_norm_eps) * scale
+        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + model.rms_norm_eps) * scale
 
     def rotate(x):  # [n, heads, H], the two halves as one complex number
         half = head_dim // 2
-        angle = np.arange(n)[:, None] * MODEL.rope_theta ** (-np.arange(half) / half)
-        turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[:, None]
+        angle = np.arange(n)[:, None] * frequencies.astype(float)
+        turned = factor * (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[:, None]
         return np.concatenate([turned.real, turned.imag], axis=-1)
 
-    for i in range(MODEL.num_layers):
+    for i in range(model.num_layers):
         w = {name: stack[i] for name, stack in p["layers"].items()}
+
+        def project(y, name, w=w):
+            return y @ w[name] + w.get(f"{name}_bias", 0)
+
+        def heads(y, name, w=w):
+            y = project(y, name).reshape(n, -1, head_dim)
+            return norm(y, w[f"{name}_norm"]) if f"{name}_norm" in w else y
+
         y = norm(x, w["attention_norm"])
-        q = rotate((y @ w["q"]).reshape(n, MODEL.num_heads, -1))
-        k = rotate((y @ w["k"]).reshape(n, MODEL.num_kv_heads, -1))
-        v = (y @ w["v"]).reshape(n, MODEL.num_kv_heads, -1)
-        group = MODEL.num_heads // MODEL.num_kv_heads
+        q, k, v = rotate(heads(y, "q")), rotate(heads(y, "k")), heads(y, "v")
+        group = model.num_heads // model.num_kv_heads
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
         scores = np.einsum("qnh,knh->nqk", q, k) / np.sqrt(head_dim)
         scores[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        x = x + np.einsum("nqk,knh->qnh", weights, v).reshape(n, -1) @ w["o"]
+        x = x + project(np.einsum("nqk,knh->qnh", weights, v).reshape(n, -1), "o")
         y = norm(x, w["mlp_norm"])
-        gate = y @ w["gate"]
-        x = x + (gate / (1 + np.exp(-gate)) * (y @ w["up"])) @ w["down"]
-    return norm(x, p["norm"]) @ p["unembedding"].T
+        gate = project(y, "gate")
+        x = x + project(gate / (1 + np.exp(-gate)) * project(y, "up"), "down")
+    unembedding = p["embedding" if model.tie_embeddings else "unembedding"]
+    return norm(x, p["norm"]) @ unembedding.T
 
 
 @pytest.mark.parametrize("kv_write", ["pages", "fused"])
