@@ -1,9 +1,9 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Command line: `python -m reference_engine replay` and `python -m reference_engine explain`.
+"""Command line: `python -m reference_engine generate`, `replay` and `explain`.
 
-replay runs the same traffic through a tiny random model twice, with page-aligned scheduling and
-without, prints what each run did, and checks that both came to the same. explain prints one run
-step by step.
+generate completes prompts with a model folder. replay runs the same traffic through a tiny random
+model twice, with page-aligned scheduling and without, prints what each run did, and checks that
+both came to the same. explain prints one run step by step.
 """
 
 from __future__ import annotations
@@ -15,21 +15,32 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from absl import app, flags
 from jax.experimental.pallas import tpu as pltpu
 
+from reference_engine import progress, traffic
 from reference_engine import replay as replay_lib
-from reference_engine import traffic
-from reference_engine.config import BACKENDS, KV_WRITES, EngineConfig, ModelConfig, num_pages_for
+from reference_engine.batch import describe_shapes
+from reference_engine.checkpoint import read_model_config
+from reference_engine.compiles import use_persistent_cache
+from reference_engine.config import (
+    BACKENDS,
+    DTYPES,
+    KV_WRITES,
+    EngineConfig,
+    ModelConfig,
+    num_pages_for,
+)
 from reference_engine.engine import Engine, Output
+from reference_engine.explain import Timeline, explain_step, import_figure
+from reference_engine.llm import LLM
 from reference_engine.replay import Comparison, Job, Result
-from reference_engine.scheduler import Segment
+from reference_engine.request import SamplingParams
 from reference_engine.weights import random_params
-from reference_engine.write_plan import plan_writes
 
 FLAGS = flags.FLAGS
 
@@ -41,11 +52,13 @@ flags.DEFINE_string(
 flags.DEFINE_integer("num_requests", 40, "How many requests, from the top of the trace.")
 flags.DEFINE_float("length_scale", 1.0, "Factor on the prompts' lengths, to make a run shorter.")
 flags.DEFINE_float("steps_per_second", 20.0, "Engine steps per second of the trace's time.")
-flags.DEFINE_integer("seed", 0, "Fixes the weights, the prompts and the drawn requests.")
+flags.DEFINE_integer(
+    "seed", 0, "Fixes the weights, the prompts and the drawn requests; of generate, the sampling."
+)
 flags.DEFINE_integer("page_size", EngineConfig.page_size, "Tokens in a page.")
 flags.DEFINE_integer(
-    "num_pages", 0, "Pages in the pool; 0 for a quarter of what max_num_seqs of the longest request"
-    " would fill.",
+    "num_pages", 0, "Pages in the pool; 0 for a quarter (generate: all) of what max_num_seqs of the"
+    " longest request would fill.",
 )
 flags.DEFINE_integer(
     "max_num_batched_tokens", EngineConfig.max_num_batched_tokens, "Most new tokens in a step."
@@ -73,7 +86,34 @@ flags.DEFINE_string(
     "attention", EngineConfig.attention,
     "Backend of the attention, and of the writes with --kv_write=fused; as --write_backend.",
 )
-flags.DEFINE_bool("page_aligned_scheduling", True, "Which of the two runs `explain` prints.")
+flags.DEFINE_bool(
+    "page_aligned_scheduling", True,
+    "End chunks of prefills on page boundaries; which of replay's two runs `explain` prints.",
+)
+flags.DEFINE_bool("enable_prefix_caching", True, "Let requests share pages of common fronts.")
+flags.DEFINE_string("compilation_cache", None, "A folder that keeps what is compiled.")
+# `allow_override`: benchmarks have a flag of this name, and a process may import both.
+flags.DEFINE_string(
+    "plot", None, "PNG file for `explain` to draw the steps in.", allow_override=True
+)
+
+flags.DEFINE_string("model", None, "generate: a Hugging Face folder of a Llama, Qwen2 or Qwen3.")
+flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be repeated.")
+flags.DEFINE_list("prompt_ids", [], "generate: token ids of a prompt, for want of a tokenizer.")
+flags.DEFINE_bool("chat", False, "generate: the prompts are a user's turns of one chat each.")
+flags.DEFINE_integer("max_tokens", 64, "generate: most tokens of each completion.")
+flags.DEFINE_integer(
+    "max_model_len", 0, "generate: most tokens of prompt and completion; 0 for 1,024, or what the"
+    " model was made for if that is less.",
+)
+flags.DEFINE_float("temperature", 0.0, "generate: 0 for greedy.")
+flags.DEFINE_integer("top_k", 0, "generate: 0 for all.")
+flags.DEFINE_float("top_p", 1.0, "generate: see SamplingParams.")
+flags.DEFINE_float("min_p", 0.0, "generate: see SamplingParams.")
+flags.DEFINE_multi_string("stop", [], "generate: a string that ends a completion.")
+flags.DEFINE_bool("ignore_eos", False, "generate: do not stop at the model's end of text.")
+flags.DEFINE_enum("dtype", "auto", ["auto", *DTYPES], "generate: of weights and pool.")
+flags.DEFINE_bool("warm_up", False, "generate: compile every shape first.")
 
 MODEL = ModelConfig(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4,
@@ -82,27 +122,22 @@ MODEL = ModelConfig(
 
 
 def main(argv: Sequence[str]) -> None:
-    commands = {"replay": _replay, "explain": _explain}
+    commands = {"generate": _generate, "replay": _replay, "explain": _explain}
     if len(argv) != 2 or argv[1] not in commands:
         got = " ".join(argv[1:]) or "no command"
-        _exit(2, f"{got}: wanted one command, {' or '.join(commands)}, and flags (see --helpfull)")
-    if {FLAGS.write_backend, FLAGS.attention} <= {"auto", "oracle"}:
+        _exit(2, f"{got}: wanted one command, {', '.join(commands)}, and flags (see --helpfull)")
+    if argv[1] != "generate" and {FLAGS.write_backend, FLAGS.attention} <= {"auto", "oracle"}:
         # The oracle needs no accelerator, and this keeps one free that another program may hold.
         jax.config.update("jax_platforms", "cpu")
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            jobs = _make_jobs()
-            config = _make_config(jobs)
-        for message in dict.fromkeys(str(warning.message) for warning in caught):
-            print(f"warning: {message}", file=sys.stderr)
-        with _interpreted(config):
-            commands[argv[1]](jobs, config)
+        if FLAGS.compilation_cache is not None:
+            use_persistent_cache(FLAGS.compilation_cache)
+        commands[argv[1]]()
     except BrokenPipeError:  # the reader of our output has gone, as in `explain | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        _exit(2, f"cannot read {error.filename}: {error.strerror}")
-    except (ValueError, NotImplementedError) as error:
+        _exit(2, f"cannot open {error.filename}: {error.strerror}")
+    except (ValueError, NotImplementedError, ImportError) as error:
         _exit(2, str(error))
 
 
@@ -113,18 +148,112 @@ def _interpreted(config: EngineConfig) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _replay(jobs: list[Job], config: EngineConfig) -> None:
-    print(_describe(jobs, config))
-    params = random_params(MODEL, FLAGS.seed)
-    results, seconds = [], []
-    for aligned in (True, False):
-        progress = _Progress(f"page_aligned_scheduling={'on' if aligned else 'off'}", len(jobs))
+def _generate() -> None:
+    if FLAGS.model is None:
+        raise ValueError("--model is missing; wanted the folder of a model")
+    if not FLAGS.prompt and not FLAGS.prompt_ids:
+        raise ValueError("--prompt is missing; wanted a prompt, or --prompt_ids")
+    params = SamplingParams(
+        max_tokens=FLAGS.max_tokens, temperature=FLAGS.temperature, top_k=FLAGS.top_k,
+        top_p=FLAGS.top_p, min_p=FLAGS.min_p, stop=tuple(FLAGS.stop), ignore_eos=FLAGS.ignore_eos,
+    )
+    with _announced():
+        config = _serving_config()
+    with _interpreted(config):
+        llm = LLM(FLAGS.model, config, dtype=FLAGS.dtype, seed=FLAGS.seed, warm_up=FLAGS.warm_up)
+        print(describe_shapes(config), file=sys.stderr)
+        prompts: list[Any] = list(FLAGS.prompt)
+        if FLAGS.chat:
+            prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in prompts]
+        if FLAGS.prompt_ids:
+            prompts.append(_ids(FLAGS.prompt_ids))
         start = time.perf_counter()
-        results.append(replay_lib.replay(
-            jobs, params, MODEL, _with_alignment(config, aligned), observe=progress.observe
-        ))
-        seconds.append(time.perf_counter() - start)
-        progress.close()
+        if len(prompts) == 1:
+            _print_as_it_comes(llm, prompts[0], params)
+        else:
+            for i, output in enumerate(llm.generate(prompts, params)):
+                completion = output.outputs[0]
+                print(f"[{i}] {completion.text if llm.tokenizer else completion.token_ids}")
+        _report(llm, time.perf_counter() - start)
+
+
+def _ids(texts: Sequence[str]) -> list[int]:
+    if not all(text.strip().isdigit() for text in texts):
+        raise ValueError(f"--prompt_ids is {','.join(texts)!r}; wanted ids, as 1,15,7")
+    return list(map(int, texts))
+
+
+def _print_as_it_comes(llm: LLM, prompt: Any, params: SamplingParams) -> None:
+    for delta in llm.stream(prompt, params):
+        text = delta.text if llm.tokenizer else "".join(f"{token} " for token in delta.token_ids)
+        print(text, end="", flush=True)
+    print()
+
+
+def _report(llm: LLM, seconds: float) -> None:
+    stats = llm.engine.stats
+    recompiles = f"{stats.num_recompiles} programs compiled after warm-up"
+    if not FLAGS.warm_up:
+        recompiles = "no warm-up"
+    print(
+        f"{stats.num_steps:,} steps in {seconds:.1f} s: {stats.num_tokens:,} tokens computed,"
+        f" {stats.num_cached:,} found in the cache, {stats.num_padding:,} rows of padding,"
+        f" {stats.num_preemptions} preemptions, {recompiles}", file=sys.stderr,
+    )
+
+
+def _serving_config() -> EngineConfig:
+    """EngineConfig's defaults, and the flags that are given."""
+    fields: dict[str, Any] = {
+        name: FLAGS[name].value
+        for name in (
+            "page_size", "max_num_batched_tokens", "max_num_seqs", "max_deferrals",
+            "long_prefill_token_threshold", "kv_write", "write_backend", "attention",
+            "page_aligned_scheduling", "enable_prefix_caching",
+        )
+    }
+    model = read_model_config(FLAGS.model)
+    longest = FLAGS.max_model_len or min(
+        EngineConfig.max_model_len, model.max_position or EngineConfig.max_model_len
+    )
+    if fields["page_size"] < 1:
+        raise ValueError(f"--page_size is {fields['page_size']}; wanted at least 1")
+    all_pages = fields["max_num_seqs"] * num_pages_for(longest, fields["page_size"])
+    return EngineConfig(
+        **fields, max_model_len=longest, num_pages=FLAGS.num_pages or max(1, all_pages)
+    )
+
+
+@contextlib.contextmanager
+def _announced():
+    """Warnings of what is made inside go to standard error, a line each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def _replay() -> None:
+    with _announced():
+        jobs = _make_jobs()
+        config = _make_config(jobs)
+    print(_describe(jobs, config))
+    results, seconds = [], []
+    with _interpreted(config):
+        params = random_params(MODEL, FLAGS.seed)
+        for aligned in (True, False):
+            what = f"page_aligned_scheduling={'on' if aligned else 'off'}"
+            with progress.bar(len(jobs), what, "request") as bar:
+
+                def observe(step: int, engine: Engine, outputs: list[Output], bar=bar) -> None:
+                    bar.update(sum(output.finish_reason is not None for output in outputs))
+
+                start = time.perf_counter()
+                results.append(replay_lib.replay(
+                    jobs, params, MODEL, _with_alignment(config, aligned), observe=observe
+                ))
+                seconds.append(time.perf_counter() - start)
     print(_table(results, seconds))
     comparison = replay_lib.compare(*results)
     print(_comparison(comparison))
@@ -132,17 +261,38 @@ def _replay(jobs: list[Job], config: EngineConfig) -> None:
         _exit(1, "the two runs differ")
 
 
-def _explain(jobs: list[Job], config: EngineConfig) -> None:
+def _explain() -> None:
+    if FLAGS.plot is not None:
+        import_figure()  # before the work whose result it would draw
+        _check_writable(FLAGS.plot)
+    with _announced():
+        jobs = _make_jobs()
+        config = _make_config(jobs)
     print(_describe(jobs, config))
     config = _with_alignment(config, FLAGS.page_aligned_scheduling)
-    print(f"page_aligned_scheduling {'on' if config.page_aligned_scheduling else 'off'}")
+    alignment = f"page_aligned_scheduling {'on' if config.page_aligned_scheduling else 'off'}"
+    print(alignment)
+    timeline = Timeline(jobs, config.max_num_batched_tokens)
 
     def print_step(step: int, engine: Engine, outputs: list[Output]) -> None:
-        print("\n".join(_explain_step(step, engine, outputs, jobs)))
+        print(explain_step(step, engine, outputs, jobs))
+        timeline.observe(step, engine)
 
-    replay_lib.replay(
-        jobs, random_params(MODEL, FLAGS.seed), MODEL, config, observe=print_step
-    )
+    with _interpreted(config):
+        replay_lib.replay(
+            jobs, random_params(MODEL, FLAGS.seed), MODEL, config, observe=print_step
+        )
+    if FLAGS.plot is not None:
+        timeline.save(FLAGS.plot, f"pages of {config.page_size}, {alignment}")
+
+
+def _check_writable(path: str) -> None:
+    """Raises the OSError that writing the file would."""
+    is_new = not os.path.exists(path)
+    with open(path, "ab"):
+        pass
+    if is_new:
+        os.remove(path)
 
 
 def _make_jobs() -> list[Job]:
@@ -179,6 +329,7 @@ def _make_config(jobs: list[Job]) -> EngineConfig:
         kv_write=FLAGS.kv_write,
         write_backend=FLAGS.write_backend,
         attention=FLAGS.attention,
+        enable_prefix_caching=FLAGS.enable_prefix_caching,
         # One shape: a row of a matrix product is then the same to the last bit in any batch.
         token_buckets=(FLAGS.max_num_batched_tokens,),
         seq_buckets=(FLAGS.max_num_seqs,),
@@ -207,6 +358,7 @@ def _describe(jobs: list[Job], config: EngineConfig) -> str:
         f"engine   page_size {config.page_size}, {config.num_pages:,} pages, at most"
         f" {config.max_num_batched_tokens} tokens and {config.max_num_seqs} requests a step,"
         f" {_describe_writes(config)}, attention by {config.attention}",
+        f"         {describe_shapes(config)}",
         "",
     ])
 
@@ -229,7 +381,7 @@ def _table(results: list[Result], seconds: list[float]) -> str:
         ("partial pages, by prefills", "num_prefill_partials"),
         ("partial pages, by decodes", "num_decode_partials"),
         ("slices (whole and partial)", "num_slices"), ("deferrals", "num_deferrals"),
-        ("preemptions", "num_preemptions"),
+        ("preemptions", "num_preemptions"), ("tokens found in the prefix cache", "num_cached"),
     ):
         add(label, (f"{getattr(result, name):,}" for result in results))
     for percentile in (50, 99):
@@ -238,7 +390,7 @@ def _table(results: list[Result], seconds: list[float]) -> str:
             (f"{np.percentile(list(result.ttft.values()), percentile):.1f}" for result in results),
         )
     add("seconds (the first compiles)", (f"{value:.1f}" for value in seconds))
-    return "\n".join(f"{label:<30}{on:>12}{off:>12}" for label, on, off in rows)
+    return "\n".join(f"{label:<34}{on:>12}{off:>12}" for label, on, off in rows)
 
 
 def _comparison(c: Comparison) -> str:
@@ -255,82 +407,6 @@ def _comparison(c: Comparison) -> str:
         f"  diversity          {c.num_distinct_tokens} of {MODEL.vocab_size} token ids generated;"
         f" {c.num_distinct_outputs} different outputs of {c.num_requests} requests",
     ])
-
-
-def _explain_step(step: int, engine: Engine, outputs: list[Output], jobs: list[Job]) -> list[str]:
-    plan, config = engine.last_plan, engine.config
-    assert plan is not None
-    lines = [
-        f"step {step}: {plan.num_tokens} of {config.max_num_batched_tokens} tokens;"
-        f" {engine.scheduler.pool.num_free} of {config.num_pages} pages free,"
-        f" {len(engine.scheduler.waiting)} requests waiting"
-    ]
-    for segment in plan.segments:
-        num_prompt = len(jobs[segment.request_id].prompt_ids)
-        kind = "decode " if replay_lib.is_decode(segment, num_prompt) else "prefill"
-        lines.append(
-            f"  request {segment.request_id} {kind} [{segment.start}, {segment.end}) of"
-            f" {num_prompt} + {jobs[segment.request_id].max_tokens}: "
-            + _explain_writes(segment, config.page_size)
-        )
-    for deferral in plan.deferrals:
-        missing = config.page_size - deferral.num_computed % config.page_size
-        lines.append(
-            f"  request {deferral.request_id} deferred at {deferral.num_computed}: the next page"
-            f" boundary is {missing} tokens away, {deferral.budget} are left of the budget"
-        )
-    for request_id in plan.preempted:
-        lines.append(f"  request {request_id} preempted: its pages went to an earlier request")
-    for output in outputs:
-        if output.finish_reason is not None:
-            lines.append(f"  request {output.request_id} finished: {output.finish_reason}")
-    return lines
-
-
-def _explain_writes(segment: Segment, page_size: int) -> str:
-    writes = plan_writes([segment], page_size)
-    parts = []
-    if len(writes.page_ids):
-        parts.append(f"whole pages {_ranges(writes.page_ids.tolist())}")
-    for slot, _, length in writes.slices.T.tolist():
-        page, row = divmod(slot, page_size)
-        rows = f"row {row}" if length == 1 else f"rows {row}-{row + length - 1}"
-        parts.append(f"page {page} {rows}")
-    return ", ".join(parts)
-
-
-def _ranges(ids: list[int]) -> str:
-    """Runs of consecutive ids, rising or falling, as first-last."""
-    runs: list[list[int]] = []
-    for page_id in ids:
-        run = runs[-1] if runs else []
-        if len(run) == 1 and abs(page_id - run[0]) == 1:
-            run.append(page_id)
-        elif len(run) == 2 and page_id - run[1] == (1 if run[1] > run[0] else -1):
-            run[1] = page_id
-        else:
-            runs.append([page_id])
-    return " ".join("-".join(map(str, run)) for run in runs)
-
-
-class _Progress:
-    """A counter on standard error, if that is a terminal."""
-
-    def __init__(self, label: str, total: int):
-        self._label, self._total, self._done = label, total, 0
-        self._visible = sys.stderr.isatty()
-
-    def observe(self, step: int, engine: Engine, outputs: list[Output]) -> None:
-        self._done += sum(output.finish_reason is not None for output in outputs)
-        if self._visible:
-            print(
-                f"\r{self._label}: step {step}, {self._done} of {self._total} requests done",
-                end="", file=sys.stderr, flush=True,
-            )
-
-    def close(self) -> None:
-        if self._visible:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

@@ -7,12 +7,14 @@ The batch is dense: segment after segment, no gap between them, padding at the e
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from reference_engine.config import EngineConfig
 from reference_engine.scheduler import Segment
@@ -38,24 +40,28 @@ class BatchShape:
     num_slots: int
 
 
+Array = np.ndarray | jax.Array
+
+
 class Batch(NamedTuple):
     """What the model takes. Writes are given in the form that EngineConfig.kv_write names; the
     arrays of the other forms have length 0, with "fused" those of all."""
 
-    token_ids: jax.Array  # i32[T]
-    positions: jax.Array  # i32[T]
-    kv_lens: jax.Array  # i32[S], new tokens included
-    page_indices: jax.Array  # i32[S, M], -1 past a sequence's pages
-    cu_q_lens: jax.Array  # i32[S + 1], the total past the last sequence
-    num_seqs: jax.Array  # i32[1]
-    page_ids: jax.Array  # i32[W], -1 past the whole pages
-    token_starts: jax.Array  # i32[W]
-    slices: jax.Array  # i32[3, X]
-    num_slices: jax.Array  # i32[1]
-    slots: jax.Array  # i32[T or 0], -1 on padding
+    token_ids: Array  # i32[T]
+    positions: Array  # i32[T]
+    kv_lens: Array  # i32[S], new tokens included
+    page_indices: Array  # i32[S, M], -1 past a sequence's pages
+    cu_q_lens: Array  # i32[S + 1], the total past the last sequence
+    num_seqs: Array  # i32[1]
+    page_ids: Array  # i32[W], -1 past the whole pages
+    token_starts: Array  # i32[W]
+    slices: Array  # i32[3, X]
+    num_slices: Array  # i32[1]
+    slots: Array  # i32[T or 0], -1 on padding
 
 
-def batch_shapes(config: EngineConfig) -> list[BatchShape]:
+@functools.cache
+def batch_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
     """Every shape that a step can have: no other is ever compiled.
 
     >>> config = EngineConfig(max_num_batched_tokens=48, max_num_seqs=2, page_size=16)
@@ -64,9 +70,24 @@ def batch_shapes(config: EngineConfig) -> list[BatchShape]:
     """
     token_buckets = config.token_buckets or _powers_of_two(16, config.max_num_batched_tokens)
     seq_buckets = config.seq_buckets or _powers_of_two(1, config.max_num_seqs)
-    return [_shape(t, s, config) for t in token_buckets for s in seq_buckets]
+    return tuple(_shape(t, s, config) for t in token_buckets for s in seq_buckets)
 
 
+def describe_shapes(config: EngineConfig) -> str:
+    """The closed set of shapes, in one line.
+
+    >>> print(describe_shapes(EngineConfig(max_num_batched_tokens=48, max_num_seqs=2)))
+    6 shapes: {16, 32, 48} tokens x {1, 2} sequences
+    """
+    shapes = batch_shapes(config)
+    tokens, seqs = (
+        "{" + ", ".join(f"{size:,}" for size in sorted(set(sizes))) + "}"
+        for sizes in zip(*((shape.num_tokens, shape.num_seqs) for shape in shapes), strict=True)
+    )
+    return f"{len(shapes)} shapes: {tokens} tokens x {seqs} sequences"
+
+
+@functools.lru_cache(maxsize=65536)
 def choose_shape(num_tokens: int, num_seqs: int, config: EngineConfig) -> BatchShape:
     """The smallest shape that holds a step."""
     return min(
@@ -79,19 +100,24 @@ def make_batch(segments: Sequence[Segment], config: EngineConfig) -> Batch:
     """Packs the segments, in order, and plans their writes.
 
     Args:
-      segments: one step's, as the scheduler planned them; at least one.
+      segments: one step's, as the scheduler planned them.
       config: gives page size, shapes and the form of the writes.
     """
     lengths = [len(segment.token_ids) for segment in segments]
     shape = choose_shape(sum(lengths), len(segments), config)
-    positions = [np.arange(segment.start, segment.end) for segment in segments]
+    return make_batch_of(shape, segments, config)
+
+
+def make_batch_of(shape: BatchShape, segments: Sequence[Segment], config: EngineConfig) -> Batch:
+    """The same in a given shape; without segments, a batch that computes nothing."""
+    lengths = np.array([len(segment.token_ids) for segment in segments], np.int64)
+    total = int(lengths.sum())
+    starts = np.array([segment.start for segment in segments], np.int64)
+    cu_q_lens = np.concatenate([[0], np.cumsum(lengths)])
     page_indices = np.full((shape.num_seqs, config.max_pages_per_seq), -1, np.int32)
     for row, segment in zip(page_indices, segments, strict=False):
         row[: len(segment.page_ids)] = segment.page_ids
-    cu_q_lens = np.concatenate([[0], np.cumsum(lengths)])
-
-    def padded(values, size, fill):
-        return jnp.asarray(_pad(values, size, fill))
+    token_ids = itertools.chain.from_iterable(segment.token_ids for segment in segments)
 
     # The fused op finds its writes in the page table.
     planned = () if config.kv_write == "fused" else segments
@@ -102,18 +128,49 @@ def make_batch(segments: Sequence[Segment], config: EngineConfig) -> Batch:
     if config.kv_write == "tokens":
         slices = np.empty((3, 0), np.int32)
     return Batch(
-        token_ids=padded(np.concatenate([s.token_ids for s in segments]), shape.num_tokens, 0),
-        positions=padded(np.concatenate(positions), shape.num_tokens, 0),
-        kv_lens=padded([segment.end for segment in segments], shape.num_seqs, 0),
-        page_indices=jnp.asarray(page_indices),
-        cu_q_lens=padded(cu_q_lens, shape.num_seqs + 1, cu_q_lens[-1]),
-        num_seqs=jnp.array([len(segments)], jnp.int32),
-        page_ids=padded(writes.page_ids if pages else nothing, shape.num_page_writes, -1),
-        token_starts=padded(writes.token_starts if pages else nothing, shape.num_page_writes, -1),
-        slices=jnp.stack([padded(row, shape.num_slices, 0) for row in slices]),
-        num_slices=jnp.array([slices.shape[1]], jnp.int32),
-        slots=padded(writes.slots if shape.num_slots else nothing, shape.num_slots, -1),
+        token_ids=_pad(np.fromiter(token_ids, np.int32, total), shape.num_tokens, 0),
+        positions=_pad(
+            np.arange(total) + np.repeat(starts - cu_q_lens[:-1], lengths), shape.num_tokens, 0
+        ),
+        kv_lens=_pad(starts + lengths, shape.num_seqs, 0),
+        page_indices=page_indices,
+        cu_q_lens=_pad(cu_q_lens, shape.num_seqs + 1, cu_q_lens[-1]),
+        num_seqs=np.array([len(segments)], np.int32),
+        page_ids=_pad(writes.page_ids if pages else nothing, shape.num_page_writes, -1),
+        token_starts=_pad(writes.token_starts if pages else nothing, shape.num_page_writes, -1),
+        slices=np.stack([_pad(row, shape.num_slices, 0) for row in slices]),
+        num_slices=np.array([slices.shape[1]], np.int32),
+        slots=_pad(writes.slots if shape.num_slots else nothing, shape.num_slots, -1),
     )
+
+
+Spec = tuple[tuple[tuple[int, ...], str], ...]
+
+
+def pack(arrays: Sequence[Array]) -> tuple[np.ndarray, Spec]:
+    """Arrays of 32-bit numbers as one, so that a step costs one transfer, and what they were.
+
+    >>> packed, spec = pack([np.array([1, 2], np.int32), np.array([[0.5]], np.float32)])
+    >>> [x.tolist() for x in unpack(packed, spec)]
+    [[1, 2], [[0.5]]]
+    """
+    numpy = [np.ascontiguousarray(array) for array in arrays]
+    spec = tuple((array.shape, array.dtype.str) for array in numpy)
+    return np.concatenate([array.reshape(-1).view(np.int32) for array in numpy]), spec
+
+
+def unpack(packed: Array, spec: Spec) -> list[Any]:
+    """What `pack` packed; jittable, with a static spec."""
+    arrays, start = [], 0
+    for shape, dtype in spec:
+        end = start + int(np.prod(shape, dtype=np.int64))
+        part = packed[start:end]
+        kind = np.dtype(dtype)
+        if kind != np.int32:
+            part = lax.bitcast_convert_type(part, kind)
+        arrays.append(part.reshape(shape))
+        start = end
+    return arrays
 
 
 def _shape(num_tokens: int, num_seqs: int, config: EngineConfig) -> BatchShape:

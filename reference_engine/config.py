@@ -8,14 +8,16 @@ import warnings
 
 from pallas_paged import dispatch
 from pallas_paged.checks import require
+from reference_engine.rope import RopeScaling
 
 KV_WRITES = ("tokens", "slices", "pages", "fused")
 BACKENDS = ("auto", *dispatch.BACKENDS)
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a dense Llama-like decoder.
+    """Shape of a dense decoder of the Llama family.
 
     Attributes:
       vocab_size: number of token ids; an id is in [0, vocab_size).
@@ -26,11 +28,16 @@ class ModelConfig:
       num_kv_heads: key and value heads.
       head_dim: width of one head, even (RoPE rotates its two halves).
       rope_theta: base of the rotary frequencies.
+      rope_scaling: how they are stretched.
       rms_norm_eps: added to the mean square in every norm.
+      qkv_bias, o_bias, mlp_bias: whether these projections have biases.
+      qk_norm: whether each head of queries and keys is normalised before it is rotated.
+      tie_embeddings: whether the output projection is the embedding.
+      max_position: longest context that the model was made for; None for no bound.
       dtype: dtype name of parameters, activations and pool.
 
     Raises:
-      ValueError: a size is below 1, heads do not divide, or head_dim is odd.
+      ValueError: a size is below 1, heads do not divide, head_dim is odd, or the dtype is none.
     """
 
     vocab_size: int
@@ -41,7 +48,14 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling()
     rms_norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    max_position: int | None = None
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -59,6 +73,10 @@ class ModelConfig:
             self.head_dim % 2 == 0, "ModelConfig", "head_dim", got=f"{self.head_dim}",
             wanted="an even number", hint="RoPE rotates the two halves of a head",
         )
+        require(
+            self.dtype in DTYPES, "ModelConfig", "dtype", got=f"{self.dtype!r}",
+            wanted=f"one of {DTYPES}", hint="weights of another dtype are cast as they are read",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +89,13 @@ class EngineConfig:
       max_model_len: most tokens, prompt and output together, of one request.
       max_num_batched_tokens: most new tokens in one step (the step's budget).
       max_num_seqs: most requests that run at a time.
-      page_aligned_scheduling: end every chunk of a prefill but the last on a page boundary.
+      page_aligned_scheduling: end every chunk of a prefill but the last on a page boundary. That
+        costs least where max_num_batched_tokens is a multiple of the page and room for decodes.
       long_prefill_token_threshold: most new tokens that one request gets in a step while another
         request competes with it; 0 for no such limit.
       max_deferrals: most steps in a row that alignment may make a request wait; after that it
         takes a chunk that ends inside a page, and the next chunk returns to the boundary.
+      enable_prefix_caching: let requests share the full pages of common fronts.
       kv_write: how new keys and values reach the pool. "tokens": one index a token; "slices": one
         slice a page touched; "pages": whole pages by page id, and slices for the rest; "fused": the
         attention's own call writes them, from the page table (`pallas_paged.write_and_attend`).
@@ -100,6 +120,7 @@ class EngineConfig:
     page_aligned_scheduling: bool = True
     long_prefill_token_threshold: int = 0
     max_deferrals: int = 8
+    enable_prefix_caching: bool = True
     kv_write: str = "pages"
     write_backend: str = "auto"
     attention: str = "auto"

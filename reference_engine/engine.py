@@ -4,24 +4,43 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from pallas_paged import layout
 from pallas_paged.checks import require
-from reference_engine.batch import make_batch
+from reference_engine import compiles
+from reference_engine.batch import (
+    Batch,
+    BatchShape,
+    Spec,
+    batch_shapes,
+    make_batch,
+    make_batch_of,
+    pack,
+    unpack,
+)
 from reference_engine.config import EngineConfig, ModelConfig, num_pages_for
 from reference_engine.model import forward, make_pool
 from reference_engine.page_pool import PagePool
-from reference_engine.request import FinishReason, Request, SamplingParams
-from reference_engine.sampler import greedy
+from reference_engine.request import MAX_STOP_IDS, FinishReason, Request, SamplingParams
+from reference_engine.sampler import (
+    greedy,
+    is_greedy,
+    log_probabilities,
+    make_sampling,
+    sample,
+)
 from reference_engine.scheduler import Scheduler, StepPlan
 from reference_engine.weights import Params
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Output:
+class Output(NamedTuple):
     """One new token.
 
     Attributes:
@@ -29,20 +48,77 @@ class Output:
       token_id: the token.
       finish_reason: why the request ended with it; None if it goes on.
       logits: f32[vocab_size] that the token was taken from; None unless asked for.
+      logprobs: id -> log probability, the token's first, then the likeliest; None unless asked for.
     """
 
     request_id: int
     token_id: int
     finish_reason: FinishReason | None
-    logits: np.ndarray | None
+    logits: np.ndarray | None = None
+    logprobs: dict[int, float] | None = None
+
+
+@dataclasses.dataclass
+class Stats:
+    """Counts over an engine's life.
+
+    Attributes:
+      num_steps: steps that computed something.
+      num_tokens: tokens computed, recomputed ones included.
+      num_padding: rows of the batches that held no token.
+      num_cached: tokens that the prefix cache spared.
+      num_deferrals: times that alignment made a request wait a step.
+      num_preemptions: times that a request lost its pages.
+      seconds: in steps.
+      wait_seconds: of them, waiting for the device; the rest is the host's own work.
+      num_recompiles: programs that XLA compiled in steps after `warm_up`; 0 as it should be.
+    """
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    num_padding: int = 0
+    num_cached: int = 0
+    num_deferrals: int = 0
+    num_preemptions: int = 0
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+    num_recompiles: int = 0
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("spec", "model", "kv_write", "write_backend", "attention"),
+    donate_argnames=("kv_pages",),
+)
+def run_step(
+    params: Params, kv_pages: jax.Array, packed: jax.Array, *, spec: Spec, model: ModelConfig,
+    kv_write: str, write_backend: str, attention: str,
+) -> tuple[jax.Array, jax.Array]:
+    """The model's step as one program with one input from the host.
+
+    Args:
+      params: the model's.
+      kv_pages: [L*P, page_size, R, C]; donated.
+      packed: i32[n]; a packed Batch.
+      spec: what `batch.pack` said of it.
+      model, kv_write, write_backend, attention: see model.forward.
+
+    Returns:
+      Logits of each sequence's last new token, f32[S, vocab_size], and the pool.
+    """
+    return forward(
+        params, kv_pages, Batch(*unpack(packed, spec)), config=model, kv_write=kv_write,
+        write_backend=write_backend, attention=attention,
+    )
 
 
 class Engine:
-    """Serves token-id prompts, greedily, from one paged pool.
+    """Serves token-id prompts from one paged pool.
 
     Attributes:
       scheduler: requests and their pages.
       last_plan: what the last step computed; None before the first.
+      stats: see Stats.
 
     >>> from reference_engine.weights import random_params
     >>> model = ModelConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_layers=1,
@@ -59,6 +135,8 @@ class Engine:
         model_config: ModelConfig,
         config: EngineConfig,
         *,
+        eos_token_ids: Sequence[int] = (),
+        seed: int = 0,
         on_finish: Callable[[Request], None] | None = None,
     ):
         """Makes the pool; nothing is compiled before the first step.
@@ -67,6 +145,8 @@ class Engine:
           params: the model's parameters, see weights.
           model_config: their shape.
           config: see EngineConfig.
+          eos_token_ids: ids that end a request unless it ignores them.
+          seed: gives every request without a seed of its own one.
           on_finish: called with every request that finished by itself, while its pages are still
             its own (`read_kv` works).
         """
@@ -74,7 +154,11 @@ class Engine:
         self.model_config = model_config
         self.scheduler = Scheduler(config, PagePool(config.num_pages))
         self.last_plan: StepPlan | None = None
+        self.stats = Stats()
         self._params = params
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._seed = seed
+        self._compiles_after_warm_up: int | None = None
         self._on_finish = on_finish
         self._kv_pages = make_pool(model_config, config.num_pages, config.page_size)
         self._next_id = 0
@@ -94,15 +178,38 @@ class Engine:
             token below max_model_len, or could outgrow the pool. Nothing else is changed.
         """
         params = params or SamplingParams()
-        self._check_prompt(prompt_ids, params)
-        request = Request(self._next_id, tuple(map(int, prompt_ids)), params)
+        self.check_request(prompt_ids, params)
+        seed = params.seed
+        if seed is None and params.temperature > 0:
+            drawn = np.random.SeedSequence([self._seed, self._next_id]).generate_state(1, np.uint64)
+            seed = int(drawn.view(np.int64)[0])
+        request = Request(
+            self._next_id, tuple(map(int, prompt_ids)), params, stop_ids=self._eos_ids(params),
+            seed=seed or 0,
+        )
         self._next_id += 1
         self.scheduler.add(request)
         return request.request_id
 
-    def abort(self, request_id: int) -> bool:
-        """Takes a request back and frees its pages; False if no such request is alive."""
-        return self.scheduler.abort(request_id) is not None
+    def abort(
+        self, request_id: int, reason: FinishReason = FinishReason.ABORT
+    ) -> Request | None:
+        """Ends a request now and frees its pages; returns it, None if no such request is alive."""
+        return self.scheduler.abort(request_id, reason)
+
+    def warm_up(self, on_shape: Callable[[BatchShape], None] | None = None) -> None:
+        """Compiles every shape that a step can have, by running an empty batch of each.
+
+        Args:
+          on_shape: called when a shape is ready.
+        """
+        for shape in batch_shapes(self.config):
+            logits, self._kv_pages = self._run(make_batch_of(shape, (), self.config))
+            tokens = sample(logits, make_sampling([], shape.num_seqs))
+            jax.block_until_ready((greedy(logits), log_probabilities(logits, tokens)))
+            if on_shape is not None:
+                on_shape(shape)
+        self._compiles_after_warm_up = compiles.num_compiles()
 
     def step(self) -> list[Output]:
         """Computes one batch and returns the tokens it yielded, in the batch's order.
@@ -110,28 +217,31 @@ class Engine:
         If the model raises, the error passes on, no token is lost, and the next step computes the
         same tokens again (all of them from the start if the pool went down with the step).
         """
+        start = time.perf_counter()
         plan = self.scheduler.schedule()
         self.last_plan = plan
         if not plan.segments:
             return []
+        requests = [self._request(segment.request_id) for segment in plan.segments]
+        compiled = compiles.num_compiles()
         try:
-            logits, tokens = self._run(plan)
+            batch = make_batch(plan.segments, self.config)
+            logits, kv_pages = self._run(batch)
+            if all(map(is_greedy, requests)):
+                device_tokens = greedy(logits)
+            else:
+                device_tokens = sample(logits, make_sampling(requests, logits.shape[0]))
+            wait = time.perf_counter()
+            tokens = np.asarray(device_tokens)[: len(requests)].tolist()
+            self.stats.wait_seconds += time.perf_counter() - wait
+            extras = self._extras(requests, device_tokens, logits)
+            self._kv_pages = kv_pages  # not before the step has come to its end without an error
         except BaseException:
             self._recover()
             raise
-        new_tokens = {
-            segment.request_id: token
-            for segment, token in zip(plan.segments, tokens, strict=True) if segment.samples
-        }
-        finished = self.scheduler.commit(plan, new_tokens)
-        reasons = {request.request_id: request.finish_reason for request in finished}
-        outputs = [
-            Output(
-                segment.request_id, new_tokens[segment.request_id],
-                reasons.get(segment.request_id), None if logits is None else logits[row],
-            )
-            for row, segment in enumerate(plan.segments) if segment.samples
-        ]
+        self._count(plan, batch, compiled)
+        outputs, finished = self._commit(plan, tokens, extras)
+        self.stats.seconds += time.perf_counter() - start
         try:
             if self._on_finish is not None:
                 for request in finished:
@@ -160,16 +270,64 @@ class Engine:
         kv = kv.reshape(2, config.num_layers, -1, config.num_kv_heads, config.head_dim)
         return kv[:, :, : request.num_computed]
 
-    def _run(self, plan: StepPlan) -> tuple[np.ndarray | None, list[int]]:
-        batch = make_batch(plan.segments, self.config)
-        logits, kv_pages = forward(
-            self._params, self._kv_pages, batch, config=self.model_config,
+    def _request(self, request_id: int) -> Request:
+        request = self.scheduler.get(request_id)
+        assert request is not None
+        return request
+
+    def _run(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Dispatches the model's step; its logits, and the pool that takes the engine's place."""
+        packed, spec = pack(batch)
+        return run_step(
+            self._params, self._kv_pages, packed, spec=spec, model=self.model_config,
             kv_write=self.config.kv_write, write_backend=self.config.write_backend,
             attention=self.config.attention,
         )
-        tokens = np.asarray(greedy(logits))[: len(plan.segments)].tolist()
-        self._kv_pages = kv_pages  # not before the step has come to its end without an error
-        return (np.asarray(logits) if self.config.return_logits else None), tokens
+
+    def _extras(
+        self, requests: Sequence[Request], tokens: jax.Array, logits: jax.Array
+    ) -> list[tuple[np.ndarray | None, dict[int, float] | None]]:
+        """What each row hands back beside its token: logits and log probabilities."""
+        rows = np.asarray(logits) if self.config.return_logits else [None] * len(requests)
+        if all(request.params.logprobs is None for request in requests):
+            return [(row, None) for row, _ in zip(rows, requests, strict=False)]
+        own, ids, values = map(np.asarray, log_probabilities(logits, tokens))
+        chosen = np.asarray(tokens)
+        extras = []
+        for i, request in enumerate(requests):
+            count, found = request.params.logprobs, None
+            if count is not None:
+                top = zip(ids[i, :count].tolist(), values[i, :count].tolist(), strict=True)
+                found = {int(chosen[i]): float(own[i])} | dict(top)
+            extras.append((rows[i], found))
+        return extras
+
+    def _commit(
+        self, plan: StepPlan, tokens: list[int], extras: list
+    ) -> tuple[list[Output], list[Request]]:
+        new_tokens = {
+            segment.request_id: token
+            for segment, token in zip(plan.segments, tokens, strict=True) if segment.samples
+        }
+        finished = self.scheduler.commit(plan, new_tokens)
+        reasons = {request.request_id: request.finish_reason for request in finished}
+        outputs = [
+            Output(segment.request_id, token, reasons.get(segment.request_id), *extra)
+            for segment, token, extra in zip(plan.segments, tokens, extras, strict=True)
+            if segment.samples
+        ]
+        return outputs, finished
+
+    def _count(self, plan: StepPlan, batch: Batch, compiled: int) -> None:
+        stats, num_tokens = self.stats, plan.num_tokens
+        stats.num_steps += 1
+        stats.num_tokens += num_tokens
+        stats.num_padding += len(batch.token_ids) - num_tokens
+        stats.num_deferrals += len(plan.deferrals)
+        stats.num_preemptions += len(plan.preempted)
+        stats.num_cached = self.scheduler.num_cached
+        if self._compiles_after_warm_up is not None:
+            stats.num_recompiles += compiles.num_compiles() - compiled
 
     def _recover(self) -> None:
         """After a failed step: the plan was not committed; only a donated pool can be lost."""
@@ -178,8 +336,13 @@ class Engine:
                 self.model_config, self.config.num_pages, self.config.page_size
             )
             self.scheduler.preempt_all()
+            self.scheduler.pool.forget_all()
 
-    def _check_prompt(self, prompt: Sequence[int], params: SamplingParams) -> None:
+    def _eos_ids(self, params: SamplingParams) -> frozenset[int]:
+        return frozenset() if params.ignore_eos else self._eos_token_ids
+
+    def check_request(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raises the ValueError that `add_request` would, and changes nothing."""
         op, config = "Engine.add_request", self.config
         require(
             len(prompt) > 0, op, "prompt_ids", got="empty", wanted="at least one token id",
@@ -208,4 +371,10 @@ class Engine:
             got=f"{len(prompt)} tokens long with max_tokens={params.max_tokens}: up to"
             f" {num_pages} pages", wanted=f"at most the pool's {config.num_pages} pages",
             hint="lower max_tokens, shorten the prompt, or raise num_pages",
+        )
+        num_stops = len(self._eos_ids(params) | set(params.stop_token_ids))
+        require(
+            params.min_tokens == 0 or num_stops <= MAX_STOP_IDS, op, "stop_token_ids",
+            got=f"{num_stops} ids, the model's own included", wanted=f"at most {MAX_STOP_IDS}"
+            " with min_tokens", hint="name fewer, or leave min_tokens at 0",
         )

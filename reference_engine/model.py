@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""A dense Llama-shaped decoder over a paged pool.
+"""A dense decoder of the Llama family over a paged pool.
 
 All layers share one flat pool of L * P pages, carried through `lax.scan`: layer l has pages
 [l*P, (l+1)*P). A pool stacked as the scan's xs and ys would cost a temporary of its own size.
@@ -7,14 +7,13 @@ All layers share one flat pool of L * P pages, carried through `lax.scan`: layer
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 import pallas_paged
 from pallas_paged.ragged_paged_attention.api import ragged_paged_attention
+from reference_engine import rope
 from reference_engine.batch import Batch
 from reference_engine.config import ModelConfig
 from reference_engine.weights import Params
@@ -28,20 +27,15 @@ def make_pool(config: ModelConfig, num_pages: int, page_size: int) -> jax.Array:
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "kv_write", "write_backend", "attention"),
-    donate_argnames=("kv_pages",),
-)
 def forward(
     params: Params, kv_pages: jax.Array, batch: Batch, *, config: ModelConfig,
     kv_write: str, write_backend: str, attention: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs one step.
+    """Runs one step; to be traced with `kv_pages` donated.
 
     Args:
-      params: see weights.random_params.
-      kv_pages: [L*P, page_size, R, C]; donated.
+      params: see weights.param_shapes.
+      kv_pages: [L*P, page_size, R, C].
       batch: see batch.Batch.
       config: the parameters' shape.
       kv_write: the form of the writes, see EngineConfig.
@@ -60,7 +54,7 @@ def forward(
         first_page = index * pages_per_layer
         attended, kv_pages = _attention(
             _rms_norm(x, weights["attention_norm"], config), weights, kv_pages,
-            _in_layer(batch, first_page, kv_pages.shape[1]), rotation, config, kv_write,
+            in_layer(batch, first_page, kv_pages.shape[1]), rotation, config, kv_write,
             write_backend, attention,
         )
         x += attended
@@ -72,10 +66,11 @@ def forward(
     (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), layers)
     last_rows = jnp.maximum(batch.cu_q_lens[1:] - 1, 0)  # [S]
     x = _rms_norm(x[last_rows], params["norm"], config)
-    return _matmul(x, params["unembedding"]).astype(jnp.float32), kv_pages
+    unembedding = params["embedding" if config.tie_embeddings else "unembedding"]  # [V, D]
+    return _matmul(x, unembedding.T).astype(jnp.float32), kv_pages
 
 
-def _in_layer(batch: Batch, first_page: jax.Array, page_size: int) -> Batch:
+def in_layer(batch: Batch, first_page: jax.Array, page_size: int) -> Batch:
     """The batch with the ids of the pages that one layer has; what is skipped stays skipped."""
 
     def shift(ids, by):
@@ -85,7 +80,7 @@ def _in_layer(batch: Batch, first_page: jax.Array, page_size: int) -> Batch:
     return batch._replace(
         page_indices=shift(batch.page_indices, first_page),
         page_ids=shift(batch.page_ids, first_page),
-        slices=batch.slices.at[0].set(shift(batch.slices[0], first_slot)),
+        slices=jnp.concatenate([shift(batch.slices[:1], first_slot), batch.slices[1:]]),
         slots=shift(batch.slots, first_slot),
     )
 
@@ -95,9 +90,9 @@ def _attention(
 ):
     """Writes the new keys and values, then attends; x [T, D] -> [T, D], and the pool."""
     num_tokens = x.shape[0]
-    q = _rotate(_matmul(x, weights["q"]), rotation, config.num_heads)  # [T, N*H]
-    k = _rotate(_matmul(x, weights["k"]), rotation, config.num_kv_heads)  # [T, K*H]
-    v = _matmul(x, weights["v"])  # [T, K*H]
+    q = _rotate(_project(x, weights, "q"), rotation, weights.get("q_norm"), config)  # [T, N*H]
+    k = _rotate(_project(x, weights, "k"), rotation, weights.get("k_norm"), config)  # [T, K*H]
+    v = _project(x, weights, "v")  # [T, K*H]
     q = q.reshape(num_tokens, config.num_heads, -1)
     metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.num_seqs)
     options = {
@@ -107,13 +102,13 @@ def _attention(
     if kv_write == "fused":
         out, kv_pages = pallas_paged.write_and_attend(q, k, v, kv_pages, *metadata, **options)
     else:
-        kv_pages = _write(kv_pages, k, v, batch, config, write_backend)
+        kv_pages = write_kv(kv_pages, k, v, batch, config, write_backend)
         out = ragged_paged_attention(q, kv_pages, *metadata, **options)
-    return _matmul(out.reshape(num_tokens, -1), weights["o"]), kv_pages
+    return _project(out.reshape(num_tokens, -1), weights, "o"), kv_pages
 
 
-def _write(kv_pages, k, v, batch, config, backend):
-    """Every form of write that the batch brings; k, v [T, K*H]."""
+def write_kv(kv_pages, k, v, batch, config, backend):
+    """Writes a layer's new keys and values in every form that the batch brings; k, v [T, K*H]."""
     options = {"num_kv_heads": config.num_kv_heads, "backend": backend}
     if batch.page_ids.size:
         kv_pages = pallas_paged.page_write(
@@ -130,8 +125,15 @@ def _write(kv_pages, k, v, batch, config, backend):
 
 def _mlp(x, weights):
     """SwiGLU; x [T, D] -> [T, D]."""
-    gate = jax.nn.silu(_matmul(x, weights["gate"]))
-    return _matmul(gate * _matmul(x, weights["up"]), weights["down"])
+    gate = jax.nn.silu(_project(x, weights, "gate"))
+    return _project(gate * _project(x, weights, "up"), weights, "down")
+
+
+def _project(x, weights, name):
+    """A projection of the layer, with its bias if it has one."""
+    out = _matmul(x, weights[name])
+    bias = weights.get(f"{name}_bias")
+    return out if bias is None else out + bias
 
 
 def _matmul(x, matrix):
@@ -147,21 +149,23 @@ def _rms_norm(x, scale, config):
 
 def _rotation(positions, config):
     """cos and sin of the rotary angles, f32[T, H/2] each."""
-    half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies, factor = rope.frequencies(
+        config.head_dim, config.rope_theta, config.rope_scaling
+    )
     angles = positions[:, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def _rotate(x, rotation, num_heads):
+def _rotate(x, rotation, norm, config):
     """Rotates the two halves of every head against each other; x [T, heads * H].
 
-    Head by head on the projection's own lanes: through a view [T, heads, H] XLA would copy k on a
-    TPU, there and back.
+    Each head is normalised before, if there is a norm. Head by head on the projection's own lanes:
+    through a view [T, heads, H] XLA would copy k on a TPU, there and back.
     """
     cos, sin = rotation
     rotated = []
-    for head in jnp.split(x.astype(jnp.float32), num_heads, axis=1):
-        first, second = jnp.split(head, 2, axis=1)
+    for head in jnp.split(x, x.shape[1] // config.head_dim, axis=1):
+        head = head if norm is None else _rms_norm(head, norm, config)
+        first, second = jnp.split(head.astype(jnp.float32), 2, axis=1)
         rotated += [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=1).astype(x.dtype)

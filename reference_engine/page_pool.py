@@ -1,16 +1,33 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Which pages are free and how many requests hold each of the others. Pure Python."""
+"""Which pages are free, how many requests hold each of the others, and what full ones hold.
+
+Pure Python. The prefix cache is a property of pages: a full page that was published is known by a
+hash of all tokens up to its end, also while it is free, until it is handed out anew.
+"""
 
 from __future__ import annotations
 
+import array
 import collections
+import hashlib
+from collections.abc import Iterable, Sequence
+
+
+def page_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Hash of a full page: of its tokens and, through its parent's hash, of all before them.
+
+    >>> first = page_hash(b"", (1, 2))
+    >>> page_hash(first, (3, 4)) == page_hash(b"", (3, 4))
+    False
+    """
+    return hashlib.blake2b(parent + array.array("q", token_ids).tobytes(), digest_size=16).digest()
 
 
 class PagePool:
-    """Free list and reference counts of `num_pages` pages.
+    """Free list, reference counts and prefix cache of `num_pages` pages.
 
     A page is free when nobody refers to it. Pages are handed out in the order in which they were
-    freed, the least recently used first.
+    freed, the least recently used first; what the prefix cache knows of a page ends there.
 
     >>> pool = PagePool(4)
     >>> pages = pool.allocate(3)
@@ -18,14 +35,17 @@ class PagePool:
     ([0, 1, 2], 1)
     >>> pool.allocate(2) is None  # all or nothing
     True
+    >>> pool.publish(pages[0], b"hash")
     >>> pool.release(pages)
-    >>> pool.allocate(4)
-    [3, 2, 1, 0]
+    >>> pool.take(pool.find([b"hash"]), 1)  # a page that was found, and a new one
+    [0, 3]
     """
 
     def __init__(self, num_pages: int):
-        self._free = collections.deque(range(num_pages))
+        self._free = collections.OrderedDict.fromkeys(range(num_pages))
         self._references = [0] * num_pages
+        self._hash_of: list[bytes | None] = [None] * num_pages
+        self._page_of: dict[bytes, int] = {}
 
     @property
     def num_pages(self) -> int:
@@ -33,7 +53,13 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
+        """Pages that nobody holds, those with a known content included."""
         return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Pages whose content can be found."""
+        return len(self._page_of)
 
     def references(self, page_id: int) -> int:
         """How many holders page `page_id` has."""
@@ -43,34 +69,77 @@ class PagePool:
         """Takes `num_pages` free pages, one reference each; None, and nothing taken, if too few."""
         if num_pages > len(self._free):
             return None
-        page_ids = [self._free.popleft() for _ in range(num_pages)]
+        page_ids = [self._free.popitem(last=False)[0] for _ in range(num_pages)]
         for page_id in page_ids:
             self._references[page_id] = 1
+            self._forget(page_id)
         return page_ids
 
-    def retain(self, page_ids: list[int]) -> None:
-        """Adds one reference to each page; ValueError, and no change, if one of them is free."""
-        self._check_held(page_ids, "retain")
-        for page_id in page_ids:
-            self._references[page_id] += 1
-
-    def release(self, page_ids: list[int]) -> None:
+    def release(self, page_ids: Sequence[int]) -> None:
         """Takes one reference from each page; ValueError, and no change, if one of them is free.
 
         The last pages of a request are freed first, so that its front, which other requests are
         likelier to share, is reused last.
         """
-        self._check_held(page_ids, "release")
+        self._check_held(page_ids)
         for page_id in reversed(page_ids):
             self._references[page_id] -= 1
             if self._references[page_id] == 0:
-                self._free.append(page_id)
+                self._free[page_id] = None
 
-    def _check_held(self, page_ids: list[int], what: str) -> None:
+    def publish(self, page_id: int, digest: bytes) -> None:
+        """Lets `find` find a held page by the hash of its content, which must not change again.
+
+        Where two pages hold the same, the first one stays known.
+        """
+        self._check_held([page_id])
+        if digest not in self._page_of:
+            self._forget(page_id)
+            self._page_of[digest] = page_id
+            self._hash_of[page_id] = digest
+
+    def find(self, digests: Iterable[bytes]) -> list[int]:
+        """The pages of the longest known front of a chain of hashes; takes no reference."""
+        page_ids = []
+        for digest in digests:
+            page_id = self._page_of.get(digest)
+            if page_id is None:
+                break
+            page_ids.append(page_id)
+        return page_ids
+
+    def can_take(self, found: Sequence[int], num_new: int) -> bool:
+        """Whether `take` would."""
+        return num_new + sum(self._references[i] == 0 for i in found) <= len(self._free)
+
+    def take(self, found: Sequence[int], num_new: int) -> list[int] | None:
+        """One reference to each page that `find` found, held or free, and `num_new` new pages.
+
+        None, and nothing taken, if too few are free.
+        """
+        if not self.can_take(found, num_new):
+            return None
+        for page_id in found:  # before anything is allocated, which could hand them out
+            if self._references[page_id] == 0:
+                del self._free[page_id]
+            self._references[page_id] += 1
+        return [*found, *(self.allocate(num_new) or ())]
+
+    def forget_all(self) -> None:
+        """Empties the prefix cache: the pages' contents are lost."""
+        self._page_of.clear()
+        self._hash_of = [None] * self.num_pages
+
+    def _forget(self, page_id: int) -> None:
+        digest, self._hash_of[page_id] = self._hash_of[page_id], None
+        if digest is not None:
+            del self._page_of[digest]
+
+    def _check_held(self, page_ids: Sequence[int]) -> None:
         for page_id, count in collections.Counter(page_ids).items():
-            held = self._references[page_id] if 0 <= page_id < len(self._references) else 0
-            if held == 0 or (what == "release" and held < count):
+            held = self._references[page_id] if 0 <= page_id < self.num_pages else 0
+            if held < count:
                 raise ValueError(
-                    f"PagePool.{what}: page {page_id} has {held} references, {count} were named;"
-                    " a page must be allocated first and released once per reference"
+                    f"PagePool: page {page_id} has {held} references, {count} were named; a page"
+                    " must be allocated first and released once per reference"
                 )

@@ -39,6 +39,7 @@ class Result:
       num_decode_partials: those that decodes wrote (one token each).
       num_deferrals: times that alignment made a request wait a step.
       num_preemptions: times that a request lost its pages.
+      num_cached: tokens that the prefix cache spared.
       ttft: steps from arrival to first token, both ends included.
       outputs: tokens generated.
       logits: f32[vocab_size] of each of them.
@@ -52,6 +53,7 @@ class Result:
     num_decode_partials: int = 0
     num_deferrals: int = 0
     num_preemptions: int = 0
+    num_cached: int = 0
     ttft: dict[int, int] = dataclasses.field(default_factory=dict)
     outputs: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     logits: dict[int, list[np.ndarray]] = dataclasses.field(default_factory=dict)
@@ -157,6 +159,7 @@ def replay(
         if observe is not None:
             observe(now, engine, outputs)
         now += 1
+    result.num_cached = engine.stats.num_cached
     return result
 
 

@@ -7,30 +7,32 @@ A request has no phase: each step lets `num_computed` catch up with `num_tokens`
 
 from __future__ import annotations
 
+import array
 import collections
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from reference_engine.config import EngineConfig, num_pages_for
-from reference_engine.page_pool import PagePool
+from reference_engine.page_pool import PagePool, page_hash
 from reference_engine.request import FinishReason, Request
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """The new tokens of one request in one step.
 
     Attributes:
       request_id: whose they are.
       start: position of the first of them; also how many tokens are in the pool already.
       token_ids: the tokens, at positions [start, end).
-      page_ids: the request's pages, in order, enough for `end` tokens.
+      page_ids: the request's pages, in order, enough for `end` tokens; not a copy, it may grow.
       samples: whether `end` is the last known token, so that the step yields a new one.
     """
 
     request_id: int
     start: int
     token_ids: tuple[int, ...]
-    page_ids: tuple[int, ...]
+    page_ids: Sequence[int]
     samples: bool
 
     @property
@@ -48,12 +50,24 @@ class Deferral:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Blocked:
+    """The first in the queue, which wants `num_pages` new pages of `num_free`, or, where those
+    are enough, one of the places of max_num_seqs."""
+
+    request_id: int
+    num_pages: int
+    num_free: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: what to compute, who waits for a page boundary, whose pages were taken away."""
+    """One step: what to compute, who waits for a page boundary, whose pages were taken away, and
+    who could not be admitted."""
 
     segments: tuple[Segment, ...]
     deferrals: tuple[Deferral, ...] = ()
     preempted: tuple[int, ...] = ()
+    blocked: Blocked | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -85,14 +99,15 @@ def limit(
     Returns:
       A count that fits every limit; 0 for "not in this step".
     """
-    last = min(request.num_tokens, config.max_model_len)
+    num_tokens = request.num_tokens
+    last = min(num_tokens, config.max_model_len)
     n = min(last - computed, budget)
     if contended and config.long_prefill_token_threshold:
         n = min(n, config.long_prefill_token_threshold)
     if n <= 0:
         return 0
     # A resumed request replays its outputs as a prefill, all but the newest.
-    is_decode = computed >= max(request.num_prompt, request.num_tokens - 1)
+    is_decode = computed >= num_tokens - 1 and computed >= request.num_prompt
     if is_decode or not config.page_aligned_scheduling:
         return n
     end = computed + n
@@ -111,6 +126,7 @@ class Scheduler:
     Attributes:
       waiting: requests without pages, first come first; a preempted one returns to the front.
       running: requests with pages, in order of admission.
+      num_cached: tokens that admitted requests found in the prefix cache, so far.
     """
 
     def __init__(self, config: EngineConfig, pool: PagePool):
@@ -118,9 +134,16 @@ class Scheduler:
         self.pool = pool
         self.waiting: collections.deque[Request] = collections.deque()
         self.running: list[Request] = []
+        self.num_cached = 0
+        self._requests: dict[int, Request] = {}  # both of them, by id
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
+        self._requests[request.request_id] = request
+
+    def get(self, request_id: int) -> Request | None:
+        """The live request of that number."""
+        return self._requests.get(request_id)
 
     def schedule(self) -> StepPlan:
         """Plans one step. Pages are taken here; `commit` counts the tokens once they are computed.
@@ -130,46 +153,58 @@ class Scheduler:
         segments: list[Segment] = []
         deferrals: list[Deferral] = []
         preempted: list[int] = []
-        budget = self.config.max_num_batched_tokens
+        blocked: Blocked | None = None
+        config, page_size = self.config, self.config.page_size
+        budget = config.max_num_batched_tokens
         contended = len(self.running) + len(self.waiting) > 1
 
-        def take(request: Request) -> int:
-            n = limit(request, request.num_computed, budget, contended, self.config)
-            if n == 0:
-                request.num_deferrals += 1
-                deferrals.append(Deferral(request.request_id, request.num_computed, budget))
-            return n
-
-        def put(request: Request, n: int) -> int:
-            request.num_deferrals = 0
-            segments.append(_segment(request, n))
-            return budget - charge(n)
+        def defer(request: Request, computed: int) -> None:
+            request.num_deferrals += 1
+            deferrals.append(Deferral(request.request_id, computed, budget))
 
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
             index += 1
-            n = take(request)
-            # Whoever cannot use what is left must not stop those behind it, decodes above all.
-            if n > 0 and self._grow(request, request.num_computed + n, preempted):
-                budget = put(request, n)
+            computed = request.num_computed
+            n = limit(request, computed, budget, contended, config)
+            if n == 0:
+                # Whoever cannot use what is left must not stop those behind it, decodes above all.
+                defer(request, computed)
+                continue
+            if computed + n > len(request.page_ids) * page_size and not self._grow(
+                request, computed + n, preempted
+            ):
+                continue
+            segments.append(_segment(request, computed, computed + n))
+            budget -= charge(n)
 
         # Whoever was preempted needs the pages that an admission would take.
         while self.waiting and budget > 0 and not preempted:
             request = self.waiting[0]
-            num_pages = num_pages_for(request.num_tokens, self.config.page_size)
-            if len(self.running) >= self.config.max_num_seqs or num_pages > self.pool.num_free:
+            cached = self._find_cached(request)
+            # Pages for all known tokens at once: a half-admitted prompt could only wait for pages
+            # that other half-admitted prompts hold.
+            num_new = num_pages_for(request.num_tokens, page_size) - len(cached)
+            if len(self.running) >= config.max_num_seqs or not self.pool.can_take(cached, num_new):
+                blocked = Blocked(request.request_id, num_new, self.pool.num_free)
                 break
-            n = take(request)
+            computed = len(cached) * page_size
+            n = limit(request, computed, budget, contended, config)
             if n == 0:
+                defer(request, computed)
                 break  # first come, first served
-            self._admit(request, num_pages)
-            budget = put(request, n)
+            self._admit(request, cached, num_new)
+            segments.append(_segment(request, computed, computed + n))
+            budget -= charge(n)
 
-        return StepPlan(tuple(segments), tuple(deferrals), tuple(preempted))
+        return StepPlan(tuple(segments), tuple(deferrals), tuple(preempted), blocked)
 
     def commit(self, plan: StepPlan, new_tokens: dict[int, int]) -> list[Request]:
         """Counts the plan's tokens as computed and appends the tokens that the step yielded.
+
+        Full pages are published to the prefix cache here and not before: within one step nobody
+        may read a page that another request writes.
 
         Args:
           plan: what was computed.
@@ -178,48 +213,83 @@ class Scheduler:
         Returns:
           The requests that finished. They hold their pages until `release`.
         """
-        by_id = {request.request_id: request for request in self.running}
         finished = []
-        for segment in plan.segments:
-            request = by_id[segment.request_id]
-            request.num_computed = segment.end
-            if not segment.samples:
-                continue
-            request.output_ids.append(new_tokens[request.request_id])
-            request.finish_reason = _finish_reason(request, self.config)
-            if request.finish_reason is not None:
-                finished.append(request)
+        page_size = self.config.page_size
+        for request_id, start, token_ids, _, samples in plan.segments:
+            request = self._requests[request_id]
+            request.num_computed = end = start + len(token_ids)
+            request.num_deferrals = 0
+            if end >= (request.num_published + 1) * page_size:
+                self._publish(request)
+            if samples:
+                request.append(new_tokens[request_id])
+                reason = _finish_reason(request, self.config)
+                if reason is not None:
+                    request.finish_reason = reason
+                    finished.append(request)
         return finished
 
     def release(self, request: Request) -> None:
         """Forgets a running request and gives its pages back."""
         self.running.remove(request)
+        del self._requests[request.request_id]
         self._free_pages(request)
 
-    def abort(self, request_id: int) -> Request | None:
-        """Forgets a request, waiting or running, and returns it; None if there is none."""
-        for request in (*self.running, *self.waiting):
-            if request.request_id == request_id:
-                if request in self.waiting:
-                    self.waiting.remove(request)
-                else:
-                    self.release(request)
-                request.finish_reason = FinishReason.ABORT
-                return request
-        return None
+    def abort(
+        self, request_id: int, reason: FinishReason = FinishReason.ABORT
+    ) -> Request | None:
+        """Ends a request, waiting or running, and returns it; None if there is none."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        if request.page_ids:
+            self.release(request)
+        else:
+            self.waiting.remove(request)
+            del self._requests[request_id]
+        request.finish_reason = reason
+        return request
 
     def preempt_all(self) -> None:
         """Sends all running requests back to the front of the queue, in order, to be recomputed."""
         while self.running:
             self._preempt_last()
 
-    def _admit(self, request: Request, num_pages: int) -> None:
-        # Pages for all known tokens at once: a half-admitted prompt could only wait for pages that
-        # other half-admitted prompts hold.
-        page_ids = self.pool.allocate(num_pages)
+    def _find_cached(self, request: Request) -> list[int]:
+        """Pages of the longest front of the request that the prefix cache holds.
+
+        At least one token is left to compute, because the next one is sampled from its logits; as
+        chunks start on boundaries, a full hit recomputes its last page.
+        """
+        if not self.config.enable_prefix_caching:
+            return []
+        num_full = (request.num_tokens - 1) // self.config.page_size
+        self._extend_hashes(request, num_full)
+        return self.pool.find(request.page_hashes[:num_full])
+
+    def _publish(self, request: Request) -> None:
+        """Offers the pages that have become full to the prefix cache."""
+        num_full = request.num_computed // self.config.page_size
+        if self.config.enable_prefix_caching:
+            self._extend_hashes(request, num_full)
+            for i in range(request.num_published, num_full):
+                self.pool.publish(request.page_ids[i], request.page_hashes[i])
+        request.num_published = num_full
+
+    def _extend_hashes(self, request: Request, num_pages: int) -> None:
+        page_size, hashes = self.config.page_size, request.page_hashes
+        for i in range(len(hashes), num_pages):
+            tokens = request.token_ids(i * page_size, (i + 1) * page_size)
+            hashes.append(page_hash(hashes[-1] if hashes else b"", tokens))
+
+    def _admit(self, request: Request, cached: list[int], num_new: int) -> None:
+        page_ids = self.pool.take(cached, num_new)
         assert page_ids is not None  # the caller has counted the free pages
         self.waiting.popleft()
-        request.page_ids = page_ids
+        request.page_ids.extend(page_ids)
+        request.num_published = len(cached)
+        request.num_computed = request.num_cached = len(cached) * self.config.page_size
+        self.num_cached += request.num_cached
         self.running.append(request)
 
     def _grow(self, request: Request, num_tokens: int, preempted: list[int]) -> bool:
@@ -230,33 +300,33 @@ class Scheduler:
             preempted.append(victim.request_id)
             if victim is request:
                 return False
-        request.page_ids += page_ids
+        request.page_ids.extend(page_ids)
         return True
 
     def _preempt_last(self) -> Request:
         victim = self.running.pop()
         self._free_pages(victim)
-        victim.num_computed = 0
+        victim.num_computed = victim.num_published = 0
         victim.num_preemptions += 1
         self.waiting.appendleft(victim)
         return victim
 
     def _free_pages(self, request: Request) -> None:
         self.pool.release(request.page_ids)
-        request.page_ids = []
+        request.page_ids = array.array("i")  # a plan may still refer to the old one
 
 
-def _segment(request: Request, n: int) -> Segment:
-    start, end = request.num_computed, request.num_computed + n
+def _segment(request: Request, start: int, end: int) -> Segment:
     return Segment(
-        request.request_id, start, request.token_ids(start, end), tuple(request.page_ids),
-        samples=end == request.num_tokens,
+        request.request_id, start, request.token_ids(start, end), request.page_ids,
+        end == request.num_tokens,
     )
 
 
 def _finish_reason(request: Request, config: EngineConfig) -> FinishReason | None:
-    if request.output_ids[-1] in request.params.stop_token_ids:
+    num_output, params = len(request.output_ids), request.params
+    if request.output_ids[-1] in request.stop_ids and num_output >= params.min_tokens:
         return FinishReason.STOP
-    if len(request.output_ids) >= request.params.max_tokens:
+    if num_output >= params.max_tokens or request.num_tokens >= config.max_model_len:
         return FinishReason.LENGTH
-    return FinishReason.LENGTH if request.num_tokens >= config.max_model_len else None
+    return None

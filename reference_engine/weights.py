@@ -1,21 +1,110 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Parameters of a model: for now random ones."""
+"""Parameters of a model: from a checkpoint, or random.
+
+`layers` is stacked, [L, ...]; matrices are [in, out], except the two embeddings, [vocab_size, D].
+"""
 
 from __future__ import annotations
 
+import functools
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 
+from reference_engine import checkpoint
 from reference_engine.config import ModelConfig
 
 Params = dict[str, Any]
 
+# Parameter of a layer -> its name in a checkpoint.
+_LAYER_NAMES = {
+    "attention_norm": "input_layernorm.weight",
+    **{name: f"self_attn.{name}_proj.weight" for name in "qkvo"},
+    **{f"{name}_bias": f"self_attn.{name}_proj.bias" for name in "qkvo"},
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+    **{name: f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")},
+    **{f"{name}_bias": f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")},
+}
+_TOP_NAMES = {
+    "embedding": "model.embed_tokens.weight", "norm": "model.norm.weight",
+    "unembedding": "lm_head.weight",
+}
+
+
+def param_shapes(config: ModelConfig) -> Params:
+    """The parameters' shapes and dtype, as `jax.ShapeDtypeStruct`s."""
+    layers, width, inner = config.num_layers, config.hidden_size, config.intermediate_size
+    q_width = config.num_heads * config.head_dim
+    kv_width = config.num_kv_heads * config.head_dim
+    matrices = {
+        "q": (width, q_width), "k": (width, kv_width), "v": (width, kv_width),
+        "o": (q_width, width), "gate": (width, inner), "up": (width, inner),
+        "down": (inner, width),
+    }
+    layer: dict[str, tuple[int, ...]] = {"attention_norm": (width,), "mlp_norm": (width,)}
+    layer |= matrices
+    biased = ["q", "k", "v"] * config.qkv_bias + ["o"] * config.o_bias
+    biased += ["gate", "up", "down"] * config.mlp_bias
+    layer |= {f"{name}_bias": matrices[name][1:] for name in biased}
+    if config.qk_norm:
+        layer |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
+    top: dict[str, tuple[int, ...]] = {"embedding": (config.vocab_size, width), "norm": (width,)}
+    if not config.tie_embeddings:
+        top["unembedding"] = (config.vocab_size, width)
+
+    def struct(shape):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype))
+
+    return {name: struct(shape) for name, shape in top.items()} | {
+        "layers": {name: struct((layers, *shape)) for name, shape in layer.items()}
+    }
+
+
+def load_params(
+    path: str | pathlib.Path, config: ModelConfig, *, on_tensor: Callable[[str], None] | None = None
+) -> Params:
+    """Reads a checkpoint's parameters onto the default device.
+
+    Files are memory-mapped and read one tensor at a time, each into its place in a parameter that
+    is already there: beside the parameters themselves, one tensor is in memory.
+
+    Args:
+      path: the model's folder.
+      config: what its config.json says.
+      on_tensor: called with the name of every tensor that was read.
+
+    Raises:
+      OSError, ValueError: see checkpoint.find_tensors; nothing has been allocated then.
+    """
+    shapes = param_shapes(config)
+    places = _places(shapes)
+    wanted = {name: shape for name, (_, _, shape) in places.items()}
+    files = checkpoint.find_tensors(path, wanted, optional=[_TOP_NAMES["unembedding"]] * (
+        config.tie_embeddings))
+    layers = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes["layers"].items()}
+    params: Params = {"layers": layers}
+    for file, names in files.items():
+        with checkpoint.open_safetensors(file) as tensors:
+            for name in names:
+                key, layer, _ = places[name]
+                tensor = jnp.asarray(tensors.get_tensor(name))
+                if layer is None:
+                    params[key] = tensor.astype(shapes[key].dtype)
+                else:
+                    layers[key] = _put(layers[key], tensor, layer)
+                if on_tensor is not None:
+                    on_tensor(name)
+    return params
+
 
 def random_params(config: ModelConfig, seed: int) -> Params:
-    """Random parameters of which greedy decoding yields diverse tokens.
+    """Random parameters of which greedy decoding yields diverse tokens, made on the device.
 
     Attention must weigh in the residual stream against the token's own embedding, or the next token
     is a function of the last one alone and generation falls into a short cycle. Hence keys and
@@ -24,42 +113,55 @@ def random_params(config: ModelConfig, seed: int) -> Params:
     Args:
       config: see ModelConfig.
       seed: fixes every number.
-
-    Returns:
-      A pytree in `config.dtype`; `layers` is stacked, [L, ...], matrices are [in, out].
     """
-    rng = np.random.default_rng(seed)
-    layers, width, inner = config.num_layers, config.hidden_size, config.intermediate_size
-    q_width = config.num_heads * config.head_dim
-    kv_width = config.num_kv_heads * config.head_dim
+    shapes = param_shapes(config)
+    gains = {"q": 2.0, "k": 2.0, "o": 2.0, "down": 2.0}
 
-    def normal(*shape, scale):
-        return jnp.asarray(rng.standard_normal(shape) * scale, jnp.dtype(config.dtype))
+    def make(path, leaf, key):
+        name = path[-1].key
+        if name.endswith("norm"):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        if name == "embedding":
+            scale = 1.0
+        elif name == "unembedding":
+            scale = leaf.shape[-1] ** -0.5
+        elif name.endswith("bias"):
+            scale = 0.1
+        else:
+            scale = gains.get(name, 1.0) * leaf.shape[-2] ** -0.5
+        return _normal(key, scale, leaf.shape, leaf.dtype)
 
-    def matrix(rows, columns, gain=1.0):
-        return normal(layers, rows, columns, scale=gain * rows**-0.5)
-
-    def ones(*shape):
-        return jnp.ones(shape, jnp.dtype(config.dtype))
-
-    return {
-        "embedding": normal(config.vocab_size, width, scale=1.0),
-        "layers": {
-            "attention_norm": ones(layers, width),
-            "q": matrix(width, q_width, gain=2.0),
-            "k": matrix(width, kv_width, gain=2.0),
-            "v": matrix(width, kv_width),
-            "o": matrix(q_width, width, gain=2.0),
-            "mlp_norm": ones(layers, width),
-            "gate": matrix(width, inner),
-            "up": matrix(width, inner),
-            "down": matrix(inner, width, gain=2.0),
-        },
-        "norm": ones(width),
-        "unembedding": normal(width, config.vocab_size, scale=width**-0.5),
-    }
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    made = [make(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(treedef, made)
 
 
 def num_params(params: Params) -> int:
     """How many numbers `params` holds."""
     return sum(x.size for x in jax.tree.leaves(params))
+
+
+def _places(shapes: Params) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
+    """Name in a checkpoint -> parameter, layer (None outside), and shape in the checkpoint."""
+    places: dict[str, tuple[str, int | None, tuple[int, ...]]] = {}
+    for key, name in _TOP_NAMES.items():
+        if key in shapes:
+            places[name] = (key, None, shapes[key].shape)
+    for key, struct in shapes["layers"].items():
+        for layer in range(struct.shape[0]):  # a checkpoint's matrices are [out, in]
+            places[f"model.layers.{layer}.{_LAYER_NAMES[key]}"] = (
+                key, layer, struct.shape[:0:-1],
+            )
+    return places
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(parameter: jax.Array, tensor: jax.Array, layer: int) -> jax.Array:
+    """The layers' parameter with a checkpoint's tensor, transposed, in its place."""
+    return lax.dynamic_update_index_in_dim(parameter, tensor.T.astype(parameter.dtype), layer, 0)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _normal(key, scale, shape, dtype):
+    return (jax.random.normal(key, shape) * scale).astype(dtype)

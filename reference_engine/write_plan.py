@@ -50,29 +50,25 @@ def plan_writes(segments: Sequence[Segment], page_size: int) -> WritePlan:
     >>> plan.slots.tolist()
     [23, 8, 9, 10, 11, 36, 37]
     """
-    whole: list[tuple[int, int]] = []
-    slices: list[tuple[int, int, int]] = []
-    slots: list[np.ndarray] = []
-    packed = 0  # tokens of the segments before this one
-    for segment in segments:
-        positions = np.arange(segment.start, segment.end)
-        pages = np.asarray(segment.page_ids)
-        slots.append(pages[positions // page_size] * page_size + positions % page_size)
-        position = segment.start
-        while position < segment.end:
-            index, row = divmod(position, page_size)
-            length = min(page_size - row, segment.end - position)
-            page_id, token = segment.page_ids[index], packed + position - segment.start
-            if length == page_size:
-                whole.append((page_id, token))
-            else:
-                slices.append((page_id * page_size + row, token, length))
-            position += length
-        packed += segment.end - segment.start
-    pages_and_starts = np.array(whole, np.int32).reshape(-1, 2)
+    lengths = np.array([len(segment.token_ids) for segment in segments], np.int64)
+    starts = np.array([segment.start for segment in segments], np.int64)
+    counts = np.array([len(segment.page_ids) for segment in segments], np.int64)
+    pages = np.concatenate([np.empty(0, np.int32), *(np.asarray(s.page_ids) for s in segments)])
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    position = np.arange(total) + np.repeat(starts - ends + lengths, lengths)
+    index, row = np.divmod(position, page_size)
+    page = pages[index + np.repeat(np.cumsum(counts) - counts, lengths)]
+    # A piece of a page starts with the first row, and with the first token of a segment.
+    is_first = row == 0
+    is_first[(ends - lengths)] = True
+    tokens = np.flatnonzero(is_first)
+    sizes = np.diff(tokens, append=total)
+    slots = page * page_size + row
+    whole, part = tokens[sizes == page_size], sizes < page_size
     return WritePlan(
-        page_ids=pages_and_starts[:, 0],
-        token_starts=pages_and_starts[:, 1],
-        slices=np.array(slices, np.int32).reshape(-1, 3).T,
-        slots=np.concatenate([np.empty(0, np.int32), *slots]).astype(np.int32),
+        page_ids=page[whole].astype(np.int32),
+        token_starts=whole.astype(np.int32),
+        slices=np.stack([slots[tokens[part]], tokens[part], sizes[part]]).astype(np.int32),
+        slots=slots.astype(np.int32),
     )

@@ -14,6 +14,9 @@ from absl.testing import flagsaver
 from reference_engine import __main__ as cli
 from reference_engine import batch as batch_lib
 from reference_engine import engine as engine_lib
+from reference_engine.llm import LLM
+from reference_engine.request import SamplingParams
+from tests.checkpoints import byte_tokenizer, write_checkpoint
 
 SMALL = {"num_requests": 5, "length_scale": 0.04, "max_num_batched_tokens": 48, "max_num_seqs": 4}
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -136,6 +139,79 @@ def test_a_cpu_interprets_the_tpu_kernels(monkeypatch, values, wanted):
     assert entered == ["in", "out"] * wanted
 
 
+def test_explain_says_who_is_not_admitted(capsys, tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text(TRACE)
+    small = SMALL | {"trace": str(trace), "length_scale": 1.0}
+    main("explain", **small, num_pages=10)
+    assert re.search(r"request 2 not admitted: it wants 7 pages and \d are free",
+                     capsys.readouterr().out)
+    main("explain", **(small | {"max_num_seqs": 1}), num_pages=40)
+    assert "request 1 not admitted: max_num_seqs=1 requests are running" in capsys.readouterr().out
+
+
+def test_explain_draws_the_steps(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    trace = tmp_path / "trace.csv"  # two that grow until the pool holds one
+    trace.write_text(TRACE.partition("\n")[0] + "\n2023-11-16 18:17:03,14,45" * 2 + "\n")
+    main("explain", **(SMALL | {"trace": str(trace), "length_scale": 1.0}), num_pages=6,
+         plot=str(tmp_path / "steps.png"))
+    assert "preempted" in capsys.readouterr().out
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    write_checkpoint(path, seed=3, tokenizer=byte_tokenizer())
+    return path
+
+
+GENERATE = {"max_tokens": 8, "max_num_batched_tokens": 32, "max_num_seqs": 2}
+
+
+def test_generate_streams_one_prompt_and_reports(capsys, folder):
+    main("generate", model=str(folder), prompt=["the quick"], **GENERATE)
+    out, err = capsys.readouterr()
+    want = LLM(folder).generate("the quick", SamplingParams(max_tokens=8))[0].outputs[0].text
+    assert out == want + "\n"
+    assert "4 shapes: {16, 32} tokens x {1, 2} sequences\n" in err
+    assert re.search(r"8 steps in .* tokens computed, .* no warm-up\n", err)
+
+
+def test_generate_takes_several_prompts_and_chats(capsys, folder):
+    main("generate", model=str(folder), prompt=["the quick", "dog"], chat=True, warm_up=True,
+         temperature=1.0, seed=3, **(GENERATE | {"max_num_seqs": 1}))
+    out, err = capsys.readouterr()
+    assert re.match(r"(?s)\[0\] .*\n\[1\] .*\n$", out)
+    assert "0 programs compiled after warm-up" in err
+
+
+def test_generate_serves_token_ids_without_a_tokenizer(capsys, tmp_path):
+    write_checkpoint(tmp_path)
+    main("generate", model=str(tmp_path), prompt_ids=["1", "7", "3"], **GENERATE)
+    assert re.match(r"(\d+ ){8}\n$", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"prompt": ["the dog " * 40], "max_model_len": 64}, "prompt 0: .* wanted fewer than max_"),
+        ({"prompt_ids": ["5", "x"]}, "--prompt_ids is '5,x'; wanted ids, as 1,15,7"),
+        ({"prompt_ids": ["999"]}, "is 999 at index 0; wanted whole numbers in"),
+        ({"prompt": ["x"], "max_model_len": 999}, "is 999; wanted at most the model's 256"),
+        ({"prompt": ["x"], "num_pages": 1, "max_tokens": 60}, "at most the pool's 1 pages"),
+        ({"prompt": ["x"], "page_size": 0}, "--page_size is 0; wanted at least 1"),
+    ],
+)
+def test_generates_mistakes_are_one_sentence(capsys, folder, values, message):
+    with pytest.raises(SystemExit) as exit_info:
+        main("generate", model=str(folder), **values)
+    assert exit_info.value.code == 2
+    err = capsys.readouterr().err.splitlines()
+    assert re.search(message, err[-1]) and err[-1].startswith("reference_engine: ")
+
+
 def test_soft_alignment_is_announced_on_stderr(capsys):
     main("explain", **(SMALL | {"max_num_batched_tokens": 17, "num_requests": 1}))
     assert capsys.readouterr().err.startswith("warning: EngineConfig: max_num_batched_tokens=17")
@@ -144,10 +220,10 @@ def test_soft_alignment_is_announced_on_stderr(capsys):
 @pytest.mark.parametrize(
     "command, values, message",
     [
-        ("", {}, "no command: wanted one command, replay or explain"),
+        ("", {}, "no command: wanted one command, generate, replay, explain, and flags"),
         ("rerun", {}, "rerun: wanted one command"),
         ("replay explain", {}, "replay explain: wanted one command"),
-        ("replay", {"trace": "/no/such/file"}, "cannot read /no/such/file: No such file"),
+        ("replay", {"trace": "/no/such/file"}, "cannot open /no/such/file: No such file"),
         ("replay", {"num_requests": 0}, "--num_requests is 0; wanted at least 1"),
         ("replay", {"length_scale": 0.0}, "--length_scale is 0.0; wanted a number above 0"),
         ("replay", {"steps_per_second": float("nan")}, "--steps_per_second is nan"),
@@ -161,6 +237,11 @@ def test_soft_alignment_is_announced_on_stderr(capsys):
         ("replay", {"kv_write": "fused", "write_backend": "oracle"},
          "argument `write_backend` is 'oracle'; wanted 'auto' or attention='auto'"),
         ("replay", {"attention": "mosaic_gpu"}, "backend 'mosaic_gpu' cannot run this call"),
+        ("explain", {"plot": "/no/such/x.png"}, "cannot open /no/such/x.png: No such file"),
+        ("generate", {}, "--model is missing; wanted the folder of a model"),
+        ("generate", {"model": "/no/such"}, "--prompt is missing; wanted a prompt, or --prompt_i"),
+        ("generate", {"model": "/no/such", "prompt": ["x"]}, "cannot open /no/such/config.json"),
+        ("generate", {"model": "x", "prompt": ["x"], "top_p": 0.0}, "argument `top_p` is 0.0"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(capsys, command, values, message):

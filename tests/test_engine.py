@@ -17,10 +17,13 @@ from reference_engine import batch as batch_lib
 from reference_engine import engine as engine_lib
 from reference_engine import model as model_lib
 from reference_engine import replay as replay_lib
+from reference_engine import rope
+from reference_engine import scheduler as scheduler_lib
 from reference_engine.config import KV_WRITES, EngineConfig, ModelConfig
 from reference_engine.engine import Engine
 from reference_engine.replay import Job, compare, replay
 from reference_engine.request import FinishReason, SamplingParams
+from reference_engine.rope import RopeScaling
 from reference_engine.weights import random_params
 
 MODEL = ModelConfig(
@@ -158,7 +161,7 @@ def test_each_form_calls_its_ops_with_the_backends_asked_for(monkeypatch, kv_wri
     segments = [batch_lib.Segment(0, 0, (1,) * 20, (0, 1, 2), True)]
     jax.eval_shape(
         functools.partial(
-            model_lib.forward.__wrapped__, config=MODEL, kv_write=kv_write, write_backend="W",
+            model_lib.forward, config=MODEL, kv_write=kv_write, write_backend="W",
             attention="A",
         ),
         params(), model_lib.make_pool(MODEL, config.num_pages, config.page_size),
@@ -180,6 +183,78 @@ def test_preemption_changes_nothing(aligned, kv_write):
     assert_same_bits(result)
 
 
+@functools.cache
+def jobs_with_common_fronts():
+    """Requests that begin alike, for a while, some of them twice the same."""
+    front = jobs()[4].prompt_ids
+    lengths = [0, 9, 40, 40, 41, 72, 90, 90]
+    return tuple(
+        Job((*front[:n], *jobs()[i % 7].prompt_ids[:20]), 5 + i, 3 * i)
+        for i, n in enumerate(lengths)
+    )
+
+
+@functools.cache
+def uncached():
+    config = dataclasses.replace(CONFIG, enable_prefix_caching=False)
+    return replay(jobs_with_common_fronts(), params(), MODEL, config)
+
+
+def run_common(**changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    return replay(jobs_with_common_fronts(), params(), MODEL, config)
+
+
+@pytest.mark.parametrize("kv_write", ["pages", "fused"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"page_aligned_scheduling": False}, {"num_pages": 20}], ids=str
+)
+def test_the_prefix_cache_changes_nothing(kv_write, changes):
+    assert uncached().num_cached == 0
+    result = run_common(kv_write=kv_write, **changes)
+    comparison = compare(uncached(), result)
+    assert comparison.is_equal, comparison
+    assert comparison.num_distinct_outputs > 4
+    assert result.num_cached > 100
+    if not changes:
+        assert result.num_tokens == uncached().num_tokens - result.num_cached
+
+
+def _hash_of_the_page_alone(parent, token_ids):
+    return token_ids[-1].to_bytes()
+
+
+def test_a_planted_hash_is_seen(monkeypatch):
+    uncached()
+    monkeypatch.setattr(scheduler_lib, "page_hash", _hash_of_the_page_alone)
+    comparison = compare(uncached(), run_common())
+    assert comparison.num_equal_tokens < comparison.num_outputs
+    assert comparison.num_equal_pools < comparison.num_requests
+
+
+def drawn_tokens(**changes):
+    """Tokens of requests that sample, each with its seed."""
+    engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, **changes))
+    for i, job in enumerate(jobs()):
+        engine.add_request(
+            job.prompt_ids, SamplingParams(job.max_tokens, temperature=1.0, top_p=0.9, seed=i)
+        )
+    return engine.run(), engine.stats
+
+
+def test_sampled_tokens_do_not_depend_on_scheduling_either():
+    want, stats = drawn_tokens()
+    assert stats.num_preemptions == 0
+    assert want != undisturbed().outputs
+    for changes in (
+        {"num_pages": 16}, {"page_aligned_scheduling": False, "max_num_batched_tokens": 14},
+        {"max_num_seqs": 2, "kv_write": "fused", "enable_prefix_caching": False},
+    ):
+        got, stats = drawn_tokens(**changes)
+        assert got == want
+        assert (stats.num_preemptions > 0) == ("num_pages" in changes)
+
+
 def test_no_request_reads_a_page_that_another_writes(monkeypatch):
     """What write_and_attend asks of its caller, in every batch, with pages changing hands."""
     real, batches = engine_lib.make_batch, []
@@ -191,12 +266,14 @@ def test_no_request_reads_a_page_that_another_writes(monkeypatch):
     monkeypatch.setattr(engine_lib, "make_batch", recording)
     result = run(num_pages=16, kv_write="fused")
     assert result.num_preemptions > 0 and len(batches) == result.num_steps
-    pool = jax.eval_shape(lambda: model_lib.make_pool(MODEL, 16, CONFIG.page_size))
+    assert run_common(num_pages=20, kv_write="fused").num_cached > 100
+    pool = jax.eval_shape(lambda: model_lib.make_pool(MODEL, 20, CONFIG.page_size))
     for batch in batches:
         validate_table(pool, batch)
     largest = max(batches, key=lambda batch: batch.num_seqs[0])
     own = largest.page_indices
-    shared = largest._replace(page_indices=own.at[0, 0].set(own[1, 0]))
+    shared = largest._replace(page_indices=own.copy())
+    shared.page_indices[0, 0] = own[1, 0]
     with pytest.raises(ValueError, match="argument `page_indices`"):
         validate_table(pool, shared)
 
@@ -217,9 +294,9 @@ def test_other_shapes_change_the_last_bits_at_most():
 
 def test_no_shape_is_compiled_that_was_not_announced():
     config = dataclasses.replace(CONFIG, token_buckets=(16, 64), seq_buckets=(8,))
-    model_lib.forward.clear_cache()
+    engine_lib.run_step.clear_cache()
     replay(jobs(), params(), MODEL, config)
-    assert model_lib.forward._cache_size() <= len(batch_lib.batch_shapes(config)) == 2
+    assert engine_lib.run_step._cache_size() <= len(batch_lib.batch_shapes(config)) == 2
 
 
 def test_the_model_is_the_dense_one():
@@ -227,42 +304,67 @@ def test_the_model_is_the_dense_one():
     result = undisturbed()
     for request_id in (0, 1, 4):
         prompt, output = jobs()[request_id].prompt_ids, result.outputs[request_id]
-        want = dense_logits([*prompt, *output[:-1]])[len(prompt) - 1 :]
+        want = dense_logits([*prompt, *output[:-1]], MODEL, params())[len(prompt) - 1 :]
         np.testing.assert_allclose(result.logits[request_id], want, rtol=1e-4, atol=1e-4)
 
 
-def dense_logits(token_ids):
+def test_biases_head_norms_tied_embeddings_and_stretched_rope():
+    """What Llama, Qwen2 and Qwen3 have beyond that, all in one."""
+    model = dataclasses.replace(
+        MODEL, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True, tie_embeddings=True,
+        rope_scaling=RopeScaling("yarn", factor=4.0, original_max_position=32),
+    )
+    few = [dataclasses.replace(job, max_tokens=3) for job in jobs()[:2]]
+    weights = random_params(model, seed=2)
+    for name in ("q_norm", "k_norm"):  # not the ones that norms start as
+        weights["layers"][name] = 1 + 0.3 * jnp.sin(jnp.arange(32.0)).reshape(2, 16)
+    result = replay(few, weights, model, CONFIG)
+    for request_id, job in enumerate(few):
+        tokens = [*job.prompt_ids, *result.outputs[request_id][:-1]]
+        want = dense_logits(tokens, model, weights)[len(job.prompt_ids) - 1 :]
+        np.testing.assert_allclose(result.logits[request_id], want, rtol=1e-4, atol=1e-4)
+
+
+def dense_logits(token_ids, model, weights):
     """f64[n, vocab_size], every position's logits."""
-    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params())
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), weights)
     x = p["embedding"][token_ids]
-    n, head_dim = len(token_ids), MODEL.head_dim
+    n, head_dim = len(token_ids), model.head_dim
+    frequencies, factor = rope.frequencies(head_dim, model.rope_theta, model.rope_scaling)
 
     def norm(x, scale):
-        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + MODEL.rms_norm_eps) * scale
+        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + model.rms_norm_eps) * scale
 
     def rotate(x):  # [n, heads, H], the two halves as one complex number
         half = head_dim // 2
-        angle = np.arange(n)[:, None] * MODEL.rope_theta ** (-np.arange(half) / half)
-        turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[:, None]
+        angle = np.arange(n)[:, None] * frequencies.astype(float)
+        turned = factor * (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[:, None]
         return np.concatenate([turned.real, turned.imag], axis=-1)
 
-    for i in range(MODEL.num_layers):
+    for i in range(model.num_layers):
         w = {name: stack[i] for name, stack in p["layers"].items()}
+
+        def project(y, name, w=w):
+            return y @ w[name] + w.get(f"{name}_bias", 0)
+
+        def heads(y, name, w=w):
+            y = project(y, name).reshape(n, -1, head_dim)
+            return norm(y, w[f"{name}_norm"]) if f"{name}_norm" in w else y
+
         y = norm(x, w["attention_norm"])
-        q = rotate((y @ w["q"]).reshape(n, MODEL.num_heads, -1))
-        k = rotate((y @ w["k"]).reshape(n, MODEL.num_kv_heads, -1))
-        v = (y @ w["v"]).reshape(n, MODEL.num_kv_heads, -1)
-        group = MODEL.num_heads // MODEL.num_kv_heads
+        q, k, v = rotate(heads(y, "q")), rotate(heads(y, "k")), heads(y, "v")
+        group = model.num_heads // model.num_kv_heads
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
         scores = np.einsum("qnh,knh->nqk", q, k) / np.sqrt(head_dim)
         scores[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        x = x + np.einsum("nqk,knh->qnh", weights, v).reshape(n, -1) @ w["o"]
+        x = x + project(np.einsum("nqk,knh->qnh", weights, v).reshape(n, -1), "o")
         y = norm(x, w["mlp_norm"])
-        gate = y @ w["gate"]
-        x = x + (gate / (1 + np.exp(-gate)) * (y @ w["up"])) @ w["down"]
-    return norm(x, p["norm"]) @ p["unembedding"]
+        gate = project(y, "gate")
+        x = x + project(gate / (1 + np.exp(-gate)) * project(y, "up"), "down")
+    unembedding = p["embedding" if model.tie_embeddings else "unembedding"]
+    return norm(x, p["norm"]) @ unembedding.T
 
 
 @pytest.mark.parametrize("kv_write", ["pages", "fused"])
@@ -271,9 +373,12 @@ def test_the_pool_is_not_copied(kv_write):
     config = dataclasses.replace(CONFIG, num_pages=4096, kv_write=kv_write)
     pool = jax.eval_shape(lambda: model_lib.make_pool(MODEL, config.num_pages, config.page_size))
     segments = [batch_lib.Segment(0, 0, (1,) * 20, (0, 1, 2), True)]
-    compiled = model_lib.forward.lower(
-        params(), pool, batch_lib.make_batch(segments, config), config=MODEL,
-        kv_write=kv_write, write_backend="oracle", attention="oracle",
+    forward = functools.partial(
+        model_lib.forward, config=MODEL, kv_write=kv_write, write_backend="oracle",
+        attention="oracle",
+    )
+    compiled = jax.jit(forward, donate_argnums=1).lower(
+        params(), pool, batch_lib.make_batch(segments, config)
     ).compile()
     pool_bytes = pool.size * pool.dtype.itemsize
     assert compiled.memory_analysis().alias_size_in_bytes >= pool_bytes
@@ -314,11 +419,11 @@ def test_a_planted_write_is_seen(monkeypatch, kv_write, plant):
 
 
 def _wrong_table_row(table):
-    return table.at[0].set(table[1])
+    table[0] = table[1]
 
 
 def _wrong_table_entry(table):
-    return table.at[0, 0].set((table[0, 0] + 1) % CONFIG.num_pages)
+    table[0, 0] = (table[0, 0] + 1) % CONFIG.num_pages
 
 
 @pytest.mark.parametrize("plant", [_wrong_table_row, _wrong_table_entry])
@@ -327,7 +432,8 @@ def test_a_planted_page_table_is_seen_by_the_fused_form(monkeypatch, plant):
 
     def planted(segments, config):
         batch = real(segments, config)
-        return batch._replace(page_indices=plant(batch.page_indices))
+        plant(batch.page_indices)
+        return batch
 
     monkeypatch.setattr(engine_lib, "make_batch", planted)
     assert_plant_is_seen(run(kv_write="fused"))
@@ -352,11 +458,11 @@ def assert_plant_is_seen(result):
 
 def run_anew(**changes):
     """A run of which no function comes from the cache of the jitted model, nor stays there."""
-    model_lib.forward.clear_cache()
+    engine_lib.run_step.clear_cache()
     try:
         return run(**changes)
     finally:
-        model_lib.forward.clear_cache()
+        engine_lib.run_step.clear_cache()
 
 
 def _layers_share_their_pages(batch, first_page, page_size):
@@ -368,7 +474,7 @@ def _skipped_ids_are_shifted(batch, first_page, page_size):
     return shifted._replace(slots=batch.slots + first_page * page_size)
 
 
-_real_in_layer = model_lib._in_layer
+_real_in_layer = model_lib.in_layer
 
 
 @pytest.mark.parametrize(
@@ -379,7 +485,7 @@ _real_in_layer = model_lib._in_layer
     ],
 )
 def test_a_planted_layer_offset_is_seen(monkeypatch, kv_write, bug):
-    monkeypatch.setattr(model_lib, "_in_layer", bug)
+    monkeypatch.setattr(model_lib, "in_layer", bug)
     comparison = compare(undisturbed(), run_anew(num_pages=16, kv_write=kv_write))
     assert comparison.num_equal_pools < comparison.num_requests
     assert comparison.max_logit_difference > 0.01
@@ -397,12 +503,21 @@ def _raise_before(*args, **kwargs):
 
 
 def _raise_after_the_pool_is_gone(*args, **kwargs):
-    model_lib.forward(*args, **kwargs)
+    _real_run_step(*args, **kwargs)
     raise ModelError
 
 
-@pytest.mark.parametrize("failing", [_raise_before, _raise_after_the_pool_is_gone])
-def test_a_step_that_raises_loses_nothing(monkeypatch, failing):
+_real_run_step = engine_lib.run_step
+
+
+@pytest.mark.parametrize(
+    "name, failing",
+    [
+        ("run_step", _raise_before), ("run_step", _raise_after_the_pool_is_gone),
+        ("greedy", _raise_before),  # as an error of the device, which shows when its result is read
+    ],
+)
+def test_a_step_that_raises_loses_nothing(monkeypatch, name, failing):
     engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, num_pages=32))
     for job in jobs():
         engine.add_request(job.prompt_ids, SamplingParams(job.max_tokens))
@@ -412,7 +527,7 @@ def test_a_step_that_raises_loses_nothing(monkeypatch, failing):
         step += 1
         if step % 5 == 2:
             with monkeypatch.context() as patch:
-                patch.setattr(engine_lib, "forward", failing)
+                patch.setattr(engine_lib, name, failing)
                 with pytest.raises(ModelError):
                     engine.step()
             assert_books_balance(engine)
@@ -425,7 +540,7 @@ def test_a_step_that_raises_loses_nothing(monkeypatch, failing):
 def assert_books_balance(engine):
     held = [page for request in engine.scheduler.running for page in request.page_ids]
     assert len(held) == len(set(held))
-    assert all(engine.scheduler.pool.references(page) == 1 for page in held)
+    assert all(engine.scheduler.pool.references(page) == 1 for page in held)  # no common fronts
     assert len(held) + engine.scheduler.pool.num_free == engine.config.num_pages
 
 
@@ -440,7 +555,7 @@ def test_aborts_at_any_time_leave_the_others_alone(seed):
     while engine.has_work:
         if rng.random() < 0.15:
             victim = rng.choice(sorted(alive))
-            assert engine.abort(victim) == (victim in alive)
+            assert (engine.abort(victim) is not None) == (victim in alive)
             alive.discard(victim)
             assert not engine.abort(victim)
             assert_books_balance(engine)

@@ -30,7 +30,7 @@ def test_the_least_recently_freed_page_goes_out_first_and_fronts_outlive_tails()
 def test_a_shared_page_stays_until_its_last_holder_lets_go():
     pool = PagePool(2)
     pages = pool.allocate(1)
-    pool.retain(pages)
+    assert pool.take(pages, 0) == pages
     pool.release(pages)
     assert pool.references(pages[0]) == 1
     assert pool.num_free == 1
@@ -39,13 +39,14 @@ def test_a_shared_page_stays_until_its_last_holder_lets_go():
 
 
 @pytest.mark.parametrize("page_id", [0, 3, -1, 4])
-def test_a_page_that_nobody_holds_cannot_be_released_or_shared(page_id):
+def test_a_page_that_nobody_holds_cannot_be_released_or_published(page_id):
     pool = PagePool(4)
     held = pool.allocate(3)[1:]
     pool.release([0])
-    for change in (pool.release, pool.retain):
+    for change in (lambda: pool.release([*held, page_id]), lambda: pool.publish(page_id, b"x")):
         with pytest.raises(ValueError, match=f"page {page_id} has 0 references"):
-            change([*held, page_id])
+            change()
+    assert pool.num_cached == 0
     assert [pool.references(i) for i in range(4)] == [0, 1, 1, 0]  # nothing half done
 
 
@@ -57,25 +58,82 @@ def test_a_page_is_released_at_most_as_often_as_it_is_held():
     assert pool.num_free == 1
 
 
+def test_a_published_page_is_found_until_it_is_handed_out_anew():
+    pool = PagePool(3)
+    pages = pool.allocate(2)
+    pool.publish(pages[0], b"a")
+    pool.publish(pages[1], b"b")
+    assert pool.find([b"a", b"b", b"c"]) == pages
+    assert pool.find([b"c", b"a"]) == []  # a chain: nothing behind a page that is not known
+    pool.release(pages)
+    assert pool.num_free == 3 and pool.find([b"a", b"b"]) == pages
+    assert pool.allocate(2) == [2, 1]  # the least recently used: the tail goes before its front
+    assert pool.find([b"a", b"b"]) == [0]
+    assert pool.take([0], 1) is None and pool.take([0], 0) == [0]
+    assert (pool.num_free, pool.references(0)) == (0, 1)
+
+
+def test_of_two_equal_pages_the_first_stays_known():
+    pool = PagePool(2)
+    first, second = pool.allocate(2)
+    pool.publish(first, b"a")
+    pool.publish(second, b"a")
+    pool.release([second])
+    assert pool.find([b"a"]) == [first] and pool.num_cached == 1
+
+
+def test_what_is_found_free_is_not_handed_out_as_new():
+    pool = PagePool(3)
+    pages = pool.allocate(3)
+    pool.publish(pages[0], b"a")
+    pool.release(pages)
+    assert pool.can_take([0], 2) and not pool.can_take([0], 3)
+    assert sorted(pool.take([0], 2)) == [0, 1, 2]
+
+
+def test_everything_can_be_forgotten():
+    pool = PagePool(2)
+    pool.publish(pool.allocate(1)[0], b"a")
+    pool.forget_all()
+    assert pool.find([b"a"]) == [] and pool.num_cached == 0
+    pool.publish(0, b"b")
+    assert pool.find([b"b"]) == [0]
+
+
 @hypothesis.settings(deadline=None, derandomize=True, database=None)
-@hypothesis.given(st.lists(st.tuples(st.sampled_from("ars"), st.integers(0, 9)), max_size=60))
+@hypothesis.given(
+    st.lists(st.tuples(st.sampled_from("artp"), st.integers(0, 9), st.integers(0, 5)), max_size=60)
+)
 def test_references_balance_under_any_order(actions):
     pool = PagePool(8)
     holders: list[list[int]] = []
-    for action, number in actions:
+    known: dict[bytes, int] = {}  # what a cache that forgets nothing would say
+    for action, number, other in actions:
         if action == "a":
             pages = pool.allocate(number)
             if pages is not None:
                 holders.append(pages)
+                known = {key: page for key, page in known.items() if page not in pages}
+        elif action == "t":
+            found = pool.find([bytes([number])])
+            assert found == [known[key] for key in [bytes([number])] if key in known]
+            pages = pool.take(found, other)
+            if pages is not None:
+                holders.append(pages)
+                new = pages[len(found):]
+                known = {key: page for key, page in known.items() if page not in new}
         elif holders and action == "r":
             pool.release(holders.pop(number % len(holders)))
-        elif holders:
-            shared = list(holders[number % len(holders)])
-            pool.retain(shared)
-            holders.append(shared)
+        elif holders and holders[number % len(holders)]:
+            page = holders[number % len(holders)][0]
+            key = bytes([other])
+            pool.publish(page, key)
+            if key not in known:
+                known = {k: p for k, p in known.items() if p != page} | {key: page}
         held = collections.Counter(page for pages in holders for page in pages)
         assert [pool.references(i) for i in range(8)] == [held[i] for i in range(8)]
         assert pool.num_free == 8 - len(held)
+        assert pool.num_cached == len(known)
     for pages in holders:
         pool.release(pages)
     assert pool.num_free == 8

@@ -1,6 +1,8 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """The scheduler keeps its promises, and the check of them finds schedulers that do not."""
 
+import array
+import collections
 import contextlib
 import dataclasses
 import random
@@ -10,6 +12,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from reference_engine import page_pool as page_pool_lib
 from reference_engine import scheduler as scheduler_lib
 from reference_engine.config import EngineConfig
 from reference_engine.page_pool import PagePool
@@ -22,12 +25,16 @@ STOP_TOKEN = 0
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A request of a simulated run: when it comes, its lengths, and when it is taken back."""
+    """A request of a simulated run: when it comes, its lengths, and when it is taken back.
+
+    The first `num_common` tokens are the same in all requests, as far as they have them.
+    """
 
     arrival: int
     num_prompt: int
     max_tokens: int
     abort_at: int | None = None
+    num_common: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +62,14 @@ class Run:
     num_steps: int = 0
     num_deferrals: int = 0
     num_preemptions: int = 0
+    num_cached: int = 0
 
 
 class Simulation:
     """Runs a scenario with random tokens for a model and checks every promise at every step.
 
-    It keeps its own books (tokens, tokens computed, deferrals in a row) and believes the
-    scheduler's in nothing.
+    It keeps its own books (tokens, tokens computed, deferrals in a row, what every row of every
+    page holds) and believes the scheduler's in nothing.
     """
 
     def __init__(self, scenario: Scenario):
@@ -73,6 +81,10 @@ class Simulation:
         self.scheduler = Scheduler(self.config, self.pool)
         self.requests: dict[int, Request] = {}
         self.tokens: dict[int, list[int]] = {}
+        # What keys and values depend on: all tokens up to their own, so a hash of them stands in.
+        self.fronts: dict[int, list[int]] = {}
+        self.rows: dict[int, int] = {}  # slot -> the front whose keys and values are there
+        self.common = [self.rng.randrange(1, 50) for _ in range(100)]
         self.computed: dict[int, int] = {}
         self.deferrals: dict[int, int] = {}
         self.result = Run()
@@ -96,12 +108,21 @@ class Simulation:
     def _arrive(self, step):
         for request_id, job in enumerate(self.jobs):
             if job.arrival == step:
-                prompt = tuple(self.rng.randrange(1, 50) for _ in range(job.num_prompt))
+                own = [self.rng.randrange(1, 50) for _ in range(job.num_prompt)]
+                prompt = tuple((self.common[: job.num_common] + own[job.num_common :])
+                               [: job.num_prompt])
                 params = SamplingParams(job.max_tokens, stop_token_ids=(STOP_TOKEN,))
                 self.requests[request_id] = Request(request_id, prompt, params)
-                self.tokens[request_id] = list(prompt)
+                self.tokens[request_id], self.fronts[request_id] = [], []
+                for token in prompt:
+                    self._know(request_id, token)
                 self.computed[request_id] = self.deferrals[request_id] = 0
                 self.scheduler.add(self.requests[request_id])
+
+    def _know(self, request_id, token):
+        self.tokens[request_id].append(token)
+        fronts = self.fronts[request_id]
+        fronts.append(hash((fronts[-1] if fronts else None, token)))
 
     def _abort(self, step):
         for request_id, job in enumerate(self.jobs):
@@ -119,6 +140,7 @@ class Simulation:
         for request_id in plan.preempted:
             self.computed[request_id] = 0
         self._check_order(plan, running, waiting)
+        self._check_cached(plan, running)
         self._check_segments(plan)
         self._check_deferrals(plan)
         self._check_decodes(plan, running)
@@ -133,7 +155,7 @@ class Simulation:
             if segment.end == len(self.tokens[request_id]):
                 token = self.rng.randrange(self.lowest_token, 100)
                 new_tokens[request_id] = token
-                self.tokens[request_id].append(token)
+                self._know(request_id, token)
                 self.result.first_token_step.setdefault(request_id, step)
         for request in self.scheduler.commit(plan, new_tokens):
             self.scheduler.release(request)
@@ -154,6 +176,15 @@ class Simulation:
         assert admitted == queue[:len(admitted)]
         now_waiting = [r.request_id for r in self.scheduler.waiting]
         assert now_waiting == queue[len(admitted):], "the queue was reordered"
+
+    def _check_cached(self, plan, running):
+        """An admitted request may start behind tokens that it shares, at a page boundary."""
+        for segment in plan.segments:
+            if segment.request_id not in running:
+                assert segment.start == 0 or self.config.enable_prefix_caching
+                assert segment.start % self.config.page_size == 0, "a shared page is not full"
+                self.computed[segment.request_id] = segment.start
+                self.result.num_cached += segment.start
 
     def _check_segments(self, plan):
         config = self.config
@@ -180,7 +211,7 @@ class Simulation:
     def _check_deferrals(self, plan):
         deferred = {deferral.request_id for deferral in plan.deferrals}
         assert len(deferred) == len(plan.deferrals)
-        assert self.config.page_aligned_scheduling or not deferred
+        assert self.config.page_aligned_scheduling or not deferred, "deferred without alignment"
         for segment in plan.segments:
             assert segment.request_id not in deferred
             self.deferrals[segment.request_id] = 0
@@ -205,22 +236,28 @@ class Simulation:
         return self.computed[request_id] >= max(num_prompt, num_tokens - 1)
 
     def _check_pages(self, plan):
-        """Pages cover the tokens, nobody shares one, and the writes go to the writer's own."""
+        """Pages cover the tokens, hold what their readers think, and are written by one holder."""
         page_size = self.config.page_size
-        owner = {}
+        holders = collections.Counter()
         for request in self.scheduler.running:
             assert len(request.page_ids) * page_size >= request.num_computed
-            for page_id in request.page_ids:
-                assert owner.setdefault(page_id, request.request_id) == request.request_id
-                assert self.pool.references(page_id) == 1, "two holders of an unshared page"
+            assert len(set(request.page_ids)) == len(request.page_ids), "a page twice in a table"
+            holders.update(request.page_ids)
         assert all(not request.page_ids for request in self.scheduler.waiting)
-        assert len(owner) == sum(len(r.page_ids) for r in self.scheduler.running)
-        assert len(owner) + self.pool.num_free == self.config.num_pages, "pages do not add up"
+        for page_id, count in holders.items():
+            assert self.pool.references(page_id) == count, "references do not add up"
+        assert len(holders) + self.pool.num_free == self.config.num_pages, "pages do not add up"
+        for segment in plan.segments:
+            for position in range(segment.start):
+                slot = segment.page_ids[position // page_size] * page_size + position % page_size
+                front = self.fronts[segment.request_id][position]
+                assert self.rows.get(slot) == front, "a page does not hold its reader's tokens"
         slots = plan_writes(plan.segments, page_size).slots.tolist()
         assert len(set(slots)) == len(slots), "a slot is written twice"
-        writers = [s.request_id for s in plan.segments for _ in s.token_ids]
-        for slot, writer in zip(slots, writers, strict=True):
-            assert owner[slot // page_size] == writer, "a write to another's page"
+        fronts = [f for s in plan.segments for f in self.fronts[s.request_id][s.start : s.end]]
+        for slot, front in zip(slots, fronts, strict=True):
+            assert holders[slot // page_size] == 1, "a write to a shared page"
+            self.rows[slot] = front
 
     def _end(self, request):
         assert not request.page_ids
@@ -233,12 +270,14 @@ def random_scenario(rng) -> Scenario:
     page_size = rng.randint(1, 9)
     budget = rng.randint(page_size, 40)
     threshold = rng.randint(0, 1) and rng.randint(page_size, budget)
+    num_common = rng.randint(0, 1) and rng.randint(1, 60)
     jobs = tuple(
         Job(
             arrival=rng.randint(0, 12),
             num_prompt=rng.randint(1, 60),
             max_tokens=rng.randint(1, 40),
             abort_at=rng.randint(0, 40) if rng.randint(0, 3) == 0 else None,
+            num_common=num_common and rng.randint(0, num_common),
         )
         for _ in range(rng.randint(1, 8))
     )
@@ -252,6 +291,7 @@ def random_scenario(rng) -> Scenario:
         page_aligned_scheduling=rng.randint(0, 3) > 0,
         long_prefill_token_threshold=threshold,
         max_deferrals=rng.randint(0, 3),
+        enable_prefix_caching=rng.randint(0, 3) > 0,
     )
     jobs = tuple(job for job in jobs if job.num_prompt < config.max_model_len)
     return Scenario(config, jobs, seed=rng.randint(0, 1000), can_stop=True)
@@ -264,7 +304,8 @@ def some_scenarios() -> list[Scenario]:
 def resumed_past_its_prompt() -> Scenario:
     """Request 1 loses its pages with 30 tokens generated and computes them again in chunks."""
     config = make_config(
-        page_size=8, max_num_batched_tokens=11, num_pages=8, max_num_seqs=2, max_model_len=60
+        page_size=8, max_num_batched_tokens=11, num_pages=8, max_num_seqs=2, max_model_len=60,
+        enable_prefix_caching=False,
     )
     return Scenario(config, (Job(0, 3, 40), Job(0, 3, 40)))
 
@@ -297,6 +338,7 @@ def test_the_random_scenarios_reach_preemption_deferral_and_every_end():
     runs = [Simulation(scenario).run() for scenario in some_scenarios()]
     assert sum(run.num_preemptions for run in runs) > 100
     assert sum(run.num_deferrals for run in runs) > 100
+    assert sum(run.num_cached for run in runs) > 1000
     assert {reason for run in runs for reason in run.finish.values()} == set(FinishReason)
 
 
@@ -356,15 +398,47 @@ def _unaligned_limit(request, computed, budget, contended, config):
 def _allocate_twice(pool, num_pages):
     page_ids = _real_allocate(pool, num_pages)
     if page_ids:
-        pool._free.append(page_ids[-1])
+        pool._free[page_ids[-1]] = None
     return page_ids
 
 
-def _preempt_and_keep_the_count(scheduler):
-    computed = scheduler.running[-1].num_computed
-    victim = _real_preempt(scheduler)
-    victim.num_computed = computed
-    return victim
+def _skip_a_token_behind_the_cached(request, start, end):
+    return _real_segment(request, min(start + bool(request.num_cached == start > 0), end - 1), end)
+
+
+def _publish_before_it_is_computed(scheduler, request, cached, num_new):
+    _real_admit(scheduler, request, cached, num_new)
+    computed, request.num_computed = request.num_computed, request.num_tokens
+    scheduler._publish(request)
+    request.num_computed = computed
+
+
+def _full_hit_recomputes_nothing(scheduler, request):
+    scheduler._extend_hashes(request, request.num_tokens // scheduler.config.page_size)
+    return scheduler.pool.find(request.page_hashes)
+
+
+def _publish_the_partial_page(scheduler, request):
+    computed = request.num_computed
+    request.num_computed = min(len(request.page_ids) * scheduler.config.page_size,
+                               request.num_tokens)
+    _real_publish(scheduler, request)
+    request.num_computed = computed
+
+
+def _hash_without_the_front(parent, token_ids):
+    return page_pool_lib.page_hash(b"", token_ids)
+
+
+def _hand_out_and_still_know(pool, page_id):
+    pass
+
+
+def _leave_a_found_page_free(pool, found, num_new):
+    page_ids = _real_take(pool, found, num_new)
+    if found:
+        pool._free[found[-1]] = None
+    return page_ids
 
 
 def _preempt_to_the_back(scheduler):
@@ -374,15 +448,18 @@ def _preempt_to_the_back(scheduler):
 
 
 def _free_nothing(scheduler, request):
-    request.page_ids = []
+    request.page_ids = array.array("i")
 
 
-def _sample_from_every_chunk(request, n):
-    return dataclasses.replace(_real_segment(request, n), samples=True)
+def _sample_from_every_chunk(request, start, end):
+    return _real_segment(request, start, end)._replace(samples=True)
 
 
 _real_allocate = PagePool.allocate
+_real_take = PagePool.take
 _real_preempt = Scheduler._preempt_last
+_real_admit = Scheduler._admit
+_real_publish = Scheduler._publish
 _real_segment = scheduler_lib._segment
 
 PLANTED = [
@@ -396,9 +473,15 @@ PLANTED = [
     (scheduler_lib, "limit", _threshold_ignored, "above the threshold"),
     (scheduler_lib, "_segment", _sample_from_every_chunk, "a token too many"),
     (PagePool, "allocate", _allocate_twice, "pages do not add up"),
-    (Scheduler, "_preempt_last", _preempt_and_keep_the_count, "a gap or an overlap"),
+    (PagePool, "take", _leave_a_found_page_free, "pages do not add up"),
+    (PagePool, "_forget", _hand_out_and_still_know, "does not hold its reader's tokens"),
+    (scheduler_lib, "page_hash", _hash_without_the_front, "does not hold its reader's tokens"),
+    (scheduler_lib, "_segment", _skip_a_token_behind_the_cached, "a shared page is not full"),
+    (Scheduler, "_admit", _publish_before_it_is_computed, "does not hold its reader's tokens"),
+    (Scheduler, "_publish", _publish_the_partial_page, "does not hold its reader's tokens"),
+    (Scheduler, "_find_cached", _full_hit_recomputes_nothing, "deferred"),
     (Scheduler, "_preempt_last", _preempt_to_the_back, "the queue was reordered"),
-    (Scheduler, "_free_pages", _free_nothing, "pages do not add up"),
+    (Scheduler, "_free_pages", _free_nothing, "references do not add up"),
 ]
 
 
@@ -414,7 +497,9 @@ def test_the_check_finds_planted_faults(monkeypatch, owner, name, fault, message
                 Simulation(scenario).run()
             except AssertionError as error:
                 found.append(str(error))
-    assert any(message in text for text in found), found[:3]
+        if found and message in found[-1]:
+            return
+    raise AssertionError(f"no scenario ended with {message!r}; the first three: {found[:3]}")
 
 
 def test_the_check_finds_a_break_in_the_running_loop(monkeypatch):
@@ -482,6 +567,60 @@ def test_decodes_behind_a_deferred_prefill_run():
     assert run.chunks[0][3] == (24, 36)
     assert run.chunks[1][2:4] == [(16, 24), (24, 32)]
     assert run.chunks[2][:4] == [(0, 3), (3, 4), (4, 5), (5, 6)]
+
+
+def test_one_function_limits_running_and_waiting_requests_alike(monkeypatch):
+    """The PR's clauses stood in both loops, one copy of them wrong."""
+
+    def at_most_two(request, computed, budget, contended, config):
+        return min(2, budget, request.num_tokens - computed)
+
+    monkeypatch.setattr(scheduler_lib, "limit", at_most_two)
+    config = make_config(page_size=8, num_pages=20, max_num_batched_tokens=16, max_num_seqs=4)
+    scheduler = Scheduler(config, PagePool(20))
+    for i in range(3):
+        scheduler.add(Request(i, (i,) * 5, SamplingParams(1)))
+    for chunk in ((0, 2), (2, 4), (4, 5)):  # admitted, then twice running
+        plan = scheduler.schedule()
+        assert [(s.start, s.end) for s in plan.segments] == [chunk] * 3
+        scheduler.commit(plan, {i: 9 for i in range(3)})
+
+
+def run_one(scheduler, request):
+    """Runs a request alone; its chunks."""
+    scheduler.add(request)
+    chunks = []
+    while request.finish_reason is None:
+        plan = scheduler.schedule()
+        chunks += [(segment.start, segment.end) for segment in plan.segments]
+        new_tokens = {segment.request_id: 9 for segment in plan.segments if segment.samples}
+        for finished in scheduler.commit(plan, new_tokens):
+            scheduler.release(finished)
+    return chunks
+
+
+def test_a_full_hit_recomputes_its_last_page():
+    config = make_config(page_size=4, max_num_batched_tokens=32, num_pages=20)
+    scheduler = Scheduler(config, PagePool(20))
+    prompt = tuple(range(1, 13))
+    assert run_one(scheduler, Request(0, prompt, SamplingParams(1))) == [(0, 12)]
+    again = Request(1, prompt, SamplingParams(3))
+    assert run_one(scheduler, again) == [(8, 12), (12, 13), (13, 14)]
+    assert again.num_cached == 8
+    # One token more: all three full pages are found. One token other: those in front of it.
+    assert run_one(scheduler, Request(2, (*prompt, 7), SamplingParams(1))) == [(12, 13)]
+    other = (*prompt[:6], 99, *prompt[7:])
+    assert run_one(scheduler, Request(3, other, SamplingParams(1))) == [(4, 12)]
+    assert scheduler.pool.num_free == 20
+
+
+def test_generated_tokens_are_found_too():
+    config = make_config(page_size=4, max_num_batched_tokens=32, num_pages=20)
+    scheduler = Scheduler(config, PagePool(20))
+    first = Request(0, (1, 2, 3), SamplingParams(7))
+    run_one(scheduler, first)
+    turn = Request(1, (*first.prompt_ids, *first.output_ids, 5), SamplingParams(1))
+    assert run_one(scheduler, turn) == [(8, 11)]  # the last output was never written
 
 
 def test_what_is_left_of_a_budget_never_becomes_an_empty_chunk():
@@ -595,8 +734,12 @@ def test_preemption_takes_the_last_admitted_and_recomputes_it():
     assert pool.num_free == 6
 
 
-def test_a_plan_that_is_not_committed_is_planned_again():
-    config = make_config(page_size=4, max_num_batched_tokens=8, num_pages=20, max_num_seqs=2)
+@pytest.mark.parametrize("caching", [False, True])
+def test_a_plan_that_is_not_committed_is_planned_again(caching):
+    config = make_config(
+        page_size=4, max_num_batched_tokens=8, num_pages=20, max_num_seqs=2,
+        enable_prefix_caching=caching,
+    )
     scheduler = Scheduler(config, PagePool(20))
     scheduler.add(Request(0, tuple(range(1, 14)), SamplingParams(2)))
     first = scheduler.schedule()
@@ -604,7 +747,41 @@ def test_a_plan_that_is_not_committed_is_planned_again():
     scheduler.commit(first, {})
     scheduler.preempt_all()
     assert scheduler.pool.num_free == 20
-    assert scheduler.schedule().segments[0].start == 0
+    assert scheduler.schedule().segments[0].start == (8 if caching else 0)
+
+
+def test_ten_thousand_requests_with_aborts_end_with_the_pool_full_again():
+    rng = random.Random(7)
+    config = make_config(
+        page_size=8, max_num_batched_tokens=256, num_pages=150, max_num_seqs=48, max_model_len=200
+    )
+    scheduler = Scheduler(config, PagePool(150))
+    common = [rng.randrange(50) for _ in range(64)]
+    alive, ended, preempted, cached = set(), collections.Counter(), 0, 0
+    arrived = 0
+    while arrived < 10_000 or alive:
+        for _ in range(min(rng.randrange(16), 10_000 - arrived)):
+            prompt = (*common[: rng.randrange(64)], *rng.choices(range(50), k=rng.randrange(1, 60)))
+            scheduler.add(Request(arrived, prompt, SamplingParams(rng.randrange(1, 24))))
+            alive.add(arrived)
+            arrived += 1
+        if alive and rng.random() < 0.5:
+            victim = rng.choice(list(alive)[:100])
+            ended[scheduler.abort(victim).finish_reason] += 1
+            alive.remove(victim)
+        plan = scheduler.schedule()
+        preempted += len(plan.preempted)
+        new_tokens = {segment.request_id: 9 for segment in plan.segments if segment.samples}
+        for request in scheduler.commit(plan, new_tokens):
+            scheduler.release(request)
+            ended[request.finish_reason] += 1
+            cached += request.num_cached
+            alive.remove(request.request_id)
+    assert ended.total() == 10_000 and ended[FinishReason.ABORT] > 500
+    assert preempted > 100 and cached > 10_000
+    assert scheduler.pool.num_free == 150
+    assert not any(scheduler.pool.references(page) for page in range(150))
+    assert not scheduler.waiting and not scheduler.running and scheduler.get(0) is None
 
 
 @pytest.mark.parametrize(

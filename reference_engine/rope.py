@@ -1,0 +1,116 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Rotary frequencies: the plain ones, and those of the ways to stretch them to longer contexts.
+
+The rotation is by position * frequency, so a stretched context is a set of other frequencies, fixed
+before the first token. Ways whose frequencies change with the sequence's length ("dynamic",
+"longrope") are left out: every cached key would have to be rotated anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from pallas_paged.checks import require
+
+KINDS = ("default", "linear", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How frequencies are stretched; fields that a kind does not name are not read by it.
+
+    Attributes:
+      kind: "default" leaves them as they are. "linear" divides all by `factor`. "llama3" divides
+        those that turn less than `low_freq_factor` times in the original context, keeps those that
+        turn more than `high_freq_factor` times, and blends between. "yarn" (arXiv 2309.00071) does
+        the like between `beta_slow` and `beta_fast` turns, and scales queries and keys.
+      factor: by how much the context is stretched, >= 1.
+      original_max_position: length of the original context ("llama3", "yarn").
+      low_freq_factor, high_freq_factor: see "llama3".
+      beta_fast, beta_slow: see "yarn".
+      attention_factor: of "yarn": what cos and sin are multiplied by; None for
+        0.1 * ln(factor) + 1.
+      truncate: of "yarn": whether the blend starts and ends at whole frequencies.
+
+    Raises:
+      ValueError: an unknown kind, or numbers that mean nothing for it.
+    """
+
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self):
+        require(
+            self.kind in KINDS, "RopeScaling", "kind", got=f"{self.kind!r}",
+            wanted=f"one of {KINDS}", hint="frequencies that change with the length are not served",
+        )
+        require(
+            self.factor >= 1, "RopeScaling", "factor", got=f"{self.factor}", wanted=">= 1",
+            hint="1 leaves the context as it is",
+        )
+        if self.kind in ("llama3", "yarn"):
+            require(
+                self.original_max_position >= 1, "RopeScaling", "original_max_position",
+                got=f"{self.original_max_position}", wanted="an int >= 1",
+                hint="give the length of the context before it was stretched",
+            )
+        require(
+            self.kind != "llama3" or self.low_freq_factor < self.high_freq_factor, "RopeScaling",
+            "high_freq_factor", got=f"{self.high_freq_factor}",
+            wanted=f"more than low_freq_factor={self.low_freq_factor}",
+            hint="frequencies between the two are blended",
+        )
+
+
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, float]:
+    """Angle per position of each pair of lanes, f32[head_dim / 2], and the factor of cos and sin.
+
+    >>> frequencies(4, 100.0, RopeScaling())[0].tolist()
+    [1.0, 0.10000000149011612]
+    >>> frequencies(4, 100.0, RopeScaling("linear", factor=4.0))[0].tolist()
+    [0.25, 0.02500000037252903]
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+    plain = 1.0 / np.float32(theta) ** exponents
+    factor = 1.0
+    if scaling.kind == "linear":
+        plain = plain / scaling.factor
+    elif scaling.kind == "llama3":
+        turns = scaling.original_max_position * plain / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        plain = _blend(plain, scaling.factor, kept=np.clip((turns - low) / (high - low), 0, 1))
+    elif scaling.kind == "yarn":
+        first, last = _yarn_range(head_dim, theta, scaling)
+        ramp = (np.arange(head_dim // 2) - first) / max(last - first, 1e-3)
+        plain = _blend(plain, scaling.factor, kept=1 - np.clip(ramp, 0, 1))
+        factor = 0.1 * math.log(scaling.factor) + 1.0
+        if scaling.attention_factor is not None:
+            factor = scaling.attention_factor
+    return plain.astype(np.float32), float(factor)
+
+
+def _blend(plain: np.ndarray, factor: float, kept: np.ndarray) -> np.ndarray:
+    return plain * kept + plain / factor * (1 - kept)
+
+
+def _yarn_range(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[float, float]:
+    """Indices of the frequencies that turn beta_fast and beta_slow times in the old context."""
+
+    def index(turns):
+        wavelength = scaling.original_max_position / (turns * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(theta))
+
+    first, last = index(scaling.beta_fast), index(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    return max(first, 0), min(last, head_dim - 1)
