@@ -1,25 +1,32 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """How long a jitted function takes.
 
-Two ways, and a `Timing` says which one it is. `time_calls` reads the wall clock around one call:
+Three ways, and a `Timing` says which one it is. `time_calls` reads the wall clock around one call:
 right on a CPU, where a call is long against Python's dispatch. `time_loop` runs the step n and 2n
 times inside one jitted loop and divides the difference by n: dispatch and transfer are in both and
-cancel, so that it is the one to use on a GPU or TPU. `time_step` chooses by the device.
+cancel, so that it is the one to use on a TPU. `time_kernels` adds up what the driver says each of a
+step's kernels took (CUPTI, through jax.profiler): on a GPU a step of 2 us is shorter than the gap
+between two launches. `time_step` chooses by the device.
 
-Both take steps that update a donated state (the pool), and both can rotate over several states so
-that no step finds in a cache what the step before it left there.
+All take steps that update a donated state (the pool) and can rotate over several states, so that
+no step finds in a cache what the step before it left there; `time_kernels` empties the cache too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+_EVICT_BYTES = 2**28  # several times the L2 of any GPU (50 MB on an H100)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Timing:
       p20_us: a fifth of the repeats were faster.
       p80_us: a fifth of the repeats were slower.
       repeats: number of samples.
-      method: "wall clock" or "in-jit loop".
+      method: "wall clock", "in-jit loop" or "kernel time, cold L2".
     """
 
     median_us: float
@@ -75,10 +82,13 @@ def time_step(
       states: one state, or several to rotate over. They are donated: do not use them afterwards.
       inputs: arrays that every step reads.
       repeats: samples.
-      iterations: of the in-jit loop; unused on a CPU.
+      iterations: of the in-jit loop; only a TPU uses it.
     """
-    if jax.devices()[0].platform == "cpu":
+    platform = jax.devices()[0].platform
+    if platform == "cpu":
         return time_calls(step, states, inputs, repeats=repeats)
+    if platform == "gpu":
+        return time_kernels(step, states, inputs, repeats=repeats)
     return time_loop(step, states, inputs, repeats=repeats, iterations=iterations)
 
 
@@ -165,6 +175,117 @@ def time_loop(
             f"time_loop: {2 * iterations} rounds took no longer than {iterations}; raise iterations"
         )
     return timing
+
+
+def time_kernels(
+    step: Callable[..., Any],
+    states: Sequence[Any],
+    inputs: Sequence[Any] = (),
+    *,
+    repeats: int = 20,
+    warmup: int = 3,
+) -> Timing:
+    """Adds up the time of a step's kernels and copies on a GPU, from an L2 that holds none of it.
+
+    Before every step a large array is read, so that state and inputs come from memory. What passes
+    between two kernels of one step is not counted: it is the host's.
+
+    Args:
+      step: see `time_step`.
+      states: see `time_step`.
+      inputs: see `time_step`.
+      repeats: samples.
+      warmup: steps before the first sample, one for each state at least; the first one compiles.
+
+    Raises:
+      RuntimeError: the profiler recorded no kernels, or not those of every step.
+    """
+    _check_positive(repeats=repeats, states=len(states))
+    states = list(states)
+    run = jax.jit(step, donate_argnums=0)
+    evict, evicting = _eviction()
+
+    def one(i: int) -> None:
+        evict()
+        states[i % len(states)] = jax.block_until_ready(run(states[i % len(states)], *inputs))
+
+    for i in range(max(warmup, len(states))):
+        one(i)
+
+    def all_of_them():
+        for i in range(repeats):
+            one(i)
+
+    events = record_kernels(all_of_them)
+    return summarise_kernels(events, evicting, repeats)
+
+
+def summarise_kernels(
+    events: Sequence[tuple[str, float]], evicting: frozenset[str], repeats: int
+) -> Timing:
+    """The time of a step's kernels, from what ran on the GPU, each step behind an eviction.
+
+    Args:
+      events: (name, microseconds), in order.
+      evicting: names of the kernels that empty the L2.
+      repeats: steps.
+
+    Raises:
+      RuntimeError: there are not that many steps, or one is without a kernel.
+    """
+    samples: list[float] = []
+    was_evicting = False
+    for name, microseconds in events:
+        is_evicting = name in evicting
+        if is_evicting and not was_evicting:
+            samples.append(0.0)
+        elif not is_evicting and samples:
+            samples[-1] += microseconds
+        was_evicting = is_evicting
+    if len(samples) != repeats or not all(samples):
+        raise RuntimeError(
+            f"time_kernels: the profiler recorded {len(samples)} steps of {repeats}, kernels "
+            f"{sorted({name for name, _ in events})}; want each once, and one kernel in it at least"
+        )
+    return summarise(samples, "kernel time, cold L2")
+
+
+@functools.cache
+def _eviction() -> tuple[Callable[[], Any], frozenset[str]]:
+    """What empties the L2, and the names of its kernels."""
+    filler = jnp.ones((_EVICT_BYTES // 4,), jnp.float32)
+    read = jax.jit(jnp.max)
+
+    def evict():
+        jax.block_until_ready(read(filler))
+
+    evict()
+    return evict, frozenset(name for name, _ in record_kernels(evict))
+
+
+def record_kernels(call: Callable[[], Any]) -> list[tuple[str, float]]:
+    """(name, microseconds) of what a call runs on the GPU, in order: kernels, copies, fills.
+
+    Raises:
+      RuntimeError: nothing was recorded.
+    """
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            call()
+        events = [
+            (event.start_ns, event.name, event.duration_ns / 1e3)
+            for path in pathlib.Path(folder).rglob("*.xplane.pb")
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes
+            if plane.name.startswith("/device:GPU:")
+            for line in plane.lines
+            if line.name.startswith("Stream ")  # the others hold the same events by module and op
+            for event in line.events
+        ]
+    if not events:
+        raise RuntimeError("record_kernels: the profiler recorded nothing on a GPU")
+    return [(name, microseconds) for _, name, microseconds in sorted(events)]
 
 
 def _check_positive(**values: int) -> None:

@@ -2,10 +2,12 @@
 """What page-granular KV writes are worth: page against slice against token.
 
     python -m bench.kv_write [--generations=v5e,v6e,tpu7x] [--page_sizes=16,64] [--tokens=64,4096]
+                             [--peers=torch,flashinfer]
 
 Without an accelerator it compiles the shipped TPU kernels for real TPU generations, reads their
-final schedules and predicts; with one it measures the same calls there. Either way nothing is
-printed before the ops agree with the oracle bit for bit.
+final schedules and predicts; with one it measures the same calls there, on a GPU beside a plain
+copy of as many bytes and, if asked, beside other libraries. Either way nothing is printed before
+the ops agree with the oracle bit for bit.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from jax.experimental.pallas import tpu as pltpu
 
-from bench import _clock, _model_check, _report
+from bench import _kv_write_measure, _kv_write_peers, _model_check, _report
 from bench import _tpu_schedule as ts
+from bench._kv_write_measure import random_inputs
 from bench._kv_write_model import DESCRIPTOR_NS, OPS, Case, Prediction, predict
 
 _GENERATIONS = flags.DEFINE_list(
@@ -36,6 +38,11 @@ _TOKENS = flags.DEFINE_list("tokens", ["64", "1024", "8192", "65536"], "New toke
 _KV_HEADS = flags.DEFINE_integer("kv_heads", 8, "KV heads.", lower_bound=1)
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "Head dimension.", lower_bound=1)
 _FORM = flags.DEFINE_enum("form", "flat", ["flat", "heads"], "k and v as [T, K*H] or [T, K, H].")
+_PEERS = flags.DEFINE_list(
+    "peers",
+    [],
+    f"Measure these on a GPU too: {', '.join(_kv_write_peers.PEERS)}; a missing one is an error.",
+)
 _SCATTER = flags.DEFINE_bool("scatter", True, "Measure the plain-jax scatter beside the ops.")
 _CHECK_MODEL = flags.DEFINE_bool(
     "check_model", True, "Repeat the check of the model against published timings."
@@ -66,6 +73,7 @@ def main(argv: Sequence[str]) -> None:
     say = _stderr if _JSON.value else print
     cases = _cases()
     on_cpu = _report.start_backends() == "cpu"
+    peers = _peers(on_gpu=jax.default_backend() == "gpu")
     check_against_oracle()
     record: dict[str, Any] = {"environment": _report.environment()}
     if on_cpu:
@@ -79,22 +87,58 @@ def main(argv: Sequence[str]) -> None:
             record["model_check"] = [dataclasses.asdict(check) for check in checks]
             say("\n" + _model_check.format_check(checks))
     else:
-        measured = [_measure_op(case) for case in cases if case.generation == cases[0].generation]
-        record["measured"] = measured
-        say(_measured_text(measured, jax.devices()[0].device_kind))
-        points = {jax.devices()[0].device_kind: _lines(measured)}
-    if _SCATTER.value:
-        scatter = [_measure_scatter(int(tokens)) for tokens in _TOKENS.value]
-        record["scatter"] = scatter
-        where = jax.devices()[0].device_kind
-        say(f"\nThe plain-jax scatter (.at[slots].set), measured on this {where}:")
-        say(_report.table([_scatter_row(row) for row in scatter], indent=2))
+        record["measured"] = _measure(cases, say)
+        points = {jax.devices()[0].device_kind: _kv_write_measure.lines(record["measured"])}
+    record |= _baselines(say, peers, on_cpu=on_cpu)
     if _PLOT.value:
         _report.save_plot(
             _PLOT.value, points, xlabel="new tokens", ylabel="microseconds", title=_plot_title()
         )
     if _JSON.value:
         _report.write_json(record)
+
+
+def _measure(cases: Sequence[Case], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The ops on this accelerator; of the cases for several generations those for the first."""
+    mine = [case for case in cases if case.generation == cases[0].generation]
+    measured = []
+    with _report.Progress(len(mine), "measuring") as progress:
+        for case in mine:
+            measured.append(_kv_write_measure.measure_op(case))
+            progress.step(case.op)
+    say(_kv_write_measure.text(measured, jax.devices()[0].device_kind))
+    return measured
+
+
+def _baselines(
+    say: Callable[[str], None], peers: Sequence[_kv_write_peers.Peer], *, on_cpu: bool
+) -> dict[str, Any]:
+    """What moves as many bytes otherwise, measured wherever this runs."""
+    cases = [_token_case(int(tokens)) for tokens in _TOKENS.value]
+    found = {}
+    if _SCATTER.value:
+        found["scatter"] = [
+            _kv_write_measure.measure_scatter(case, unique)
+            for case in cases
+            for unique in ([False] if on_cpu else [False, True])
+        ]
+    if not on_cpu:
+        found["copy"] = [_kv_write_measure.measure_copy(case) for case in cases]
+    if peers:
+        found["peers"] = [
+            _kv_write_measure.as_record(case, peer.name, peer.measure(case))
+            for case in cases
+            for peer in peers
+        ]
+    titles = {
+        "scatter": "The plain-jax scatter",
+        "copy": "A plain copy of as many bytes",
+        "peers": "Other libraries",
+    }
+    for name, rows in found.items():
+        say(f"\n{titles[name]}, measured on this {jax.devices()[0].device_kind}:")
+        say(_kv_write_measure.baseline_table(rows))
+    return found
 
 
 def _stderr(text: str) -> None:
@@ -126,6 +170,27 @@ def _cases() -> list[Case]:
     ]  # fmt: skip
 
 
+def _token_case(num_tokens: int) -> Case:
+    """Tokens one by one, [T, K, H], as the baselines take them."""
+    page_size = min(map(int, _PAGE_SIZES.value))
+    return Case("token", "v6e", page_size, num_tokens, _KV_HEADS.value, _HEAD_DIM.value, _DTYPE,
+                is_flat=False)  # fmt: skip
+
+
+def _peers(*, on_gpu: bool) -> list[_kv_write_peers.Peer]:
+    """The peers that the flag names, or the end: one asked for and missing is an error."""
+    for name in _PEERS.value:
+        if name not in _kv_write_peers.PEERS:
+            known = ", ".join(_kv_write_peers.PEERS)
+            raise app.UsageError(f"--peers has {name!r}; wanted some of {known}")
+    if _PEERS.value and not on_gpu:
+        raise app.UsageError("--peers are measured on a GPU, and there is none")
+    try:
+        return [_kv_write_peers.PEERS[name]() for name in _PEERS.value]
+    except ImportError as e:
+        raise app.UsageError(f"--peers names a library that is not installed: {e}") from e
+
+
 # --- correctness ------------------------------------------------------------------------------
 
 
@@ -153,27 +218,6 @@ def check_against_oracle() -> None:
 
 def _bytes(x: jax.Array) -> np.ndarray:
     return np.asarray(x).view(np.uint8)
-
-
-def random_inputs(case: Case, seed: int) -> tuple[jax.Array, ...]:
-    """Arrays for `case.step`: a pool that is never zero, pages in random order."""
-    rng = np.random.default_rng(seed)
-    pool, k, v, *_ = case.shapes()
-    num_pages, page_size = pool.shape[:2]
-    pages = rng.permutation(num_pages)[: case.num_pages].astype(np.int32)
-    starts = np.arange(case.num_pages, dtype=np.int32) * page_size
-    slots = rng.permutation(num_pages * page_size)[: case.num_tokens].astype(np.int32)
-    index = {
-        "page": (pages,),
-        "page_starts": (pages, starts),
-        "slice": (
-            np.stack([pages * page_size, starts, np.full_like(starts, page_size)]),
-            np.array([case.num_pages], np.int32),
-        ),
-        "token": (slots,),
-    }[case.op]
-    tensors = (jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in (pool, k, v))
-    return (*tensors, *(jnp.asarray(x) for x in index))
 
 
 # --- prediction -------------------------------------------------------------------------------
@@ -292,85 +336,6 @@ def _points(predictions: Sequence[Prediction]) -> dict[str, dict[str, list]]:
 def _plot_title() -> str:
     kind = "predicted" if jax.default_backend() == "cpu" else "measured"
     return f"KV writes, page size {min(map(int, _PAGE_SIZES.value))}, {kind}"
-
-
-# --- measurement ------------------------------------------------------------------------------
-
-
-def _time(step: Callable[..., jax.Array], case: Case) -> _clock.Timing:
-    """Times a step over pools that rotate, so that no cache holds the one that is written."""
-    first, k, v, *index = random_inputs(case, seed=0)
-    pools = [first, first + 1] if jax.default_backend() != "cpu" else [first]
-    return _clock.time_step(step, pools, (k, v, *index))
-
-
-def _measure_op(case: Case) -> dict[str, Any]:
-    timing = _time(case.step("auto"), case)
-    return {
-        "op": case.op,
-        "page_size": case.page_size,
-        "num_tokens": case.num_tokens,
-        "bytes": case.num_bytes,
-        "gb_per_s": timing.gb_per_s(case.num_bytes),
-        **dataclasses.asdict(timing),
-    }
-
-
-def _measured_text(rows: Sequence[dict[str, Any]], device: str) -> str:
-    cells = [
-        {
-            "op": row["op"],
-            "page": "-" if row["op"] == "token" else str(row["page_size"]),
-            "tokens": f"{row['num_tokens']:,}",
-            "MB": f"{row['bytes'] / 1e6:.2f}",
-            "us": f"{row['median_us']:.2f}",
-            "p20": f"{row['p20_us']:.2f}",
-            "p80": f"{row['p80_us']:.2f}",
-            "GB/s": f"{row['gb_per_s']:,.0f}",
-        }
-        for row in rows
-    ]
-    return f"Measured on {device} ({rows[0]['method']}).\n{_report.table(cells, indent=2)}"
-
-
-def _lines(rows: Sequence[dict[str, Any]]) -> dict[str, list]:
-    lines: dict[str, list] = {}
-    page_size = min(row["page_size"] for row in rows)
-    for row in rows:
-        if row["page_size"] == page_size:
-            lines.setdefault(row["op"], []).append((row["num_tokens"], row["median_us"]))
-    return lines
-
-
-def _measure_scatter(num_tokens: int) -> dict[str, Any]:
-    """What people write: k and v interleaved, then one scatter by slot."""
-    page_size = min(map(int, _PAGE_SIZES.value))
-    case = Case("token", "v6e", page_size, num_tokens, _KV_HEADS.value, _HEAD_DIM.value, _DTYPE,
-                is_flat=False)  # fmt: skip
-
-    def scatter(kv_pages, k, v, slots):
-        rows = jnp.stack([k, v], axis=2).reshape(num_tokens, -1, kv_pages.shape[-1])
-        flat = kv_pages.reshape(-1, *kv_pages.shape[2:])
-        rows = jnp.pad(rows, ((0, 0), (0, flat.shape[1] - rows.shape[1]), (0, 0)))
-        return flat.at[slots].set(rows).reshape(kv_pages.shape)
-
-    timing = _time(scatter, case)
-    return {
-        "num_tokens": num_tokens,
-        "bytes": case.num_bytes,
-        "gb_per_s": timing.gb_per_s(case.num_bytes),
-        **dataclasses.asdict(timing),
-    }
-
-
-def _scatter_row(row: dict[str, Any]) -> dict[str, str]:
-    return {
-        "tokens": f"{row['num_tokens']:,}",
-        "us": f"{row['median_us']:,.0f}",
-        "p20": f"{row['p20_us']:,.0f}",
-        "p80": f"{row['p80_us']:,.0f}",
-        "GB/s": f"{row['gb_per_s']:.2f}",
-    }
 
 
 if __name__ == "__main__":

@@ -47,6 +47,29 @@ def tpu_device_kind() -> str | None:
     return device.device_kind
 
 
+def why_no_mosaic_gpu() -> str | None:
+    """Why Mosaic GPU kernels cannot run a call made now, as a sentence; None if they can."""
+    if jax.__version_info__ < (0, 11, 2):
+        return (
+            f"jax is {jax.__version__}, and a kernel can update a pool in place on a GPU (through "
+            "jax.new_ref) from 0.11.2 on; update jax"
+        )
+    if platform() != "gpu":
+        return None  # lowered for another machine, or interpreted
+    capability = getattr(jax.devices()[0], "compute_capability", "unknown")
+    if capability != "9.0":
+        return (
+            f"the GPU has compute capability {capability}, and the kernels are written for Hopper "
+            "(9.0)"
+        )
+    return None
+
+
+def num_multiprocessors() -> int:
+    """Multiprocessors of the GPU that a call is made for; those of an H100 elsewhere."""
+    return jax.devices()[0].core_count if platform() == "gpu" else 132
+
+
 def choose(op: str, backend: str, reasons: Mapping[str, str | None]) -> str:
     """Picks the backend of one call.
 

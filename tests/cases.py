@@ -50,8 +50,8 @@ class Case:
       num_rows: R of a caller's own pool; None takes what `make_kv_pages` gives.
       scale: what k_scale and v_scale are, for 8-bit pools.
       extreme: k and v hold infinities, NaN, subnormals, ties, and values beyond the pool's range.
-      block_tokens, turn_packed: the TPU kernel's Config; small, so that a small case has several
-        windows.
+      block_tokens, turn_packed, fetch_first: the kernel's Config; small, so that a small case has
+        several windows or blocks.
     """
 
     op: Op
@@ -68,6 +68,7 @@ class Case:
     num_rows: int | None = None
     block_tokens: int = 16
     turn_packed: bool = False
+    fetch_first: bool = True
 
     @property
     def id(self) -> str:
@@ -87,6 +88,7 @@ class Case:
         parts += [f"scale_{self.scale}"] if self.scale != "none" else []
         parts += ["extreme"] if self.extreme else []
         parts += ["packed"] if self.turn_packed else []
+        parts += [] if self.fetch_first else ["fetch_late"]
         return "-".join(parts)
 
 
@@ -125,17 +127,19 @@ class Call:
                     keywords[name] = jnp.asarray(scale, jnp.float32)
         return [jnp.array(self.kv_pages), *positional], keywords
 
-    def config(self) -> Any:
-        """The TPU kernel's Config of this case."""
-        from pallas_paged.kv_write import mosaic_tpu
+    def config(self, backend: str) -> Any:
+        """The Config of this case for a backend's kernel."""
+        from pallas_paged.kv_write import mosaic_gpu, mosaic_tpu
 
+        if backend == "mosaic_gpu":
+            return mosaic_gpu.Config(self.case.block_tokens, self.case.fetch_first)
         return mosaic_tpu.Config(self.case.block_tokens, self.case.turn_packed)
 
     def run(self, backend: str) -> jax.Array:
         """Calls the public op."""
         positional, keywords = self.arguments()
         op = getattr(pallas_paged, self.case.op)
-        return op(*positional, **keywords, config=self.config(), backend=backend)
+        return op(*positional, **keywords, config=self.config(backend), backend=backend)
 
 
 def make(case: Case, seed: int = 0) -> Call:
@@ -517,3 +521,35 @@ def interpret(call: Any, mode: str, *, detect_races: bool = True) -> np.ndarray:
         raise
     finally:
         pltpu.reset_tpu_interpret_mode_state()
+
+
+def run_on_gpu(call: Any, *, detect_races: bool = True) -> np.ndarray:
+    """The result of `call()` on the GPU that jax runs on, or in GPU interpret mode on a CPU.
+
+    Raises:
+      RaceFoundError: the interpreter's race detector found a race.
+      Exception: whatever else the interpreter refuses, e.g. a read out of bounds.
+    """
+    if jax.default_backend() == "gpu":
+        return np.asarray(call())
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    on_race = {"on_race": "raise"} if _RACES_RAISE else {}
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    try:
+        with plgpu.force_gpu_interpret_mode(
+            plgpu.InterpretGPUParams(detect_races=detect_races, **on_race)
+        ):
+            result = np.asarray(call())
+        races = gpu_callbacks._races  # None where the call ran no kernel
+        if not _RACES_RAISE and detect_races and races is not None and races.races_found:
+            raise RaceFoundError("see the interpreter's output")
+        return result
+    except jax.errors.JaxRuntimeError as e:
+        _forget_failed_run()
+        if "RACE DETECTED" in str(e):
+            raise RaceFoundError(str(e)) from e
+        raise
+    finally:
+        gpu_callbacks.reset_gpu_interpret_mode_state()

@@ -115,6 +115,8 @@ def test_json_is_all_that_json_prints():
         ("--generations=v9", "--generations has 'v9'; wanted some of v4, v5e"),
         ("--tokens=0", "--tokens has '0'; wanted integers >= 1"),
         ("--ops=row", "--ops has 'row'; wanted some of page"),
+        ("--peers=cuda", "--peers has 'cuda'; wanted some of torch, flashinfer"),
+        ("--peers=torch", "--peers are measured on a GPU, and there is none"),
     ],
 )
 def test_bad_flags_are_a_sentence(flag, sentence):

@@ -173,7 +173,7 @@ def test_kinds_reach_every_order(op, kind, order, monkeypatch):
     (pool, *rest), keywords = call.arguments()
     scales = {"k_scale": None, "v_scale": None}
     getattr(mosaic_tpu, op)(
-        pool.astype(jnp.float32), *rest, **keywords, **scales, config=call.config()
+        pool.astype(jnp.float32), *rest, **keywords, **scales, config=call.config("mosaic_tpu")
     )
     assert int(mosaic_tpu_walk._order(surveys[0])[1]) == getattr(mosaic_tpu_walk, order)
 
@@ -267,7 +267,7 @@ def test_only_the_pool_is_donated(op, backend):
     scales = [x for x in keywords.values() if isinstance(x, jax.Array)]
     result = interpret(
         lambda: getattr(pallas_paged, op)(
-            *positional, **keywords, config=call.config(), backend=backend
+            *positional, **keywords, config=call.config(backend), backend=backend
         ),
         "on_wait",
     )

@@ -36,7 +36,7 @@ def _run(module, call):
         keywords = {"k_scale": None, "v_scale": None} | keywords
     static = {"num_kv_heads": keywords.pop("num_kv_heads")} if call.k is not None else {}
     if call.k is not None and module.__name__.endswith("mosaic_tpu"):
-        static["config"] = call.config()
+        static["config"] = call.config("mosaic_tpu")
     op = functools.partial(getattr(module, call.case.op), **static)
     return jax.jit(lambda positional, keywords: op(*positional, **keywords))(positional, keywords)
 

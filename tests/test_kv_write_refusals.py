@@ -193,12 +193,6 @@ def test_unknown_backend(op, backend):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_mosaic_gpu_says_why(op):
-    reason = "backend 'mosaic_gpu' cannot run this call: the Mosaic GPU kernels are not written yet"
-    _refused(NotImplementedError, op, None, reason, backend="mosaic_gpu")
-
-
-@pytest.mark.parametrize("op", OPS)
 def test_float16_pool_on_a_tpu(op):
     reason = "backend 'mosaic_tpu' cannot run this call: a TPU has no float16; make a bfloat16 pool"
     pool = _pool(dtype=jnp.float16)

@@ -208,3 +208,27 @@ def test_counts_are_checked(name):
     states = values.pop("states")
     with pytest.raises(ValueError, match=f"{name} is 0; want 1 or more"):
         _clock.time_loop(lambda s: s, states, **values)
+
+
+def test_kernels_are_added_up_by_step():
+    """Each eviction, of one kernel or more, opens a step; what ran before the first is dropped."""
+    events = [("warm", 9.0), ("a", 50.0), ("b", 1.0), ("write", 2.0), ("copy", 1.0)]
+    events += [("a", 50.0), ("b", 1.0), ("write", 5.0), ("a", 50.0), ("write", 4.0)]
+    timing = _clock.summarise_kernels(events, frozenset("ab"), 3)
+    assert (timing.median_us, timing.repeats) == (4.0, 3)
+    assert timing.method == "kernel time, cold L2"
+
+
+@pytest.mark.parametrize(
+    ("events", "repeats"),
+    [([("a", 50.0), ("write", 2.0)], 2), ([("a", 50.0), ("write", 2.0), ("a", 50.0)], 2), ([], 1)],
+    ids=["a_step_too_few", "a_step_without_kernels", "nothing"],
+)
+def test_steps_that_were_not_recorded_are_an_error(events, repeats):
+    with pytest.raises(RuntimeError, match=f"steps of {repeats}"):
+        _clock.summarise_kernels(events, frozenset("a"), repeats)
+
+
+def test_without_a_gpu_nothing_is_recorded():
+    with pytest.raises(RuntimeError, match="recorded nothing on a GPU"):
+        _clock.record_kernels(lambda: jax.block_until_ready(jnp.ones(8) + 1))

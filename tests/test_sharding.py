@@ -88,7 +88,7 @@ def run_sharded(calls, backend):
         mesh=mesh,
         num_kv_heads=case.num_kv_heads,
         scales=scales,
-        config=calls[0].config(),
+        config=calls[0].config("mosaic_tpu"),
     )
     new = ("k", "v") if calls[0].k is not None else ()
     arrays = [

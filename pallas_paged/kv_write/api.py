@@ -12,7 +12,7 @@ import jax
 
 from pallas_paged import checks, dispatch
 from pallas_paged.dispatch import Backend
-from pallas_paged.kv_write import mosaic_tpu, oracle
+from pallas_paged.kv_write import mosaic_gpu, mosaic_tpu, oracle
 from pallas_paged.kv_write.indices import WriteIndices, write_indices
 
 __all__ = [
@@ -24,7 +24,8 @@ __all__ = [
     "write_indices",
 ]
 
-_NO_GPU_YET = "the Mosaic GPU kernels are not written yet; the oracle runs on a GPU"
+Config = mosaic_tpu.Config | mosaic_gpu.Config
+_KERNELS = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
 
 
 def page_write(
@@ -37,22 +38,22 @@ def page_write(
     k_scale: jax.Array | float | None = None,
     v_scale: jax.Array | float | None = None,
     num_kv_heads: int | None = None,
-    config: mosaic_tpu.Config | None = None,
+    config: Config | None = None,
     backend: Backend = "auto",
 ) -> jax.Array:
     """Writes whole pages: page `page_ids[i]` gets tokens `token_starts[i] .. + page_size`.
 
     Args:
       kv_pages: [P, page_size, R, C], the pool; donated.
-      k, v: [T, K, H] or [T, K*H], float32 or bfloat16 (float16 in the oracle), any T.
+      k, v: [T, K, H] or [T, K*H], float32 or bfloat16 (float16 on a GPU and in the oracle), any T.
       page_ids: int32[n]; -1 skips.
       token_starts: int32[n], the first token of each page in the packed batch, in any order (in
         ascending order the batch is read once); None means `i * page_size`.
       k_scale, v_scale: float32[] or float32[K], for fp8 and int8 pools: the pool stores
         `x / scale` (rounding: `kv_write.oracle.quantize`). None means 1.
       num_kv_heads: K; needed where k is [T, K*H] and C is 128.
-      config: block sizes of the kernel; None lets the backend choose.
-      backend: "auto", "oracle" or "mosaic_tpu".
+      config: block sizes of the kernel, the Config of the backend that runs; None lets it choose.
+      backend: "auto", "oracle", "mosaic_tpu" or "mosaic_gpu".
 
     Returns:
       the pool, [P, page_size, R, C].
@@ -93,14 +94,14 @@ def slice_write(
     k_scale: jax.Array | float | None = None,
     v_scale: jax.Array | float | None = None,
     num_kv_heads: int | None = None,
-    config: mosaic_tpu.Config | None = None,
+    config: Config | None = None,
     backend: Backend = "auto",
 ) -> jax.Array:
     """Writes runs of tokens, each inside one page.
 
     Args:
       kv_pages: [P, page_size, R, C], the pool; donated.
-      k, v: [T, K, H] or [T, K*H], float32 or bfloat16 (float16 in the oracle), any T.
+      k, v: [T, K, H] or [T, K*H], float32 or bfloat16 (float16 on a GPU and in the oracle), any T.
       slices: int32[3, max_slices], rows: first slot (`page * page_size + row`), first token,
         length. A slice whose length is below 1 or that would leave its page is skipped. Any order
         of the tokens is right; in ascending order the batch is read once.
@@ -158,14 +159,14 @@ def token_write(
     k_scale: jax.Array | float | None = None,
     v_scale: jax.Array | float | None = None,
     num_kv_heads: int | None = None,
-    config: mosaic_tpu.Config | None = None,
+    config: Config | None = None,
     backend: Backend = "auto",
 ) -> jax.Array:
     """Writes token by token: slot `slots[t]` (`page * page_size + row`) gets token t.
 
     Args:
       kv_pages: [P, page_size, R, C], the pool; donated.
-      k, v: [T, K, H] or [T, K*H], float32 or bfloat16 (float16 in the oracle), any T.
+      k, v: [T, K, H] or [T, K*H], float32 or bfloat16 (float16 on a GPU and in the oracle), any T.
       slots: int32[T]; -1 skips.
       k_scale, v_scale, num_kv_heads, config, backend: as in `page_write`.
 
@@ -203,7 +204,7 @@ def copy_pages(
     src_ids: jax.Array,
     dst_ids: jax.Array,
     *,
-    config: mosaic_tpu.Config | None = None,
+    config: Config | None = None,
     backend: Backend = "auto",
 ) -> jax.Array:
     """Copies pages inside the pool (copy on write): page `dst_ids[i]` gets page `src_ids[i]`.
@@ -231,13 +232,9 @@ def copy_pages(
     checks.require_pool(op, kv_pages)
     checks.require_int32(op, "src_ids", src_ids, 1, "[n]")
     _require_same_form(op, "dst_ids", dst_ids, "src_ids", src_ids)
-    reasons = {
-        "oracle": None,
-        "mosaic_tpu": mosaic_tpu.unsupported_pool(kv_pages),
-        "mosaic_gpu": _NO_GPU_YET,
-    }
-    _require_config(op, config)
-    chosen = dispatch.choose(op, backend, reasons)
+    reasons = {name: kernels.unsupported_pool(kv_pages) for name, kernels in _KERNELS.items()}
+    chosen = dispatch.choose(op, backend, {"oracle": None, **reasons})
+    _require_config(op, config, chosen)
     return _copy_pages(kv_pages, src_ids, dst_ids, config, chosen)
 
 
@@ -253,25 +250,27 @@ def _require_same_form(op, argument, x, other_argument, other):
     )
 
 
-def _require_config(op, config):
+def _require_config(op, config, backend):
+    """A Config is of the backend that runs; the oracle has none and takes any."""
+    kernels = [_KERNELS[backend]] if backend in _KERNELS else list(_KERNELS.values())
     checks.require(
-        config is None or isinstance(config, mosaic_tpu.Config),
+        config is None or isinstance(config, tuple(k.Config for k in kernels)),
         op,
         "config",
         got=checks.describe(config),
         wanted="None or a kv_write Config",
-        hint="pallas_paged.kv_write.mosaic_tpu.Config",
+        hint=" or ".join(f"{k.__name__}.Config" for k in kernels),
     )
 
 
 def _choose(op, backend, kv_pages, k, num_kv_heads, head_dim, config):
-    _require_config(op, config)
     reasons = {
-        "oracle": None,
-        "mosaic_tpu": mosaic_tpu.unsupported(kv_pages, k, num_kv_heads, head_dim),
-        "mosaic_gpu": _NO_GPU_YET,
+        name: kernels.unsupported(kv_pages, k, num_kv_heads, head_dim)
+        for name, kernels in _KERNELS.items()
     }
-    return dispatch.choose(op, backend, reasons)
+    chosen = dispatch.choose(op, backend, {"oracle": None, **reasons})
+    _require_config(op, config, chosen)
+    return chosen
 
 
 # The jitted halves. The pool alone is donated; what is static is keyed by value.
@@ -290,7 +289,9 @@ def _page_write(
     scales = {"k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads}
     if backend == "oracle":
         return oracle.page_write(kv_pages, k, v, page_ids, token_starts, **scales)
-    return mosaic_tpu.page_write(kv_pages, k, v, page_ids, token_starts, **scales, config=config)
+    return _KERNELS[backend].page_write(
+        kv_pages, k, v, page_ids, token_starts, **scales, config=config
+    )
 
 
 @_jit_write
@@ -303,7 +304,9 @@ def _slice_write(
     scales = {"k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads}
     if backend == "oracle":
         return oracle.slice_write(kv_pages, k, v, slices, num_slices, **scales)
-    return mosaic_tpu.slice_write(kv_pages, k, v, slices, num_slices, **scales, config=config)
+    return _KERNELS[backend].slice_write(
+        kv_pages, k, v, slices, num_slices, **scales, config=config
+    )
 
 
 @_jit_write
@@ -314,7 +317,9 @@ def _token_write(kv_pages, k, v, slots, k_scale, v_scale, num_kv_heads, config, 
     scales = {"k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads}
     if backend == "oracle":
         return oracle.token_write(kv_pages, k, v, slots, **scales)
-    return mosaic_tpu.token_write(kv_pages, k, v, slots, **scales, config=config)
+    return _KERNELS[backend].token_write(
+        kv_pages, k, v, slots, **scales, config=config
+    )
 
 
 @functools.partial(
@@ -326,4 +331,4 @@ def _copy_pages(kv_pages, src_ids, dst_ids, config, backend):
     )
     if backend == "oracle":
         return oracle.copy_pages(kv_pages, src_ids, dst_ids)
-    return mosaic_tpu.copy_pages(kv_pages, src_ids, dst_ids)
+    return _KERNELS[backend].copy_pages(kv_pages, src_ids, dst_ids)

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from pallas_paged import checks, dispatch, layout
 from pallas_paged.dispatch import Backend
 from pallas_paged.kv_write import api as kv_write
-from pallas_paged.ragged_paged_attention import mosaic_tpu, oracle
+from pallas_paged.ragged_paged_attention import mosaic_gpu, mosaic_tpu, oracle
+
+Config = mosaic_tpu.Config | mosaic_gpu.Config
 
 _OP = "ragged_paged_attention"
-_NO_GPU_YET = "the Mosaic GPU attention kernels are not written yet; the oracle runs on a GPU"
 # Below this, a score that the mask adds it to weighs nothing in float32.
 _LEAVES_OUT = -1e9
 
@@ -35,7 +36,7 @@ def ragged_paged_attention(
     sinks: jax.Array | None = None,
     num_kv_heads: int | None = None,
     return_lse: bool = False,
-    config: mosaic_tpu.Config | None = None,
+    config: Config | None = None,
     backend: Backend = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention of new tokens over the pages of their sequences, prefill and decode in one batch.
@@ -67,8 +68,8 @@ def ragged_paged_attention(
         value.
       num_kv_heads: K; None means that all rows of the pool are in use.
       return_lse: whether to return the log-sum-exp too.
-      config: block sizes of the kernel; None lets the backend choose.
-      backend: "auto", "oracle" or "mosaic_tpu".
+      config: block sizes of the kernel, the Config of the backend that runs; None lets it choose.
+      backend: "auto", "oracle", "mosaic_tpu" or "mosaic_gpu".
 
     Returns:
       q's dtype [T, N, H]; with `return_lse` also the natural log of the sum of the exponentials of
@@ -124,7 +125,7 @@ def write_and_attend(
     sinks: jax.Array | None = None,
     num_kv_heads: int | None = None,
     return_lse: bool = False,
-    config: mosaic_tpu.Config | None = None,
+    config: Config | None = None,
     backend: Backend = "auto",
 ) -> tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, jax.Array]:
     """Writes a batch's new keys and values into its pages, then attends over them.
@@ -182,13 +183,18 @@ def write_and_attend(
 
 
 def _choose(op, backend, q, kv_pages, page_indices, num_kv_heads, mask_value, config):
-    reason = mosaic_tpu.unsupported(q, kv_pages, page_indices, num_kv_heads, config)
-    if mask_value is not None and mask_value > _LEAVES_OUT:
-        reason = (
-            f"mask_value {mask_value} would let hidden keys count, and their pages may not be "
-            f"there; the kernel leaves them out: pass None or a number below {_LEAVES_OUT:.0e}"
-        )
-    reasons = {"oracle": None, "mosaic_tpu": reason, "mosaic_gpu": _NO_GPU_YET}
+    reasons: dict[str, str | None] = {"oracle": None}
+    for name, kernels in (("mosaic_tpu", mosaic_tpu), ("mosaic_gpu", mosaic_gpu)):
+        if config is None or isinstance(config, kernels.Config):
+            reason = kernels.unsupported(q, kv_pages, page_indices, num_kv_heads, config)
+        else:
+            reason = f"its block sizes are a {kernels.__name__}.Config, and config is {config!r}"
+        if mask_value is not None and mask_value > _LEAVES_OUT:
+            reason = (
+                f"mask_value {mask_value} would let hidden keys count, and their pages may not be "
+                f"there; the kernel leaves them out: pass None or a number below {_LEAVES_OUT:.0e}"
+            )
+        reasons[name] = reason
     return dispatch.choose(op, backend, reasons)
 
 
@@ -210,7 +216,8 @@ def _attention(
     }
     if backend == "oracle":
         return oracle.ragged_paged_attention(*arrays, mask_value=mask_value, **options)
-    return mosaic_tpu.ragged_paged_attention(
+    kernels = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}[backend]
+    return kernels.ragged_paged_attention(
         *arrays, return_lse=return_lse, config=config, **options
     )
 
@@ -330,8 +337,8 @@ def _check_options(op, q, sliding_window, soft_cap, sinks, config):
         hint="one sink per query head",
     )
     checks.require(
-        config is None or isinstance(config, mosaic_tpu.Config),
+        config is None or isinstance(config, Config),
         op, "config", got=checks.describe(config),
         wanted="None or a ragged_paged_attention Config",
-        hint="pallas_paged.ragged_paged_attention.mosaic_tpu.Config",
+        hint="the Config of mosaic_tpu or of mosaic_gpu in pallas_paged.ragged_paged_attention",
     )

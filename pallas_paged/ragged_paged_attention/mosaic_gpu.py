@@ -1,0 +1,221 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Ragged paged attention on Hopper: a schedule, short sequences split evenly, then tiles of rows.
+
+A batch of any mix takes four launches, none of which needs the host to know a length: XLA computes
+the schedule; the decode kernel takes the sequences whose new tokens fit the rows of one warpgroup
+and cuts their keys evenly over the chip; the merge puts together what that cut; the prefill kernel
+takes the other sequences, tile by tile, and zeroes the rows of none.
+"""
+
+__all__ = ["Config", "default_config", "ragged_paged_attention", "unsupported"]
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_paged import dispatch, layout
+from pallas_paged.ragged_paged_attention import mosaic_gpu_decode as decode
+from pallas_paged.ragged_paged_attention import mosaic_gpu_prefill as prefill
+from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
+    ROW_TILE,
+    WARPGROUP_ROWS,
+    Shape,
+    make_schedule,
+    per_head,
+)
+
+_HEAD_DIMS = (64, 128, 256)
+# Shared memory that one block of threads may have, less what barriers take.
+_SHARED_BYTES = 227 * 1024 - 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Block sizes of the GPU attention.
+
+    Attributes:
+      prefill_block_keys, decode_block_keys: keys that are attended to at a time, 64 or 128.
+      prefill_slots, decode_slots: blocks in shared memory: those being computed, the others on
+        their way.
+      prefill_raw_slots, decode_raw_slots: blocks of a quantised pool on their way.
+      decode_blocks_per_sm: blocks of threads of the decode kernel that share a multiprocessor.
+    """
+
+    prefill_block_keys: int
+    prefill_slots: int
+    decode_block_keys: int
+    decode_slots: int
+    prefill_raw_slots: int = 2
+    decode_raw_slots: int = 2
+    decode_blocks_per_sm: int = 1
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("block_keys"):
+                is_right, wanted = value in (64, 128), "64 or 128"
+            else:
+                is_right, wanted = isinstance(value, int) and value >= 1, "an int >= 1"
+                if field.name == "prefill_slots" or field.name == "decode_slots":
+                    is_right, wanted = is_right and value >= 2, "an int >= 2"
+            if not is_right:
+                raise ValueError(
+                    f"ragged_paged_attention Config: {field.name} is {value!r}; wanted {wanted}"
+                )
+
+
+def default_config(head_dim: int, is_quantized: bool) -> Config:
+    """Prefill: three blocks beside the queries, or two and the raw ones of an 8-bit pool. Decode:
+    two blocks of threads to a multiprocessor, so that one's latencies at a sequence's end hide
+    behind the other's pages; one where a pool is converted, which takes more registers."""
+    slots = 2 if is_quantized else 3
+    prefill_keys = 64 if head_dim == 256 else 128
+    prefill_slots = {64: 2 * slots, 128: slots, 256: 2}[head_dim]
+    if is_quantized:
+        return Config(prefill_keys, prefill_slots, prefill_keys, prefill_slots)
+    decode_slots = {64: 6, 128: 3, 256: 3}[head_dim]
+    per_sm = 1 if head_dim == 256 else 2
+    return Config(prefill_keys, prefill_slots, 64, decode_slots, decode_blocks_per_sm=per_sm)
+
+
+def shared_bytes(shape: Shape, config: Config) -> tuple[int, int]:
+    """Shared memory that a block of threads of the prefill and of the decode kernel takes."""
+    def ring(block_keys, slots, raw_slots):
+        raw = raw_slots if shape.is_quantized else 0
+        per_key = slots * shape.q_dtype.itemsize + raw * shape.pool_dtype.itemsize
+        return block_keys * shape.kv_dim * per_key
+
+    queries = prefill.TILE_ROWS * shape.head_dim * shape.q_dtype.itemsize
+    return (
+        queries + ring(config.prefill_block_keys, config.prefill_slots, config.prefill_raw_slots),
+        ring(config.decode_block_keys, config.decode_slots, config.decode_raw_slots),
+    )
+
+
+def unsupported(q, kv_pages, page_indices, num_kv_heads: int, config: Config | None) -> str | None:
+    """Why the kernels cannot run a call, as a sentence; None if they can."""
+    reason = dispatch.why_no_mosaic_gpu()
+    if reason is not None:
+        return reason
+    _, num_heads, head_dim = q.shape
+    num_pages, page_size, num_rows, _ = kv_pages.shape
+    del num_pages
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"q is {q.dtype} and the matrix unit takes bfloat16 and float16: cast q"
+    if kv_pages.dtype not in (q.dtype, jnp.float8_e4m3fn, jnp.float8_e5m2):
+        return (
+            f"the pool is {kv_pages.dtype} and q {q.dtype}; the kernels take a pool of q's dtype, "
+            "float8_e4m3fn or float8_e5m2"
+        )
+    if head_dim not in _HEAD_DIMS:
+        return (
+            f"head_dim is {head_dim} and the kernels take {', '.join(map(str, _HEAD_DIMS))}: pad "
+            "the heads or use the oracle"
+        )
+    if page_size % ROW_TILE:
+        return (
+            f"page_size is {page_size}, and a page must be whole tiles of the matrix unit, "
+            f"multiples of {ROW_TILE} tokens"
+        )
+    if head_dim > layout.HALF_LANES and num_rows % 2:
+        return (
+            f"the pool has R = {num_rows} rows a slot and K and V of a head are a pair of rows; "
+            "make it with make_kv_pages"
+        )
+    group = num_heads // num_kv_heads
+    if group > WARPGROUP_ROWS:
+        return (
+            f"{group} query heads read one KV head, and the decode kernel holds at most "
+            f"{WARPGROUP_ROWS} in the rows of its products"
+        )
+    max_seqs, table_width = page_indices.shape
+    if max_seqs * num_kv_heads * -(-table_width * page_size // 64) >= 2**31:
+        return (
+            f"page_indices [{max_seqs}, {table_width}] has room for 2**31 blocks of keys or more, "
+            "and blocks are counted in int32"
+        )
+    if config is not None:
+        shape = _shape(q, kv_pages, page_indices, num_kv_heads)
+        for name, needed in zip(("prefill", "decode"), shared_bytes(shape, config), strict=True):
+            if needed > _SHARED_BYTES:
+                return (
+                    f"config's {name} blocks take {needed} bytes of shared memory, and a "
+                    f"multiprocessor has {_SHARED_BYTES} for them: fewer slots or keys"
+                )
+    return None
+
+
+def _shape(q, kv_pages, page_indices, num_kv_heads, **options) -> Shape:
+    options = {
+        "causal": True, "soft_cap": None, "has_window": False, "return_lse": False,
+        "is_interpreted": False,
+    } | options
+    return Shape(
+        num_heads=q.shape[1], num_kv_heads=num_kv_heads, head_dim=q.shape[2],
+        num_pages=kv_pages.shape[0], page_size=kv_pages.shape[1],
+        table_width=page_indices.shape[1], q_dtype=jnp.dtype(q.dtype),
+        pool_dtype=jnp.dtype(kv_pages.dtype), **options,
+    )  # fmt: skip
+
+
+def ragged_paged_attention(
+    q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, *, sm_scale, causal, sliding_window,
+    soft_cap, k_scale, v_scale, sinks, num_kv_heads, return_lse, config,
+):
+    """Returns the output, q's dtype [T, N, H], and the log-sum-exp, f32[T, N] or None; see api."""
+    num_tokens = q.shape[0]
+    if num_tokens == 0:
+        return q, jnp.zeros(q.shape[:2], jnp.float32)
+    shape = _shape(
+        q, kv_pages, page_indices, num_kv_heads, causal=causal, soft_cap=soft_cap,
+        has_window=sliding_window is not None, return_lse=return_lse,
+    )  # fmt: skip
+    config = config or default_config(shape.head_dim, shape.is_quantized)
+    num_sms = dispatch.num_multiprocessors()
+
+    # Tensor copies see rows in tiles of 8; a batch of other sizes is copied.
+    q = jnp.pad(q, ((0, -num_tokens % ROW_TILE), (0, 0), (0, 0)))
+    operands: dict[str, Any] = {
+        "q": q,
+        "kv": per_head(kv_pages, shape),
+        "table": page_indices,
+        "sm_scale": jnp.asarray(sm_scale, jnp.float32).reshape(1),
+    }
+    if shape.has_window:
+        operands["window"] = jnp.asarray(sliding_window, jnp.int32).reshape(1)
+    if shape.is_quantized:
+        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if scale is not None:
+                operands[name] = jnp.asarray(scale, jnp.float32).reshape(-1)
+    if sinks is not None:
+        operands["sinks"] = sinks.astype(jnp.float32)
+    operands |= {"kv_lens": kv_lens, "cu_q_lens": cu_q_lens, "num_seqs": num_seqs}
+    operands["schedule"] = make_schedule(
+        kv_lens, cu_q_lens, num_seqs, sliding_window, q.shape[0], shape,
+        config.decode_block_keys, prefill.TILE_ROWS,
+    )  # fmt: skip
+
+    launch = functools.partial(_launch, shape, config, num_sms)
+    out, lse = lax.platform_dependent(
+        operands,
+        cuda=functools.partial(launch, False),
+        default=functools.partial(launch, True),
+    )
+    return out[:num_tokens], (lse[:num_tokens] if return_lse else None)
+
+
+def _launch(shape: Shape, config: Config, num_sms: int, is_interpreted: bool, operands):
+    """The three kernels; each leaves holes for the next, which updates the output in place."""
+    shape = dataclasses.replace(shape, is_interpreted=is_interpreted)
+    num_blocks = num_sms * config.decode_blocks_per_sm
+    out, lse, *parts = decode.decode(shape, config, num_blocks, operands)
+    lse_ref = None if lse is None else jax.new_ref(lse)
+    flat = jax.new_ref(out.reshape(out.shape[0], -1))
+    decode.merge(shape, num_blocks, *parts, flat, lse_ref)
+    out_ref = jax.new_ref(jax.ref.freeze(flat).reshape(out.shape))
+    prefill.prefill(shape, config, num_sms, operands, out_ref, lse_ref)
+    return jax.ref.freeze(out_ref), None if lse_ref is None else jax.ref.freeze(lse_ref)

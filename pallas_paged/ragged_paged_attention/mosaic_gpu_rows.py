@@ -1,0 +1,184 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Rows of the matrix unit's registers to and from device memory, only those that are wanted.
+
+Row r of the 64 that a warpgroup holds stands for token `first_row + r // group` of the batch and
+head `first_head + r % group`. Pallas has no predicated loads and stores of registers, so these are
+inline Mosaic GPU; the interpreter, which cannot run that, takes a loop over rows.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, memref, scf, vector
+
+_REF = plgpu.RefType()
+_SCALAR = plgpu.Layout.WG_SPLAT
+_TILE = plgpu.Layout.WGMMA
+_COLUMN = plgpu.Layout.WGMMA.reduce(1)
+
+
+def store(value, ref, first_row, first_head, begin, end, group: int, is_interpreted: bool) -> None:
+    """`ref[first_row + r // group, first_head + r % group] = value[r]` for `begin <= r < end`.
+
+    Args:
+      value: [64, H] in the layout of a product's result.
+      ref: [rows, heads, H] in device memory, of the same dtype.
+      first_row, first_head, begin, end: int32 scalars.
+      group: heads to a row of the batch.
+      is_interpreted: whether Pallas interprets the kernel.
+    """
+    if is_interpreted:
+        def store_row(r, _):
+            ref[first_row + r // group, first_head + r % group] = value[r]
+
+        _each_row(value.shape[0], begin, end, store_row)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _TILE, _SCALAR, _SCALAR, _SCALAR, _SCALAR))
+    def run(_, out, tile, *scalars):
+        row, head, begin, end = map(_index, scalars)
+        for i, registers in _by_row(tile):
+            with mgpu.when(_is_between(i, begin, end)):
+                target = _target(i, row, head, group)
+                for j, register in registers:
+                    vector.store(tile.registers[register], out, [*target, j])
+
+    run(ref, value, first_row, first_head, begin, end)
+
+
+def load(ref, first_row, first_head, end, group: int, shape, is_interpreted: bool) -> jax.Array:
+    """[64, H]: row r is `ref[first_row + r // group, first_head + r % group]` for `r < end`, else 0.
+
+    Arguments as in `store`; the result is an operand of the matrix unit, in registers.
+    """
+    if is_interpreted:
+        def load_row(r, rows):
+            row = ref[first_row + r // group, first_head + r % group]
+            return lax.dynamic_update_slice(rows, row[None], (r, 0))
+
+        return lax.fori_loop(0, jnp.clip(end, 0, shape[0]), load_row, jnp.zeros(shape, ref.dtype))
+
+    result = plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=_TILE)
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _SCALAR, _SCALAR, _SCALAR), return_type=result)
+    def run(_, source, *scalars):
+        row, head, end = map(_index, scalars)
+        element = ir.MemRefType(source.type).element_type
+        zero = arith.constant(element, ir.FloatAttr.get(element, 0.0))
+        tile = mgpu.FragmentedArray.splat(zero, shape, _TILE.to_mgpu())
+        registers = tile.registers.copy()
+        kind = registers.flat[0].type
+        for i, mine in _by_row(tile):
+            branch = scf.IfOp(_is_less(i, end), [kind] * len(mine), has_else=True)
+            with ir.InsertionPoint(branch.then_block):
+                target = _target(i, row, head, group)
+                scf.yield_([vector.load(kind, source, [*target, j]) for j, _ in mine])
+            with ir.InsertionPoint(branch.else_block):
+                scf.yield_([registers[register] for _, register in mine])
+            for (_, register), loaded in zip(mine, branch.results, strict=True):
+                registers[register] = loaded
+        return mgpu.FragmentedArray(_registers=registers, _layout=tile.layout, _is_signed=None)
+
+    return run(ref, first_row, first_head, end)
+
+
+def store_column(
+    value, ref, first_row, first_head, begin, end, group: int, is_interpreted: bool
+) -> None:
+    """`store` of one value a row: value f32[64], ref f32[rows, heads]."""
+    if is_interpreted:
+        def store_row(r, _):
+            ref[first_row + r // group, first_head + r % group] = value[r]
+
+        _each_row(value.shape[0], begin, end, store_row)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _COLUMN, _SCALAR, _SCALAR, _SCALAR, _SCALAR))
+    def run(_, out, column, *scalars):
+        row, head, begin, end = map(_index, scalars)
+        for i, register in _column_rows(column):
+            with mgpu.when(_is_between(i, begin, end)):
+                memref.store(_element(register), out, _target(i, row, head, group))
+
+    run(ref, value, first_row, first_head, begin, end)
+
+
+def load_per_head(ref, first_head, group: int, num_rows: int, is_interpreted: bool) -> jax.Array:
+    """f32[64]: row r is `ref[first_head + r % group]` of ref f32[heads]."""
+    if is_interpreted:
+        def load_row(r, rows):
+            return lax.dynamic_update_slice(rows, ref[first_head + r % group][None], (r,))
+
+        return lax.fori_loop(0, num_rows, load_row, jnp.zeros((num_rows,), jnp.float32))
+
+    result = plgpu.ShapeDtypeStruct((num_rows,), jnp.float32, layout=_COLUMN)
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _SCALAR), return_type=result)
+    def run(_, source, head):
+        zero = arith.constant(ir.F32Type.get(), 0.0)
+        column = mgpu.FragmentedArray.splat(zero, (num_rows,), _COLUMN.to_mgpu())
+        registers = column.registers.copy()
+        kind = registers.flat[0].type
+        indices = list(_column_rows(column))
+        for (i, _), place in zip(indices, np.ndindex(registers.shape), strict=True):
+            (_, at) = _target(i, _constant(0), _index(head), group)
+            loaded = memref.load(source, [at])
+            registers[place] = (
+                vector.broadcast(kind, loaded) if isinstance(kind, ir.VectorType) else loaded
+            )
+        return mgpu.FragmentedArray(_registers=registers, _layout=column.layout, _is_signed=None)
+
+    return run(ref, first_head)
+
+
+def _each_row(num_rows, begin, end, body):
+    lax.fori_loop(jnp.clip(begin, 0, num_rows), jnp.clip(end, 0, num_rows), body, None)
+
+
+def _index(scalar):
+    return arith.index_cast(ir.IndexType.get(), scalar.registers.item())
+
+
+def _constant(value: int):
+    return arith.constant(ir.IndexType.get(), value)
+
+
+def _is_less(a, b):
+    return arith.cmpi(arith.CmpIPredicate.slt, a, b)
+
+
+def _is_between(i, begin, end):
+    return arith.andi(arith.cmpi(arith.CmpIPredicate.sle, begin, i), _is_less(i, end))
+
+
+def _target(i, row, head, group: int):
+    """The row and head that row i of the registers stands for."""
+    if group == 1:
+        return [arith.addi(row, i), head]
+    size = _constant(group)
+    return [arith.addi(row, arith.divui(i, size)), arith.addi(head, arith.remui(i, size))]
+
+
+def _by_row(tile):
+    """(row, [(column, register)]) of each row that a thread holds registers of."""
+    rows: dict = {}
+    registers = np.ndindex(tile.registers.shape)
+    for (i, j), register in zip(tile.layout.thread_idxs(tile.shape), registers, strict=True):
+        # The second dimension alone goes over columns; the others say which row.
+        rows.setdefault(register[:1] + register[2:], (i, []))[1].append((j, register))
+    return rows.values()
+
+
+def _column_rows(column):
+    indices = column.layout.thread_idxs(column.shape)
+    return [(i, r) for (i,), r in zip(indices, column.registers.flat, strict=True)]
+
+
+def _element(register):
+    if isinstance(register.type, ir.VectorType):
+        return vector.extract(register, dynamic_position=[], static_position=[0])
+    return register
