@@ -33,10 +33,16 @@ from pallas_paged.ragged_paged_attention import mosaic_tpu
 FLOP_PER_CYCLE = {"v4": 131072, "v5e": 131072, "v5p": 131072, "v6e": 524288, "tpu7x": 524288}
 
 
+# Of q, below which XLA may put it into VMEM before the kernel, which would be another kernel.
+_MIN_Q_BYTES = 2**24
+
+
 def compile_target(**fields: Any):
     """What `bench._tpu_compile.Job` compiles: a call, by its fields; `config` by its own."""
     config = fields.pop("config", None)
     call = Call(**fields, config=mosaic_tpu.Config(**config) if config else None)
+    row_bytes = call.num_heads * call.head_dim * jnp.dtype(call.dtype).itemsize
+    call = dataclasses.replace(call, num_tokens=max(call.num_tokens, _MIN_Q_BYTES // row_bytes))
     return call.step("mosaic_tpu"), call.shapes(), {"donate_argnums": (1,)} if call.writes else {}
 
 
