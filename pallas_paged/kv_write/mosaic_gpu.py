@@ -326,8 +326,9 @@ def _write(
     plgpu.kernel(
         kernel,
         out_type=(),
-        grid=(num_blocks, shape.num_kv_heads // shape.heads),
-        grid_names=("block", "head_group"),
+        # The last dimension of a grid may exceed 65,535 blocks of threads.
+        grid=(shape.num_kv_heads // shape.heads, num_blocks),
+        grid_names=("head_group", "block"),
         scratch_types=scratch,
         compiler_params=_compiler_params(),
         kernel_name=f"{name}_{shape.tokens}x{shape.heads}",

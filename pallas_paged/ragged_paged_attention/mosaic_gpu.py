@@ -68,18 +68,27 @@ class Config:
                 )
 
 
-def default_config(head_dim: int, is_quantized: bool) -> Config:
-    """Prefill: three blocks beside the queries, or two and the raw ones of an 8-bit pool. Decode:
-    two blocks of threads to a multiprocessor, so that one's latencies at a sequence's end hide
-    behind the other's pages; one where a pool is converted, which takes more registers."""
-    slots = 2 if is_quantized else 3
+def default_config(head_dim: int, is_quantized: bool, max_seqs: int) -> Config:
+    """As many blocks as shared memory has room for.
+
+    Two blocks of threads decode on a multiprocessor where many sequences begin and end, so that
+    one's latencies hide behind the other's pages; one where few do, which splits heads less.
+    """
     prefill_keys = 64 if head_dim == 256 else 128
-    prefill_slots = {64: 2 * slots, 128: slots, 256: 2}[head_dim]
     if is_quantized:
-        return Config(prefill_keys, prefill_slots, prefill_keys, prefill_slots)
-    decode_slots = {64: 6, 128: 3, 256: 3}[head_dim]
-    per_sm = 1 if head_dim == 256 else 2
-    return Config(prefill_keys, prefill_slots, 64, decode_slots, decode_blocks_per_sm=per_sm)
+        decode_raw_slots = {64: 12, 128: 8, 256: 2}[head_dim]
+        prefill_slots = {64: 4, 128: 2, 256: 2}[head_dim]
+        return Config(
+            prefill_keys, prefill_slots, 64, 2, prefill_raw_slots=2,
+            decode_raw_slots=decode_raw_slots,
+        )  # fmt: skip
+    prefill_slots = {64: 6, 128: 3, 256: 2}[head_dim]
+    if head_dim == 256:
+        return Config(prefill_keys, prefill_slots, 64, 3)
+    decode_slots = {64: 6, 128: 3}[head_dim]
+    if max_seqs < 32:
+        return Config(prefill_keys, prefill_slots, 128, decode_slots)
+    return Config(prefill_keys, prefill_slots, 64, decode_slots, decode_blocks_per_sm=2)
 
 
 def shared_bytes(shape: Shape, config: Config) -> tuple[int, int]:
@@ -89,10 +98,11 @@ def shared_bytes(shape: Shape, config: Config) -> tuple[int, int]:
         per_key = slots * shape.q_dtype.itemsize + raw * shape.pool_dtype.itemsize
         return block_keys * shape.kv_dim * per_key
 
-    queries = prefill.TILE_ROWS * shape.head_dim * shape.q_dtype.itemsize
+    queries = WARPGROUP_ROWS * shape.head_dim * shape.q_dtype.itemsize
     return (
-        queries + ring(config.prefill_block_keys, config.prefill_slots, config.prefill_raw_slots),
-        ring(config.decode_block_keys, config.decode_slots, config.decode_raw_slots),
+        prefill.num_consumers(shape) * queries
+        + ring(config.prefill_block_keys, config.prefill_slots, config.prefill_raw_slots),
+        queries + ring(config.decode_block_keys, config.decode_slots, config.decode_raw_slots),
     )
 
 
@@ -174,7 +184,9 @@ def ragged_paged_attention(
         q, kv_pages, page_indices, num_kv_heads, causal=causal, soft_cap=soft_cap,
         has_window=sliding_window is not None, return_lse=return_lse,
     )  # fmt: skip
-    config = config or default_config(shape.head_dim, shape.is_quantized)
+    config = config or default_config(
+        shape.head_dim, shape.is_quantized, page_indices.shape[0]
+    )
     num_sms = dispatch.num_multiprocessors()
 
     # Tensor copies see rows in tiles of 8; a batch of other sizes is copied.
@@ -196,7 +208,7 @@ def ragged_paged_attention(
     operands |= {"kv_lens": kv_lens, "cu_q_lens": cu_q_lens, "num_seqs": num_seqs}
     operands["schedule"] = make_schedule(
         kv_lens, cu_q_lens, num_seqs, sliding_window, q.shape[0], shape,
-        config.decode_block_keys, prefill.TILE_ROWS,
+        config.decode_block_keys, prefill.tile_rows(shape),
     )  # fmt: skip
 
     launch = functools.partial(_launch, shape, config, num_sms)

@@ -243,8 +243,8 @@ def _clear_edges(ring: Ring, slot, span: Span, i, shape: Shape) -> None:
 
 def _scores(queries, keys, block: int, shape: Shape):
     """f32[64, block], queries times keys."""
-    if shape.is_interpreted:  # it takes operands in shared memory only
-        return jnp.dot(queries[...], keys[...].T, preferred_element_type=jnp.float32)
+    if shape.is_interpreted:
+        return _interpreted_product(queries[...], keys[...].T)
 
     def product(scores_ref):
         plgpu.wgmma(scores_ref, queries, keys.T)
@@ -253,10 +253,21 @@ def _scores(queries, keys, block: int, shape: Shape):
     return pl.run_scoped(product, plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32))
 
 
+def _interpreted_product(a, b):
+    """The interpreter's matrix unit takes no operand from registers, so values are multiplied.
+
+    They were loaded by the threads, where the matrix unit would have read them behind a proxy; so
+    only here is a fence needed before a tensor copy overwrites them.
+    """
+    product = jnp.dot(a, b, preferred_element_type=jnp.float32)
+    plgpu.commit_smem()
+    return product
+
+
 def _add_product(out, weights, values, shape: Shape):
     """f32[64, H]: out and the weights times the values."""
     if shape.is_interpreted:
-        return out + jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+        return out + _interpreted_product(weights, values[...])
     return pl.run_state(lambda sum_ref: plgpu.wgmma(sum_ref, weights, values))(
         plgpu.ACC.init(out)
     )

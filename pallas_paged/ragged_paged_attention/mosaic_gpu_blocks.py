@@ -18,7 +18,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf, vector
 
-from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import Shape, tiling
+from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
+    WARPGROUP,
+    Shape,
+    tiling,
+)
 
 # Values of a box of a tensor copy in each dimension, at most.
 _MAX_BOX = 256
@@ -29,7 +33,7 @@ class Ring:
     """Slots for blocks, and the barriers that say which are full and which are empty.
 
     Attributes:
-      smem: [slots, block, 2H].
+      smem: [slots, block, 2H]; of a quantised pool [slots, 2H / box, block, box].
       full: a barrier a slot, which completes when its block is there.
       empty: a barrier a slot, at which all that read it arrive.
       cleared: a barrier at which all readers meet where one clears for all; None for one reader.
@@ -69,34 +73,27 @@ def scratch(shape: Shape, block: int, num_slots: int, num_raw_slots: int, num_re
     """The types of the two rings' scratch: of q's dtype, and of the pool's where that differs."""
     pieces = block // shape.piece(block)
 
-    def ring(dtype, transforms, num_slots, num_writers, num_readers):
+    def ring(block_shape, dtype, transforms, num_slots, num_writers, num_readers):
         return dict(
-            smem=plgpu.SMEM((num_slots, block, shape.kv_dim), dtype, transforms=transforms),
+            smem=plgpu.SMEM((num_slots, *block_shape), dtype, transforms=transforms),
             full=plgpu.Barrier(num_barriers=num_slots, num_arrivals=num_writers),
             empty=plgpu.Barrier(num_barriers=num_slots, num_arrivals=num_readers),
             cleared=plgpu.Barrier(num_arrivals=num_readers) if num_readers > 1 else None,
         )
 
+    ready = (block, shape.kv_dim), shape.q_dtype, tiling(shape.q_dtype), num_slots
     if not shape.is_quantized:
-        return ring(shape.q_dtype, tiling(shape.q_dtype), num_slots, pieces, num_readers), None
-    copies = pieces * len(_columns(shape))
-    return (
-        ring(shape.q_dtype, tiling(shape.q_dtype), num_slots, 1, num_readers),
-        ring(shape.pool_dtype, (), num_raw_slots, copies, 1),
-    )
+        return ring(*ready, pieces, num_readers), None
+    box = min(shape.kv_dim, _MAX_BOX)
+    num_boxes = shape.kv_dim // box
+    raw = (num_boxes, block, box), shape.pool_dtype, (), num_raw_slots
+    return ring(*ready, 1, num_readers), ring(*raw, pieces * num_boxes, 1)
 
 
 def rings(scoped, num_slots: int, num_raw_slots: int) -> tuple[Ring, Ring | None]:
     """The ring that is attended to, and the one of raw blocks of a quantised pool."""
     ready, raw = scoped
     return Ring(**ready, num_slots=num_slots), raw and Ring(**raw, num_slots=num_raw_slots)
-
-
-def _columns(shape: Shape) -> list[Any]:
-    """The parts of 2H that one copy brings. Tiled copies bring all; raw ones a box's width."""
-    if not shape.is_quantized or shape.kv_dim <= _MAX_BOX:
-        return [pl.ds(0, shape.kv_dim)]
-    return [pl.ds(c, _MAX_BOX) for c in range(0, shape.kv_dim, _MAX_BOX)]
 
 
 def fetch(ring: Ring, step, kv_hbm, table, seq, kv_head, first, begin, end, block, shape: Shape):
@@ -127,12 +124,18 @@ def fetch(ring: Ring, step, kv_hbm, table, seq, kv_head, first, begin, end, bloc
         if piece != shape.page_size:
             row = pl.multiple_of(lax.rem(start, shape.page_size), piece)
         is_seen = (start < end) & (start + piece > begin)
-        for columns in _columns(shape):
-            _copy(
-                kv_hbm.at[page, pl.ds(row, piece), kv_head, columns],
-                ring.smem.at[slot, pl.ds(j * piece, piece), columns],
-                ring.full.at[slot], is_seen, shape.is_interpreted,
-            )  # fmt: skip
+        source = kv_hbm.at[page, pl.ds(row, piece), kv_head]
+        target = ring.smem.at[slot]
+        rows = pl.ds(j * piece, piece)
+        if not shape.is_quantized:
+            copies = [(source, target.at[rows])]
+        else:
+            num_boxes, _, box = target.shape
+            copies = [
+                (source.at[:, pl.ds(n * box, box)], target.at[n, rows]) for n in range(num_boxes)
+            ]
+        for copy in copies:
+            _copy(*copy, ring.full.at[slot], is_seen, shape.is_interpreted)
 
 
 def _copy(source, target, barrier, is_wanted, is_interpreted: bool) -> None:
@@ -224,7 +227,8 @@ def convert(raw: Ring, ready: Ring, step, shape: Shape) -> None:
     plgpu.barrier_wait(raw.full.at[source])
     plgpu.barrier_wait(ready.empty.at[target])
     if shape.is_interpreted:
-        ready.smem[target] = raw.smem[source].astype(shape.q_dtype)
+        values = raw.smem[source].swapaxes(0, 1).reshape(ready.smem.shape[1:])
+        ready.smem[target] = values.astype(shape.q_dtype)
     else:
         _convert_block(raw.smem.at[source], ready.smem.at[target], shape)
     plgpu.commit_smem()
@@ -233,52 +237,59 @@ def convert(raw: Ring, ready: Ring, step, shape: Shape) -> None:
 
 
 def _convert_block(source, target, shape: Shape) -> None:
-    """8 values a thread and step: one load of 8 bytes, one store of 16, where the swizzle has it."""
+    """8 values a thread and time: one load of 8 bytes, one store of 16, where the swizzle has it."""
     width = 8
-    block = source.shape[0]
-    steps = block * shape.kv_dim // (128 * width)
+    _, block, box = source.shape
+    at_once = 8  # so that their loads and conversions overlap
+    steps = block * shape.kv_dim // (WARPGROUP * width * at_once)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(tiling(shape.q_dtype))))
-    def run(_, raw, tiles):  # raw [block, 2H], tiles [block / 8, 2H / 64, 8, 64]
+    def run(_, raw, tiles):  # raw [2H / box, block, box], tiles [block / 8, 2H / 64, 8, 64]
         def const(x):
             return arith.constant(ir.IndexType.get(), x)
 
-        i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
-        chunks = const(shape.kv_dim // width)
-        thread = arith.remui(gpu.thread_id(gpu.Dimension.x), const(128))
-        loop = scf.ForOp(const(0), const(steps), const(1))
-        with ir.InsertionPoint(loop.body):
-            item = arith.addi(arith.muli(loop.induction_variable, const(128)), thread)
-            row = arith.divui(item, chunks)
-            chunk = arith.remui(item, chunks)
-            element = ir.MemRefType(raw.type).element_type
-            narrow = vector.load(
-                ir.VectorType.get((width,), element), raw,
-                [row, arith.muli(chunk, const(width))],
-            )  # fmt: skip
-            words = vector.bitcast(
-                ir.VectorType.get((2,), i32),
-                vector.bitcast(ir.VectorType.get((width,), i8), narrow),
-            )
-            pairs = [
-                pair
-                for n in range(2)
-                for pair in _convert_four(_extract(words, n), shape)
-            ]
-            packed = vector.from_elements(ir.VectorType.get((4,), i32), pairs)
-            wide_type = ir.MemRefType(tiles.type).element_type
-            wide = vector.bitcast(ir.VectorType.get((width,), wide_type), packed)
+        chunks, eight = const(shape.kv_dim // width), const(8)
+        narrow_type = ir.VectorType.get((width,), ir.MemRefType(raw.type).element_type)
+        wide_type = ir.VectorType.get((width,), ir.MemRefType(tiles.type).element_type)
+        thread = arith.remui(gpu.thread_id(gpu.Dimension.x), const(WARPGROUP))
+
+        def load(item):
+            row, chunk = arith.divui(item, chunks), arith.remui(item, chunks)
+            chunks_of_box = const(box // width)
+            column = arith.muli(arith.remui(chunk, chunks_of_box), const(width))
+            place = [arith.divui(chunk, chunks_of_box), row, column]
+            return row, chunk, vector.load(narrow_type, raw, place)
+
+        def store(row, chunk, narrow):
             # A tile's row is 8 chunks of 16 bytes; chunk c of row r lies at c ^ r.
-            eight = const(8)
             in_tile = arith.remui(row, eight)
             place = arith.xori(arith.remui(chunk, eight), in_tile)
-            vector.store(wide, tiles, [
+            target = [
                 arith.divui(row, eight), arith.divui(chunk, eight), in_tile,
                 arith.muli(place, const(width)),
-            ])  # fmt: skip
+            ]  # fmt: skip
+            vector.store(_widen(narrow, wide_type, shape), tiles, target)
+
+        loop = scf.ForOp(const(0), const(steps), const(1))
+        with ir.InsertionPoint(loop.body):
+            first = arith.muli(loop.induction_variable, const(WARPGROUP * at_once))
+            first = arith.addi(first, thread)
+            loaded = [load(arith.addi(first, const(n * WARPGROUP))) for n in range(at_once)]
+            for item in loaded:
+                store(*item)
             scf.yield_([])
 
     run(source, target)
+
+
+def _widen(narrow, wide_type, shape: Shape):
+    """8 values of the pool's dtype as q's."""
+    i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
+    words = vector.bitcast(
+        ir.VectorType.get((2,), i32), vector.bitcast(ir.VectorType.get((8,), i8), narrow)
+    )
+    pairs = [pair for n in range(2) for pair in _convert_four(_extract(words, n), shape)]
+    return vector.bitcast(wide_type, vector.from_elements(ir.VectorType.get((4,), i32), pairs))
 
 
 def _extract(words, n: int):

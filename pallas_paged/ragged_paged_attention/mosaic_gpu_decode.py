@@ -35,6 +35,7 @@ from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
     named,
     of_head,
     search,
+    tiling,
 )
 
 # Registers of a thread, by whether there is a converter. 64 Ki are for all threads of a
@@ -131,8 +132,12 @@ def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]
         inputs = dict(zip(names, refs[: len(names)], strict=True))
         out, means, sums, merges, lse = (*refs[len(names):], None)[:5]
         results = Results(out, lse, means, sums, merges)
+        queries = plgpu.SMEM(
+            (WARPGROUP_ROWS, shape.head_dim), shape.q_dtype, transforms=tiling(shape.q_dtype)
+        )
         pl.run_scoped(
-            lambda ring: _kernel(inputs, results, ring, shape, config, num_raw),
+            lambda *scoped: _kernel(inputs, results, *scoped, shape, config, num_raw),
+            queries,
             blocks.scratch(shape, config.decode_block_keys, config.decode_slots, num_raw, 1),
             collective_axes="warpgroup",
         )
@@ -151,8 +156,16 @@ def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]
     return out, (lse[0] if lse else None), means, sums, merges
 
 
-def _kernel(inputs, results: Results, ring_scratch, shape: Shape, config, num_raw: int):
-    """The warpgroups' roles; `inputs` as in the prefill kernel, `results` as `decode` returns."""
+def _kernel(
+    inputs, results: Results, queries, ring_scratch, shape: Shape, config, num_raw: int
+):
+    """The warpgroups' roles.
+
+    Args:
+      inputs: refs in device memory, as in the prefill kernel.
+      results: refs in device memory of what `decode` returns.
+      queries, ring_scratch: scratch: [64, H], the rings.
+    """
     block = config.decode_block_keys
     ready, raw = blocks.rings(ring_scratch, config.decode_slots, num_raw)
     warpgroup = lax.axis_index("warpgroup")
@@ -173,7 +186,7 @@ def _kernel(inputs, results: Results, ring_scratch, shape: Shape, config, num_ra
 
         def attend(segment: Segment, step):
             span = segment.span(window, block, shape)
-            rows = _rows(inputs, segment, window, shape)
+            rows = _rows(inputs, queries, segment, window, shape)
             sink = None
             if "sinks" in inputs:
                 sink = gpu_rows.load_per_head(
@@ -275,15 +288,17 @@ def _each_segment(inputs, shape: Shape, body):
     return lax.while_loop(lambda state: state[0] < end, one, start)[2]
 
 
-def _rows(inputs, segment: Segment, window, shape: Shape) -> Rows:
+def _rows(inputs, queries, segment: Segment, window, shape: Shape) -> Rows:
     scale = inputs["sm_scale"][0] * LOG2E
     if "k_scale" in inputs:
         scale *= of_head(inputs["k_scale"], segment.kv_head)
     head = segment.kv_head * shape.group
-    queries = gpu_rows.load(
+    # Nobody reads the last segment's any more: its products have been waited for.
+    queries[...] = gpu_rows.load(
         inputs["q"], segment.row, head, segment.num_tokens * shape.group, shape.group,
         (WARPGROUP_ROWS, shape.head_dim), shape.is_interpreted,
     )  # fmt: skip
+    plgpu.commit_smem()
     return Rows(
         queries=queries, head=head, position=segment.length - segment.num_tokens,
         length=segment.length, window=window, scale=scale, group=shape.group,

@@ -35,17 +35,26 @@ from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
     tiling,
 )
 
-NUM_CONSUMERS = 2
-TILE_ROWS = NUM_CONSUMERS * WARPGROUP_ROWS
 # Registers of a thread. 64 Ki are for all: 2 x 240 + 24, or 2 x 208 + 40 + 56, times 128.
 _CONSUMER_REGISTERS = {False: 240, True: 208}
 _PRODUCER_REGISTERS = {False: 24, True: 40}
 _CONVERTER_REGISTERS = 56
 
 
+def num_consumers(shape: Shape) -> int:
+    """Consuming warpgroups: two, or one where the sum of the values takes a quarter of the
+    registers and the converter's warpgroup leaves too few at the start."""
+    return 1 if shape.is_quantized and shape.head_dim == 256 else 2
+
+
+def tile_rows(shape: Shape) -> int:
+    """Rows of a tile."""
+    return num_consumers(shape) * WARPGROUP_ROWS
+
+
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """128 rows of one query head; traced scalars.
+    """The rows of the consumers, of one query head; traced scalars.
 
     Attributes:
       seq: the sequence; any, with nothing in the cache, for rows of none.
@@ -67,12 +76,12 @@ class Tile:
     def span(self, window, block: int, shape: Shape) -> Span:
         high, end_whole = self.length, self.length
         if shape.causal:
-            high = jnp.minimum(high, self.position + TILE_ROWS)
+            high = jnp.minimum(high, self.position + tile_rows(shape))
             end_whole = jnp.minimum(end_whole, self.position + 1)
         low = first_whole = 0
         if shape.has_window:
             low = first_seen(self.position, window)
-            first_whole = first_seen(self.position + TILE_ROWS - 1, window)
+            first_whole = first_seen(self.position + tile_rows(shape) - 1, window)
         newest = jnp.maximum(high - 1, 0) // block
         return Span(
             low=low, end=self.length, first_whole=first_whole, end_whole=end_whole, block=block,
@@ -100,15 +109,15 @@ def prefill(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array
         inputs = dict(zip(names, refs[: len(names)], strict=True))
         out_ref, lse_ref = (*refs[len(names):], None)[:2]
         queries = plgpu.SMEM(
-            (NUM_CONSUMERS, WARPGROUP_ROWS, shape.head_dim), shape.q_dtype,
+            (num_consumers(shape), WARPGROUP_ROWS, shape.head_dim), shape.q_dtype,
             transforms=tiling(shape.q_dtype),
         )  # fmt: skip
-        barrier = plgpu.Barrier(num_barriers=NUM_CONSUMERS)
+        barrier = plgpu.Barrier(num_barriers=num_consumers(shape))
         pl.run_scoped(
             lambda *scoped: _kernel(inputs, out_ref, lse_ref, scoped, shape, config, num_raw),
             queries, barrier, barrier,
             blocks.scratch(
-                shape, config.prefill_block_keys, config.prefill_slots, num_raw, NUM_CONSUMERS
+                shape, config.prefill_block_keys, config.prefill_slots, num_raw, num_consumers(shape)
             ),
             collective_axes="warpgroup",
         )  # fmt: skip
@@ -118,7 +127,7 @@ def prefill(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array
         out_type=(),
         grid=(num_blocks,),
         grid_names=("block",),
-        num_threads=NUM_CONSUMERS + 1 + shape.is_quantized,
+        num_threads=num_consumers(shape) + 1 + shape.is_quantized,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
@@ -151,7 +160,7 @@ def _kernel(inputs, out, lse, scoped, shape: Shape, config, num_raw: int):
     def each_tile(body):
         return _each_tile(inputs, shape, body)
 
-    @pl.when(warpgroup < NUM_CONSUMERS)
+    @pl.when(warpgroup < num_consumers(shape))
     def _consume():
         plgpu.set_max_registers(_CONSUMER_REGISTERS[shape.is_quantized], action="increase")
         ready.release_all()
@@ -192,7 +201,7 @@ def _kernel(inputs, out, lse, scoped, shape: Shape, config, num_raw: int):
             )
         )
 
-    @pl.when(warpgroup == NUM_CONSUMERS)
+    @pl.when(warpgroup == num_consumers(shape))
     def _produce():
         plgpu.set_max_registers(_PRODUCER_REGISTERS[shape.is_quantized], action="decrease")
         target = ready if raw is None else raw
@@ -207,7 +216,7 @@ def _kernel(inputs, out, lse, scoped, shape: Shape, config, num_raw: int):
                     span.first_key(i), span.low, span.end, block, shape,
                 )  # fmt: skip
 
-            for consumer in range(NUM_CONSUMERS):
+            for consumer in range(num_consumers(shape)):
                 row = pl.multiple_of(tile.row + consumer * WARPGROUP_ROWS, ROW_TILE)
                 plgpu.barrier_wait(queries_empty.at[consumer])
                 plgpu.copy_gmem_to_smem(
@@ -223,12 +232,12 @@ def _kernel(inputs, out, lse, scoped, shape: Shape, config, num_raw: int):
             )
         )
         target.drain(steps)
-        for consumer in range(NUM_CONSUMERS):
+        for consumer in range(num_consumers(shape)):
             plgpu.barrier_wait(queries_empty.at[consumer])
 
     if raw is not None:
 
-        @pl.when(warpgroup == NUM_CONSUMERS + 1)
+        @pl.when(warpgroup == num_consumers(shape) + 1)
         def _convert():
             plgpu.set_max_registers(_CONVERTER_REGISTERS, action="decrease")
             raw.release_all()
@@ -255,8 +264,8 @@ def _each_tile(inputs, shape: Shape, body):
     first_row = lengths.row(0)
     last_row = lengths.row(jnp.clip(inputs["num_seqs"][0], 0, max_seqs))
     num_seq_tiles = schedule[TILES, max_seqs]
-    num_behind = _num_tiles(last_row, num_tokens)
-    total = (num_seq_tiles + num_behind + _num_tiles(0, first_row)) * shape.num_heads
+    num_behind = _num_tiles(last_row, num_tokens, shape)
+    total = (num_seq_tiles + num_behind + _num_tiles(0, first_row, shape)) * shape.num_heads
 
     def one(state):
         item, seq, step = state
@@ -274,7 +283,7 @@ def _each_tile(inputs, shape: Shape, body):
         begin = jnp.where(is_of_sequence, begin, jnp.where(is_behind, last_row, 0))
         end = jnp.where(is_of_sequence, end, jnp.where(is_behind, num_tokens, first_row))
         length = jnp.where(is_of_sequence, length, 0)
-        row = begin // ROW_TILE * ROW_TILE + from_first * TILE_ROWS
+        row = begin // ROW_TILE * ROW_TILE + from_first * tile_rows(shape)
         tile = Tile(seq, head, row, begin, end, length - end + row, length)
         return item + lax.axis_size("block"), seq, body(tile, step)
 
@@ -284,8 +293,8 @@ def _each_tile(inputs, shape: Shape, body):
     return lax.while_loop(lambda state: state[0] < total, one, start)[2]
 
 
-def _num_tiles(begin, end):
-    return jnp.where(end > begin, -(-(end - begin // ROW_TILE * ROW_TILE) // TILE_ROWS), 0)
+def _num_tiles(begin, end, shape: Shape):
+    return jnp.where(end > begin, -(-(end - begin // ROW_TILE * ROW_TILE) // tile_rows(shape)), 0)
 
 
 def _rows(inputs, queries, tile: Tile, warpgroup, window, shape: Shape) -> Rows:
