@@ -48,6 +48,7 @@ class Call:
       page_size: tokens in a page.
       max_seqs, table_width, num_tokens, num_pages: S, M, T and P.
       dtype: of q and the pool.
+      writes: whether the call writes its new tokens, `write_and_attend`.
       config: the kernel's block sizes; None is the shipped choice.
     """
 
@@ -62,10 +63,12 @@ class Call:
     num_tokens: int = _MIN_TOKENS
     num_pages: int = 16385
     dtype: str = "bfloat16"
+    writes: bool = False
     config: mosaic_tpu.Config | None = None
 
     def shapes(self) -> tuple[Any, ...]:
-        """q as `[T, N*H]`, pool, kv_lens, page_indices, cu_q_lens and num_seqs, as shapes."""
+        """q as `[T, N*H]`, pool, kv_lens, page_indices, cu_q_lens and num_seqs, as shapes; and k
+        and v as `[T, K*H]` if they are written."""
         dtype = jnp.dtype(self.dtype)
         pool = layout.pool_shape(
             self.num_pages, self.page_size, self.num_kv_heads, self.head_dim, dtype
@@ -75,22 +78,30 @@ class Call:
             jax.ShapeDtypeStruct((self.num_tokens, self.num_heads * self.head_dim), dtype),
             jax.ShapeDtypeStruct(pool, dtype),
             *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in lengths),
+            *[jax.ShapeDtypeStruct((self.num_tokens, self.num_kv_heads * self.head_dim), dtype)]
+            * (2 * self.writes),
         )
 
-    def step(self, backend: str) -> Callable[..., jax.Array]:
-        """The public call, as a function of `shapes()`; returns the output as `[T, N*H]`.
+    def step(self, backend: str) -> Callable[..., Any]:
+        """The public call, as a function of `shapes()`; returns the output as `[T, N*H]`, and the
+        pool if it is written to.
 
         q and the output are what a projection makes and takes, so that no copy stands between.
         """
+        options: dict[str, Any] = {
+            "sm_scale": self.head_dim**-0.5, "sliding_window": self.sliding_window,
+            "soft_cap": self.soft_cap, "num_kv_heads": self.num_kv_heads, "config": self.config,
+            "backend": backend,
+        }  # fmt: skip
 
-        def call(q, *arrays):
-            out = pallas_paged.ragged_paged_attention(
-                q.reshape(-1, self.num_heads, self.head_dim), *arrays,
-                sm_scale=self.head_dim**-0.5, sliding_window=self.sliding_window,
-                soft_cap=self.soft_cap, num_kv_heads=self.num_kv_heads, config=self.config,
-                backend=backend,
-            )  # fmt: skip
-            return out.reshape(q.shape)
+        def call(q, pool, *arrays):
+            heads = q.reshape(-1, self.num_heads, self.head_dim)
+            if not self.writes:
+                out = pallas_paged.ragged_paged_attention(heads, pool, *arrays, **options)
+                return out.reshape(q.shape)
+            *metadata, k, v = arrays
+            out, pool = pallas_paged.write_and_attend(heads, k, v, pool, *metadata, **options)
+            return out.reshape(q.shape), pool
 
         return call
 

@@ -33,17 +33,26 @@ from pallas_paged.ragged_paged_attention import mosaic_tpu
 FLOP_PER_CYCLE = {"v4": 131072, "v5e": 131072, "v5p": 131072, "v6e": 524288, "tpu7x": 524288}
 
 
+# Of q, below which XLA may put it into VMEM before the kernel, which would be another kernel.
+_MIN_Q_BYTES = 2**24
+
+
 def compile_target(**fields: Any):
     """What `bench._tpu_compile.Job` compiles: a call, by its fields; `config` by its own."""
     config = fields.pop("config", None)
     call = Call(**fields, config=mosaic_tpu.Config(**config) if config else None)
-    return call.step("mosaic_tpu"), call.shapes(), {}
+    row_bytes = call.num_heads * call.head_dim * jnp.dtype(call.dtype).itemsize
+    call = dataclasses.replace(call, num_tokens=max(call.num_tokens, _MIN_Q_BYTES // row_bytes))
+    return call.step("mosaic_tpu"), call.shapes(), {"donate_argnums": (1,)} if call.writes else {}
 
 
 def config_of(call: Call, generation: str) -> mosaic_tpu.Config:
     """The block sizes that the call runs with on a generation."""
     with as_if_on(generation):
-        return call.config or mosaic_tpu.default_config(call.heads, call.page_size)
+        num_new_tokens = call.num_tokens if call.writes else 0
+        return call.config or mosaic_tpu.default_config(
+            call.heads, call.page_size, num_new_tokens
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +138,47 @@ def predict(
     return [predict_from(case, compiled[forms[case]]) for case in cases]
 
 
+@dataclasses.dataclass(frozen=True)
+class Writing:
+    """A case whose call writes its new tokens, and the same that finds them in the pool."""
+
+    fused: Prediction
+    read: Prediction
+
+    @property
+    def unit(self) -> str:
+        """What `extra_cycles` is for."""
+        return "cycles_a_token" if self.fused.case.num_decodes else "cycles_a_page"
+
+    @property
+    def extra_cycles(self) -> float:
+        """Bundles that writing adds, for each new token of decodes, each new page of prefills."""
+        case = self.fused.case
+        pages = sum(-(-q // case.call.page_size) for q, _ in case.lens)
+        number = case.num_decodes or pages
+        return (self.fused.core_cycles - self.read.core_cycles) / number
+
+
+def writing_pairs(cases: Sequence[Case]) -> list[tuple[Case, Case]]:
+    """For each case of decodes or of prefills alone: its call with the writes, and one without them
+    of the same block sizes. A case whose new tokens VMEM has no room for is left out."""
+    pairs = []
+    for case in cases:
+        call = dataclasses.replace(case.call, writes=True)
+        config = config_of(call, case.generation)
+        with as_if_on(case.generation):
+            is_fused = mosaic_tpu.fits(call.heads, config, call.num_tokens)
+        if is_fused and case.num_decodes in (0, len(case.lens)):
+            fused, read = (
+                dataclasses.replace(
+                    case, call=dataclasses.replace(call, writes=writes, config=config)
+                )
+                for writes in (True, False)
+            )
+            pairs.append((fused, read))
+    return pairs
+
+
 def unknown(call: Call) -> str | None:
     """What of a call the model does not know, as a sentence; None if it knows it."""
     entries = call.max_seqs * call.table_width
@@ -153,7 +203,8 @@ def compiles(cases: Sequence[Case]) -> dict[Case, tuple[str, Call]]:
 
 def _kernel(schedule: ts.Schedule) -> ts.Kernel:
     """The attention's kernel, all its tensors in HBM."""
-    kernels = [k for k in schedule.kernels if k.name.startswith("ragged_paged_attention")]
+    names = ("ragged_paged_attention", "write_and_attend")
+    kernels = [k for k in schedule.kernels if k.name.startswith(names)]
     if len(kernels) != 1:
         raise ValueError(f"{schedule.job.name}: {len(kernels)} attention kernels; wanted 1")
     tensors = [o for o in kernels[0].operands if "," in o.shape]  # metadata has one dimension
@@ -168,7 +219,8 @@ def _kernel(schedule: ts.Schedule) -> ts.Kernel:
 def _counts(case: Case, config: mosaic_tpu.Config) -> collections.Counter:
     """How often each part of the kernel runs; see `_attention_walk.trips`."""
     return walk.trips(
-        case.lens, walk.blocks_of(config, case.call.page_size), case.call.sliding_window
+        case.lens, walk.blocks_of(config, case.call.page_size), case.call.sliding_window,
+        case.call.writes,
     )
 
 
@@ -227,6 +279,8 @@ def predict_from(case: Case, schedule: ts.Schedule) -> Prediction:
     itemsize = jnp.dtype(case.call.dtype).itemsize
     row = case.call.num_heads * case.call.heads.lanes * itemsize
     pages = num_dmas * blocks.piece * case.call.slot_bytes // case.call.heads.lane_tiles
+    if case.call.writes:  # k and v come, slots leave
+        pages += 2 * case.num_tokens * case.call.slot_bytes
     return Prediction(
         case=case,
         config=config,
@@ -242,14 +296,17 @@ def predict_from(case: Case, schedule: ts.Schedule) -> Prediction:
         fixed_cycles=(total.bundles - in_blocks) / case.num_decodes if is_all_decodes else 0.0,
         taken_flop=_taken_flop(case, blocks),
         spills=spills,
-        vmem_bytes=mosaic_tpu.vmem_bytes(case.call.heads, config, return_lse=False),
+        vmem_bytes=mosaic_tpu.vmem_bytes(
+            case.call.heads, config, case.call.num_tokens if case.call.writes else 0,
+            return_lse=False,
+        ),
         parts=bundles,
     )
 
 
 PARTS = (
     "decode bodies", "prefill bodies", "DMA loops", "between bodies", "finding units", "windows",
-    "ends of prefills", "start and end",
+    "ends of prefills", "new tokens", "start and end",
 )  # fmt: skip
 
 
@@ -266,6 +323,8 @@ def _part(role: parts.Role) -> str:
         return "prefill bodies"
     if "pieces" in event or "fetch" in event:
         return "DMA loops"
+    if event.startswith(("put", "make", "send")):
+        return "new tokens"
     if event.startswith(("find", "skip", "slow")):
         return "finding units"
     return "ends of prefills" if event == "last" else "windows"
@@ -295,9 +354,14 @@ def _spills(counts: ts.Counts) -> float:
     return used / counts.bundles
 
 
+def _units(case: Case, blocks: walk.Blocks):
+    units, _ = walk.find_units(case.lens, blocks, case.call.sliding_window, case.call.writes)
+    return units
+
+
 def _taken_flop(case: Case, blocks: walk.Blocks) -> float:
     """Operations of whole blocks with the rows that a unit has."""
-    units, _ = walk.find_units(case.lens, blocks, case.call.sliding_window)
+    units = _units(case, blocks)
     pairs = sum((u.end - u.row) * u.num_blocks(blocks.pieces) * blocks.block for u in units)
     return 4 * case.call.head_dim * case.call.num_heads * pairs
 
@@ -308,19 +372,18 @@ def _check(case, blocks, tree, roles, runs, counts) -> int:
     Where DMAs are written out in a body, those of blocks that are not there are predicated off;
     they stand in the schedule all the same.
     """
-    units, _ = walk.find_units(case.lens, blocks, case.call.sliding_window)
+    units = _units(case, blocks)
     wanted_blocks = sum(unit.num_blocks(blocks.pieces) for unit in units)
-    wanted = sum(unit.end_piece - unit.first_piece for unit in units)
+    wanted = sum(max(0, unit.end_piece - unit.first_piece) for unit in units)
     wanted *= case.call.heads.lane_tiles
     per_body = _blocks_of_bodies(blocks)
     taken = sum(counts[place, "body"] * number for place, number in per_body.items())
-    sent = counts[walk.FILL, "pieces0"] * case.call.heads.lane_tiles
-    scheduled, predicated = 0.0, 0
+    sent, scheduled, predicated = 0, 0.0, 0
     for node in tree.walk():
-        place, event = roles[node.path]
-        if "pieces" in event or node.own.slots.get("MATMUL"):
+        role = roles[node.path]
+        if "pieces" in role[1] or role == (walk.FILL, "body") or node.own.slots.get("MATMUL"):
             scheduled += node.own.dma_issues * runs[node.path]
-    for place, number in per_body.items():
+    for place, number in (per_body | {walk.FILL: 1}).items():
         pieces = sum(counts[place, f"pieces{b}"] for b in range(number))
         sent += pieces * case.call.heads.lane_tiles
         is_looped = any(r[0] == place and "pieces" in r[1] for r in roles.values())

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench import _tpu_schedule as ts
-from bench._attention_walk import DECODE, END, FILL, FULL, PREFILL, SEVERAL, SINGLE
+from bench._attention_walk import DECODE, END, FILL, FULL, PREFILL, SEVERAL, SINGLE, part_name
 
 # (place, event), as in `trips`; these events are the kernel's own and not counted there.
 CALL = (END, "call")
@@ -62,7 +62,14 @@ def _form(node: ts.Node) -> str:
     inside = [_form(child) for child in node.children]
     if own.slots.get("MATMUL"):
         return "products"
+    moves = own.vector_loads and own.vector_stores
+    if not inside and moves and own.dma_issues and not own.dma_waits:
+        return "put"
+    if inside == ["rows"] and moves and not own.dma_issues:
+        return "make"
     if not own.dma_issues and not own.vector_stores:
+        if inside in (["put"], ["again"]):  # on a condition of their own
+            return inside[0]
         if own.dma_waits:
             return {"pieces": "again", "find": "next"}.get(" ".join(inside), "")
         if inside == ["search"]:
@@ -120,9 +127,12 @@ def _kernel(tree: ts.Node) -> Roles:
 
 
 def _fill(fill: ts.Node) -> Roles:
-    _expect(fill, [_form(child) for child in fill.children], ["find", "pieces"])
-    find, pieces = fill.children
-    return _find(find, FILL, 0) | _looped(pieces, (FILL, "fetch0"), (FILL, "pieces0"))
+    _expect(fill, [_form(child) for child in fill.children], ["find"], ["find", "pieces"])
+    find, *loops = fill.children  # without one the DMAs are written out
+    found = _find(find, FILL, 0)
+    for pieces in loops:
+        found |= _looped(pieces, (FILL, "fetch0"), (FILL, "pieces0"))
+    return found
 
 
 def _find(node: ts.Node, place: str, b: int | str) -> Roles:
@@ -145,12 +155,21 @@ def _open(node: ts.Node, place: str) -> Roles:
     """A new window; where keeping a tile is short, the compiler predicates it."""
     forms = [_form(child) for child in node.children]
     tail = [] if place == PREFILL else ["rows"]
-    _expect(node, forms, ["close", "zero", "straight", *tail], ["close", "zero", *tail])
+    writing = ["make", "pieces"] if place == PREFILL else ["rows", "rows"]
+    _expect(
+        node, forms, ["close", "zero", "straight", *tail], ["close", "zero", *tail],
+        ["close", "zero", "straight", *writing], ["close", "zero", *writing],
+    )  # fmt: skip
     found = {node.path: (place, "open")}
     found |= _close(node.children[0], place) | _zero(node.children[1], place)
     for child, form in list(zip(node.children, forms, strict=True))[2:]:
-        if form == "rows":
+        if form == "rows":  # the queries, then the new tokens
             found |= _looped(child, (place, "open"), (place, "tiles"))
+        elif form == "make":
+            found[child.path] = (place, "make")
+            found |= _looped(child.children[0], (place, "make"), (place, "make_trips"))
+        elif form == "pieces":
+            found |= _looped(child, (place, "send"), (place, "send_trips"))
         else:
             found[child.path] = (place, "keep")
     return found
@@ -185,8 +204,11 @@ def _first(node: ts.Node) -> Roles:
 
 
 def _decode(node: ts.Node, place: str, children: Sequence[ts.Node]) -> Roles:
-    """A body of decodes, by those of its children that find and fetch blocks."""
+    """A body of decodes: its children put new tokens, find and fetch blocks."""
     forms = [_form(child) for child in children]
+    puts, children = children[: forms.count("put")], children[forms.count("put") :]
+    _expect(node, forms[: len(puts)], ["put"] * len(puts))
+    forms = forms[len(puts) :]
     pieces = ["pieces"] * forms.count("pieces")
     found = {node.path: (place, "body")}
     if place == SINGLE:
@@ -194,11 +216,21 @@ def _decode(node: ts.Node, place: str, children: Sequence[ts.Node]) -> Roles:
         find, *loops = children
         found |= _find(find, place, 0)
     else:
-        _expect(node, forms, ["find", "finds", *pieces])
-        find, fetch, *loops = children
-        found |= _find(find, place, "") | {fetch.path: (place, "slow")}
-        for b, one in enumerate(fetch.children):
-            found |= _find(one, place, b)
+        parts = forms.count("finds")
+        _expect(node, forms, ["find", "finds"] * max(1, parts) + pieces)
+        searches, loops = list(children[: 2 * parts]), list(children[2 * parts :])
+        b = 0
+        for part, (find, fetch) in enumerate(zip(searches[::2], searches[1::2], strict=True)):
+            found |= _find(find, place, part_name(part))
+            found |= {fetch.path: (place, f"slow{part_name(part)}")}
+            for one in fetch.children:
+                found |= _find(one, place, b)
+                b += 1
+    number = max(1, sum(event.startswith("find") and event[4:].isdigit() for _, event in
+                        found.values()))  # of blocks
+    for i, put in enumerate(puts):  # a put after each decode's last block
+        event = f"put{(i + 1) * number // len(puts) - 1}"
+        found |= dict.fromkeys((one.path for one in put.walk()), (place, event))
     for b, loop in enumerate(loops):
         found |= _looped(loop, (place, f"fetch{b}"), (place, f"pieces{b}"))
     return found

@@ -75,15 +75,23 @@ class _Unit:
     end_piece: int
     key_end: int
     is_decode: bool
+    is_last: bool  # of its sequence
     skipped: int  # candidates without keys before it
+    old_end: int | None  # the piece from which on keys are new and in VMEM; None if none is
+    new_blocks: int  # of those
+    old_tokens: int
+
+    def num_pool_blocks(self, pieces: int) -> int:
+        return max(0, _cdiv(self.end_piece - self.first_piece, pieces))
 
     def num_blocks(self, pieces: int) -> int:
-        return _cdiv(self.end_piece - self.first_piece, pieces)
+        return self.num_pool_blocks(pieces) + self.new_blocks
 
 
 @functools.lru_cache(maxsize=256)
 def trips(
-    lens: tuple[tuple[int, int], ...], blocks: Blocks, sliding_window: int | None = None
+    lens: tuple[tuple[int, int], ...], blocks: Blocks, sliding_window: int | None = None,
+    writes: bool = False,
 ) -> collections.Counter:
     """Counts what a call does.
 
@@ -91,17 +99,25 @@ def trips(
       lens: for each sequence (new tokens, all keys), at most as many new tokens as keys.
       blocks: the kernel's sizes.
       sliding_window: keys that a query looks back on.
+      writes: whether the call writes its new tokens.
 
     Returns:
       (place, event) -> count. Places are FILL, DECODE, FULL, SEVERAL, SINGLE, PREFILL and END.
       Events: "body"; of windows, of DECODE, PREFILL or END, "first" (a unit's first body), "open",
       "close", "gather" and "gather_trips", "zero" and "zero_trips", "keep", "tiles"; "find",
       "skip" and "skip_trips" (a unit found before many blocks are fetched); "slow" (fetches that
-      went block by block), "find<b>", "skip<b>" and "skip_trips<b>" of the b-th block fetched,
-      "fetch<b>" and "pieces<b>"; of a prefill "last", and "masked", "masked_fetch" and
-      "masked_pieces" and the same with "unmasked".
+      went block by block), these also with "_1" of a second part; "find<b>", "skip<b>" and
+      "skip_trips<b>" of the b-th block fetched, "fetch<b>" and "pieces<b>"; of a prefill "last",
+      and "masked", "masked_fetch" and "masked_pieces" and the same with "unmasked". Where the call
+      writes, "put<b>" of a body's b-th block, the last of its decode; of a prefill's window "make"
+      and "make_trips" (its row tiles but the first), "send" and "send_trips" (pages, or parts).
     """
-    return _Walk(lens, blocks, sliding_window).run()
+    return _Walk(lens, blocks, sliding_window, writes).run()
+
+
+def part_name(part: int) -> str:
+    """What the events of a part of a body's fetches end with."""
+    return f"_{part}" if part else ""
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -109,7 +125,8 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def find_units(
-    lens: Sequence[tuple[int, int]], blocks: Blocks, sliding_window: int | None
+    lens: Sequence[tuple[int, int]], blocks: Blocks, sliding_window: int | None,
+    writes: bool = False,
 ) -> tuple[list[_Unit], int | None]:
     """The units in order; and the candidates that the search after the last one skips, or None
     where the last unit ends the last sequence and nothing is searched for."""
@@ -127,7 +144,18 @@ def find_units(
                 first_key = max(0, min(position - sliding_window + 1, key_end))
             first, last = first_key // blocks.piece, _cdiv(key_end, blocks.piece)
             if row < end and first < last:
-                units.append(_Unit(row, end, position, first, last, key_end, q_len == 1, skipped))
+                old_end, new_blocks = None, 0
+                if writes and q_len > 1:
+                    old_end = (kv_len - q_len) // blocks.piece
+                    last = min(last, old_end)
+                    new_blocks = _cdiv(key_end - old_end * blocks.piece, blocks.block)
+                    new_blocks -= max(0, first - old_end) * blocks.piece // blocks.block
+                units.append(
+                    _Unit(
+                        row, end, position, first, last, key_end, q_len == 1, end == stop, skipped,
+                        old_end, new_blocks, kv_len - q_len,
+                    )
+                )
                 skipped = 0
             else:
                 skipped += 1
@@ -141,14 +169,14 @@ def find_units(
 class _Walk:
     """The kernel's state; methods have the names of its functions."""
 
-    def __init__(self, lens, blocks: Blocks, sliding_window: int | None):
-        self.blocks, self.sliding_window = blocks, sliding_window
-        self.units, self.last_search = find_units(lens, blocks, sliding_window)
+    def __init__(self, lens, blocks: Blocks, sliding_window: int | None, writes: bool):
+        self.blocks, self.sliding_window, self.writes = blocks, sliding_window, writes
+        self.units, self.last_search = find_units(lens, blocks, sliding_window, writes)
         self.num_tokens = _cdiv(sum(q for q, _ in lens), ROW_TILE) * ROW_TILE
         self.counts: collections.Counter = collections.Counter()
         self.found = self.fetched = self.taken = 0
         self.is_searched = False  # to the end of the last sequence
-        self.ahead = self.ahead_end = 0
+        self.ahead = self.ahead_end = self.ahead_blocks = 0
         self.window = self.window_end = self.done = 0
         self.kind = ""
 
@@ -180,7 +208,13 @@ class _Walk:
             place = PREFILL
             if block == 0:
                 self.open_window(PREFILL, unit.row)
+                if self.writes:
+                    self.make(unit)
         self.count(place, "body")
+        if self.writes and place != PREFILL:
+            for b, (i, taken_block) in enumerate(taken):
+                is_over = taken_block + 1 == self.units[i].num_blocks(self.blocks.pieces)
+                self.count(place, f"put{b}", is_over)
         num_pieces = self.next_fetches(place, len(taken))
         self.taken += len(taken)
         if self.taken > self.fetched:
@@ -193,6 +227,19 @@ class _Walk:
             self.count(place, "last", block + 1 == unit.num_blocks(self.blocks.pieces))
         self.window_end = self.units[taken[-1][0]].end
         return self.behind(taken[-1])
+
+    def make(self, unit: _Unit) -> None:
+        """Makes a prefill's window of new tokens into slots and sends the pages that are full."""
+        piece = self.blocks.piece
+        tiles = _cdiv(unit.end, ROW_TILE) - unit.row // ROW_TILE
+        self.count(PREFILL, "make")
+        self.count(PREFILL, "make_trips", tiles - 1)
+        first = max(unit.position // piece * piece, unit.old_tokens)
+        end = unit.position + unit.end - unit.row
+        end = end if unit.is_last else end // piece * piece
+        if first < end:
+            self.count(PREFILL, "send")
+            self.count(PREFILL, "send_trips", _cdiv(end, piece) - first // piece)
 
     def decode(self, unit: _Unit, block: int, taken: list[tuple[int, int]]) -> str:
         """Which body takes a decode's next block; adds the blocks behind it that it takes."""
@@ -247,7 +294,17 @@ class _Walk:
     def is_edge(self, unit: _Unit, block: int) -> bool:
         first_piece = unit.first_piece + block * self.blocks.pieces
         first = first_piece * self.blocks.piece
-        end = min(unit.key_end, (first_piece + self.blocks.pieces) * self.blocks.piece)
+        end = (first_piece + self.blocks.pieces) * self.blocks.piece
+        if unit.old_end is not None:
+            old_end, new = unit.old_end, block - unit.num_pool_blocks(self.blocks.pieces)
+            if new < 0:
+                end = min(end, old_end * self.blocks.piece)
+            else:
+                skipped = max(0, unit.first_piece - old_end) * self.blocks.piece
+                new += skipped // self.blocks.block
+                first = old_end * self.blocks.piece + new * self.blocks.block
+                end = first + self.blocks.block
+        end = min(unit.key_end, end)
         is_edge = end < first + self.blocks.block or end - 1 > unit.position
         if self.sliding_window is not None:
             is_edge |= first <= unit.position + unit.end - unit.row - 1 - self.sliding_window
@@ -255,12 +312,18 @@ class _Walk:
 
     def next_fetches(self, place: str, number: int) -> int:
         """Fetches some blocks and returns their pieces."""
+        parts = self.blocks.full_parts if number > 1 else 1
+        number //= parts
+        return sum(self.next_part(place, part, number) for part in range(parts))
+
+    def next_part(self, place: str, part: int, number: int) -> int:
+        """Fetches the blocks of a part and returns their pieces."""
         if number > 1 and self.is_over():
-            self.find_unit(place, "")
+            self.find_unit(place, part_name(part))
         is_within = number > 1 and self.ahead_end - self.ahead >= number * self.blocks.pieces
-        self.count(place, "slow", not is_within)
+        self.count(place, f"slow{part_name(part)}", not is_within)
         num_pieces = 0
-        for b in range(number):
+        for b in range(part * number, (part + 1) * number):
             if not is_within and self.is_over():
                 self.find_unit(place, b)
             num_pieces += self.fetch(place, b)
@@ -268,13 +331,15 @@ class _Walk:
 
     def is_over(self) -> bool:
         """Whether the unit that is being fetched is all fetched, and there may be another."""
-        return self.ahead >= self.ahead_end and not self.is_searched
+        return self.ahead_blocks == 0 and not self.is_searched
 
     def fetch(self, place: str, b: int) -> int:
         num_pieces = max(0, min(self.ahead_end - self.ahead, self.blocks.pieces))
         self.ahead += num_pieces
-        if num_pieces:
+        if self.ahead_blocks:
+            self.ahead_blocks -= 1
             self.fetched += 1
+        if num_pieces:
             self.count(place, f"fetch{b}")
             self.count(place, f"pieces{b}", num_pieces)
         return num_pieces
@@ -289,6 +354,7 @@ class _Walk:
         if is_found:
             unit = self.units[self.found]
             self.ahead, self.ahead_end = unit.first_piece, unit.end_piece
+            self.ahead_blocks = unit.num_blocks(self.blocks.pieces)
             self.found += 1
         is_last = self.found == len(self.units)
         self.is_searched = not is_found or (is_last and self.last_search is None)

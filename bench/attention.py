@@ -11,6 +11,7 @@ printed before the op agrees with the oracle.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import sys
 from collections.abc import Sequence
@@ -25,8 +26,16 @@ from jax.experimental.pallas import tpu as pltpu
 from bench import _clock, _report
 from bench import _tpu_schedule as ts
 from bench._attention_cases import CASES, PRESETS, Call, Case, Runs, room_for
-from bench._attention_model import Prediction, compiles, predict, unknown
+from bench._attention_model import (
+    Prediction,
+    Writing,
+    compiles,
+    predict,
+    unknown,
+    writing_pairs,
+)
 from bench._tpu_compile import as_if_on
+from pallas_paged.ragged_paged_attention import mosaic_tpu
 
 # `allow_override`: other commands have flags of these names, and a process may import several.
 _GENERATIONS = flags.DEFINE_list(
@@ -57,6 +66,9 @@ _HEAD_DIM = flags.DEFINE_integer(
 )
 _WINDOW = flags.DEFINE_integer("sliding_window", None, "Sliding window, in place of the preset's.")
 _SOFT_CAP = flags.DEFINE_float("soft_cap", None, "Soft cap, in place of the preset's.")
+_FUSED = flags.DEFINE_bool(
+    "fused", True, "Predict what write_and_attend adds to the calls, too; compiles as many again."
+)
 _PARTS = flags.DEFINE_bool("parts", False, "Print where in the kernel a call's bundles are, too.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.", allow_override=True)
 _PLOT = flags.DEFINE_string(
@@ -84,6 +96,10 @@ way to SMEM, launch overhead and what XLA runs before the kernel. Matrix-unit us
 4 * queries * keys * heads * head_dim: of all pairs (no causal discount), and of the blocks that
 the kernel takes. "block" is a decode's block of keys, with all that comes with each of them, on the
 core and in HBM; "fixed" is what a decode costs outside its blocks."""
+_WRITING = """\
+Writing the new tokens as well, by write_and_attend: cycles that it adds on the core, to the same
+call with the same block sizes, for each new token of decodes and each page of prefills' new
+tokens."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -101,11 +117,17 @@ def main(argv: Sequence[str]) -> None:
     check_against_oracle(list(_shapes().values()))
     record: dict[str, Any] = {"environment": _report.environment()}
     if on_cpu:
-        predictions = _predict([*cases, *plotted])
-        points = _points([(p.case, p.microseconds) for p in predictions[len(cases) :]])
-        predictions = predictions[: len(cases)]
+        pairs = writing_pairs(cases) if _FUSED.value else []
+        wanted = [*cases, *(case for pair in pairs for case in pair), *plotted]
+        found = iter(_predict(wanted))
+        predictions = list(itertools.islice(found, len(cases)))
+        writing = [Writing(next(found), next(found)) for _ in pairs]
+        points = _points([(p.case, p.microseconds) for p in found])
         record["predictions"] = [_as_record(p) for p in predictions]
+        record["writing"] = [_as_record(w.fused) | {w.unit: w.extra_cycles} for w in writing]
         say(_prediction_text(predictions))
+        if writing:
+            say(f"\n{_WRITING}\n{_report.table([_writing_row(w) for w in writing], indent=2)}")
     else:
         kind = jax.devices()[0].device_kind
         first = [case for case in cases if case.generation == cases[0].generation]
@@ -324,8 +346,25 @@ def _shape_text(shape: dict[str, Any]) -> str:
     return words + ", bfloat16"
 
 
+def _writing_row(w: Writing) -> dict[str, str]:
+    call = w.fused.case.call
+    return {
+        "generation": w.fused.case.generation,
+        "heads": f"{call.num_heads}/{call.num_kv_heads}/{call.head_dim}",
+        "case": w.fused.case.name,
+        "page": str(call.page_size),
+        "cycles a new token": f"{w.extra_cycles:.0f}" if w.unit == "cycles_a_token" else "-",
+        "cycles a new page": f"{w.extra_cycles:.0f}" if w.unit == "cycles_a_page" else "-",
+        "core/HBM": f"{w.fused.core_cycles / w.fused.hbm_cycles:.2f}",
+        "keys:rows:buffers:body": _sizes(w.fused.config),
+    }
+
+
+def _sizes(c: mosaic_tpu.Config) -> str:
+    return f"{c.block_keys}:{c.window_rows}:{c.num_buffers}:{c.blocks_per_body}"
+
+
 def _row(p: Prediction, others: Sequence[Prediction]) -> dict[str, str]:
-    c = p.config
     is_decode, has_decodes = p.fixed_cycles > 0, p.block_cycles > 0
     return {
         "case": p.case.name,
@@ -345,8 +384,7 @@ def _row(p: Prediction, others: Sequence[Prediction]) -> dict[str, str]:
         "masked": f"{p.spills['masked']:.2f}",
         "decode": f"{p.spills['decode']:.2f}",
         "VMEM MiB": f"{p.vmem_bytes / 2**20:.1f}",
-        "keys:rows:buffers:body": f"{c.block_keys}:{c.window_rows}:{c.num_buffers}"
-        f":{c.blocks_per_body}",
+        "keys:rows:buffers:body": _sizes(p.config),
     }
 
 

@@ -143,7 +143,7 @@ def _likely(num_kv_heads: int) -> list[tuple[int, int, int, int]]:
     return [
         (keys, 128, buffers, body)
         for keys in block_keys
-        for buffers, body in ((4, 2), (8, 4), (16, 8))
+        for buffers, body in ((8, 4), (16, 8))
         if keys * body * num_kv_heads <= mosaic_tpu._MAX_BODY
     ]
 

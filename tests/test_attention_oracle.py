@@ -333,8 +333,9 @@ def test_mistakes_are_refused_by_a_sentence(message, options):
     _refused(message, **options)
 
 
-def test_a_backend_that_is_not_written_says_so():
-    _refused("not written yet", error=NotImplementedError, backend="mosaic_gpu")
+def test_a_backend_that_cannot_run_a_call_says_so():
+    message = "backend 'mosaic_gpu' cannot run this call: "
+    _refused(message, error=NotImplementedError, backend="mosaic_gpu")
 
 
 def test_derivatives_and_vmap_are_refused_by_a_sentence():

@@ -34,6 +34,7 @@ from pallas_paged.ragged_paged_attention import (
     mosaic_tpu_walk,
     oracle,
 )
+from tests.cases import FAST_COMPILE
 
 _ONE = walk.Blocks(block=128, window=128, ring=3, blocks_per_body=1, page_size=16, piece=16)
 _TWO = dataclasses.replace(_ONE, ring=4, blocks_per_body=2)
@@ -108,8 +109,18 @@ def test_a_full_body_may_be_of_two_decodes():
     two_parts = dataclasses.replace(_TWO, full_parts=2)
     counts = _counts(two_parts, (1, 128), (1, 128), (1, 128), (1, 100))
     assert counts[FULL, "body"] == counts[SEVERAL, "body"] == 1
-    assert counts[FULL, "find"] == 1 and counts[FULL, "slow"] == 1
+    assert counts[FULL, "find0"] == counts[FULL, "find1"] == 1
     assert _counts(_TWO, (1, 128), (1, 128))[SEVERAL, "body"] == 1
+
+
+def test_each_part_of_a_body_is_fetched_at_once():
+    """Two decodes of two full blocks each: each half of a body's fetches is within one of them."""
+    two_parts = dataclasses.replace(_ONE, ring=8, blocks_per_body=4, full_parts=2)
+    counts = _counts(two_parts, *[(1, 256)] * 6)
+    assert counts[FULL, "body"] == 3
+    assert counts[FULL, "find"] + counts[FULL, "find_1"] == 4  # and the ring began with two
+    assert (FULL, "find0") not in counts and (FULL, "find2") not in counts
+    assert counts[FULL, "slow"] == counts[FULL, "slow_1"] == 1  # of the last, behind the last unit
 
 
 def test_long_bodies_are_of_two_decodes():
@@ -190,7 +201,8 @@ def test_the_walk_is_the_kernels(monkeypatch):
     case = Case("own", "v6e", runs, call)
     pool, q, *metadata = attention.random_inputs(case, seed=0)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
-        jax.block_until_ready(jax.jit(call.step("mosaic_tpu"))(q, pool, *metadata))
+        step = jax.jit(call.step("mosaic_tpu"), compiler_options=FAST_COMPILE)
+        jax.block_until_ready(step(q, pool, *metadata))
     jax.effects_barrier()
     counts = walk.trips(case.lens, walk.blocks_of(call.config, 16))
     assert collections.Counter(done) == {
@@ -213,6 +225,9 @@ def test_a_case_counts_its_operations():
 
 
 # --- one compile for all that follows ---------------------------------------------------------
+
+# Smaller than what is shipped, which takes the compiler three times as long.
+_CONFIG = mosaic_tpu.Config(256, 128, 4, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,13 +256,15 @@ def run():
         contextlib.redirect_stderr(err),
     ):
         patch.setattr(ts, "schedules", keep)
+        patch.setattr(mosaic_tpu, "default_config", lambda *_: _CONFIG)
         attention.main(["attention"])
-    assert len(schedules) == 1  # the five cases share a compile
+    assert len(schedules) == 2  # the five cases share a compile, and those that write another
     return _Run(json.loads(out.getvalue()), err.getvalue(), schedules[0])
 
 
-def _case(name):
-    call = Call(**PRESETS["llama3-70b-tp8"], page_size=128, **room_for(list(CASES.values()), 128))
+def _case(name, config=_CONFIG):
+    room = room_for(list(CASES.values()), 128)
+    call = Call(**PRESETS["llama3-70b-tp8"], page_size=128, **room, config=config)
     return Case(name, "v6e", CASES[name], call)
 
 
@@ -282,6 +299,47 @@ def test_mixed_costs_no_more_than_its_parts(run):
     """The issue's bound, on the core alone."""
     cycles = {p["case"]["name"]: p["core_cycles"] for p in run.record["predictions"]}
     assert cycles["mixed"] <= 1.05 * (cycles["decode"] + cycles["chunked"])
+
+
+def test_what_is_shipped_is_known_and_keeps_its_goals():
+    """The schedule of the default block sizes; the issue's bounds for one KV head on a v6e."""
+    (decode, chunked) = model.predict([_case("decode", None), _case("chunked", None)])
+    assert decode.core_cycles <= 1.0 * decode.hbm_cycles
+    assert chunked.matrix_use(chunked.case.all_flop) >= 0.36
+
+
+def test_writing_is_on_top_of_the_same_call(run):
+    """A decode's token and a prefill's page, of the compiled write_and_attend."""
+    fused = {p["case"]["name"]: p for p in run.record["writing"]}
+    assert set(fused) == {"decode", "decode_short", "prefill", "chunked"}  # not the mixed one
+    for p in run.record["predictions"]:
+        name = p["case"]["name"]
+        if name not in fused:
+            continue
+        unit, number = {
+            "decode": ("cycles_a_token", 64), "decode_short": ("cycles_a_token", 256),
+            "prefill": ("cycles_a_page", 16), "chunked": ("cycles_a_page", 4),
+        }[name]  # fmt: skip
+        extra = fused[name]["core_cycles"] - p["core_cycles"]
+        assert fused[name][unit] == pytest.approx(extra / number)
+        assert 10 < fused[name][unit] < 2000
+        assert sum(fused[name]["parts"].values()) == pytest.approx(fused[name]["core_cycles"])
+        assert fused[name]["parts"]["new tokens"] > 0
+        assert fused[name]["bytes"] == p["bytes"] and fused[name]["num_dmas"] <= p["num_dmas"]
+    assert "cycles a new token" in run.table
+
+
+def test_new_tokens_are_made_and_sent_on_the_way():
+    """A decode's is put once. 200 rows from row 1 on, behind 20 old tokens, are two windows: rows
+    1..127 are 8 tiles and fill pages from the 2nd to the 9th, 128..200 5 tiles and 5 pages."""
+    counts = _counts(_ONE, (1, 64), (200, 220), writes=True)
+    assert counts[SINGLE, "put0"] == 1
+    assert counts[PREFILL, "make"] == 2 and counts[PREFILL, "make_trips"] == 7 + 4
+    assert counts[PREFILL, "send"] == 2 and counts[PREFILL, "send_trips"] == 8 + 5
+    # The one old page comes from the pool, for each window; all else is new, in blocks of 128.
+    pieces = sum(n for (_, event), n in counts.items() if event.startswith("pieces"))
+    assert pieces == 4 + 2 * 1
+    assert counts[PREFILL, "body"] == (1 + 2) + (1 + 2)
 
 
 def test_wrong_trip_counts_are_refused(monkeypatch, run):
@@ -322,6 +380,7 @@ def test_the_gate_stops_a_wrong_op(monkeypatch):
         return right(q, kv_pages, kv_lens, page_indices, *rest, **options)
 
     monkeypatch.setattr(oracle, "ragged_paged_attention", wrong)
+    monkeypatch.setattr(mosaic_tpu, "default_config", lambda *_: mosaic_tpu.Config(128, 128))
     # A cap that no other call has, so that jit traces the planted bug.
     shape = PRESETS["llama3-70b-tp8"] | {"soft_cap": 37.0}
     with pytest.raises(SystemExit, match="mosaic_tpu differs from the oracle by"):

@@ -278,10 +278,11 @@ WRITES_NOTHING = {
 }  # fmt: skip
 
 
-def _absurd(change):
+def _absurd(change, page_size=5):
     """A batch of prefills and decodes with absurd metadata; its k and v are numbers everywhere."""
     case = make_case(
-        [(6, 6), (1, 11), (9, 20), (1, 3)], num_tokens=23, max_seqs=6, table_width=6, num_pages=12
+        [(6, 6), (1, 11), (9, 20), (1, 3)], num_tokens=23, max_seqs=6, table_width=6, num_pages=12,
+        page_size=page_size,
     )
     k, v = np.random.default_rng(1).standard_normal((2, 23, case.num_kv_heads * 32))
     case = dataclasses.replace(case, **{k: np.array(v, np.int32) for k, v in change.items()})
@@ -315,9 +316,13 @@ def test_absurd_metadata_ends_and_stays_in_bounds(name):
         assert cases.difference(kv_pages, want) is None
 
 
-def test_an_id_outside_the_pool_is_skipped():
-    """Of a prefill's pages the second, and a decode's: all other tokens are written."""
-    write = _absurd({})
+@pytest.mark.parametrize("page_size", [4, 5])
+def test_an_id_outside_the_pool_is_skipped(page_size):
+    """Of a prefill's pages the second, and a decode's: all other tokens are written.
+
+    Such ids are marked before the kernel, which is free where pages are even, or checked inside.
+    """
+    write = _absurd({}, page_size)
     table = write.case.page_indices
     for page in (-1, INT_MIN, 12, INT_MAX):
         table[2, 3], table[1, 2] = page, page  # of the 9 new of 20 and of the new one of 11

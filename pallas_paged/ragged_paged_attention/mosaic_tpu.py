@@ -27,6 +27,7 @@ from pallas_paged import dispatch, layout, tuned
 from pallas_paged.kv_write import oracle as write_oracle
 from pallas_paged.kv_write.mosaic_tpu_interleave import Slots
 from pallas_paged.ragged_paged_attention import mosaic_tpu_attend as attend
+from pallas_paged.ragged_paged_attention import mosaic_tpu_table as page_table
 from pallas_paged.ragged_paged_attention.mosaic_tpu_attend import Score
 from pallas_paged.ragged_paged_attention.mosaic_tpu_operands import Heads
 from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import ROW_TILE, STATE_SIZE, Walk
@@ -263,7 +264,9 @@ def _attend(
         table_part=_TABLE_PART if page_indices.size > _MAX_TABLE else 0,
         is_interpreted=False,
     )
-    table = page_indices.reshape(-1)
+    table = page_table.prepare(
+        page_indices, kv_pages.shape[0], page_size, writes=new is not None
+    )
     # A block's entries are read whether it has so many pieces or not.
     behind = static.pieces_per_block
     if static.table_part:
@@ -404,8 +407,8 @@ def _launch(walk: Walk, metadata, tensors, pool):
         out_specs=[hbm for _ in out_shape],
         input_output_aliases=aliases,
         scratch_shapes=scratch_shapes,
-        # The kernel checks every id (start_piece, _send) and keeps every row inside the batch
-        # (rows_of) and every position inside the page table (unit_at).
+        # Every id is checked (page_table.prepare, page_row, _send), and the kernel keeps every row
+        # inside the batch (rows_of) and every position inside the page table (unit_at).
         compiler_params=pltpu.CompilerParams(
             disable_bounds_checks=True,
             vmem_limit_bytes=_vmem_capacity(),

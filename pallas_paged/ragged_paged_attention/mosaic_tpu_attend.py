@@ -54,13 +54,25 @@ def scores(score: Score, product, scale):
     return jnp.tanh(product * (scale / score.soft_cap)) * (score.soft_cap * _LOG2_E)
 
 
-def is_seen(score: Score, key_position, query_position, window):
-    """Which keys of a sequence the mask lets a query see; positions broadcast."""
-    seen = key_position >= 0
+def seen_keys(score: Score, key, query_position, first, end, window):
+    """Which keys of a block the mask lets a query see.
+
+    Everything but the comparison with `key` is done on a query's scalar, or on a row of them: keys
+    are many.
+
+    Args:
+      score: static.
+      key: number in the block, int32.
+      query_position: broadcasts with `key`.
+      first, end: position of the block's first key, and of the first that it does not hold.
+      window: the sliding window's scalar, None without one.
+    """
+    stop = end
     if score.causal:
-        seen &= key_position <= query_position
+        stop = jnp.minimum(stop, query_position + 1)
+    seen = key < stop - first
     if score.has_window:
-        seen &= key_position > query_position - window
+        seen &= key > query_position - window - first
     return seen
 
 
@@ -91,7 +103,7 @@ class Step(NamedTuple):
     """One block of keys that a decode's body takes.
 
     Attributes:
-      load: see `operands.keys`.
+      load: see `operands.keys`; what it does on the way, such as starting DMAs, is done there.
       first, end: position of its first key, and of the first that it does not hold.
       position: of the query.
       is_first: whether it is its decode's first; False where the step before is known to be of the
@@ -114,7 +126,7 @@ class Step(NamedTuple):
 
 def decode(
     heads: Heads, score: Score, sinks_ref, scales, window, sm_scale,
-    *, steps: Sequence[Step], num_keys, is_full, issue, m_ref, l_ref, acc_ref,
+    *, steps: Sequence[Step], num_keys, is_full, m_ref, l_ref, acc_ref,
 ):
     """Takes blocks of keys, one behind the other, each into its decode's running state.
 
@@ -130,7 +142,6 @@ def decode(
       steps: the blocks.
       num_keys: keys in a block.
       is_full: whether all keys of the blocks are known to count; static.
-      issue: called twice for each KV head of each block, where DMAs are welcome.
       m_ref, l_ref, acc_ref: state from body to body: running maximum f32[rows, 128] (all lanes
         equal), sum f32[rows, 128] (each lane its part) and accumulator f32[rows, C].
     """
@@ -143,7 +154,6 @@ def decode(
 
     def multiply_keys(step, head, product):
         """Takes one KV head's scores into `product`, f32[8, keys] of each register of rows."""
-        issue()
         k = keys(heads, step.load, head)
         scale = sm_scale * scales(0, head) if score.has_scales else sm_scale
         for row, mask in _head_rows(heads, head):
@@ -156,8 +166,8 @@ def decode(
     def mask_product(step, product):
         if is_full:
             return product
-        key = step.first + lax.broadcasted_iota(jnp.int32, (_SUBLANES, num_keys), 1)
-        seen = is_seen(score, key, step.position, window) & (key < step.end)
+        key = lax.broadcasted_iota(jnp.int32, (_SUBLANES, num_keys), 1)
+        seen = seen_keys(score, key, step.position, step.first, step.end, window)
         return {row: jnp.where(seen, s, -jnp.inf) for row, s in product.items()}
 
     def weigh(state, together, found):
@@ -188,7 +198,6 @@ def decode(
 
     def multiply_values(step, head, weights, state):
         """Takes one KV head's weighted values into the state."""
-        issue()
         is_token = functools.partial(_is_token, step.first, step.end, num_keys)
         v = values(heads, step.load, head, None if is_full else is_token)
         for row, mask in _head_rows(heads, head):
@@ -313,7 +322,7 @@ def start_prefill(shift_ref, l_ref, acc_ref):
 
 def prefill(
     heads: Heads, score: Score, q_ref, load, scales, window, sm_scale,
-    *, first, first_position, end, num_keys, is_masked, issue, shift_ref, l_ref, acc_ref,
+    *, first, first_position, end, num_keys, is_masked, shift_ref, l_ref, acc_ref,
 ):
     """Takes one block of keys into the running state of a window of queries.
 
@@ -326,7 +335,6 @@ def prefill(
       q_ref: [tokens, N * C], the window.
       first_position: of the window's first query; the others follow.
       is_masked: whether some key of the block may not count for some query; static.
-      issue: called twice for each KV head, where DMAs are welcome.
       shift_ref, l_ref, acc_ref: shift f32[K, 8, rows] (the first of 8), sum f32[K, 16, rows] (the
         first; of the unrounded weights, for the log-sum-exp, 8 parts from the 8th on) and
         accumulator f32[K, C, rows]; rows are `tokens` of one query head after another.
@@ -343,12 +351,10 @@ def prefill(
 
     @functools.cache
     def keys_of(head):
-        issue()
         return keys(heads, load, head)
 
     @functools.cache
     def values_of(head):
-        issue()
         return jnp.concatenate([values(heads, load, head, is_token).T, ones], axis=0)
 
     def weigh(head, at, q, token):
@@ -364,8 +370,8 @@ def prefill(
             )  # [keys, rows]
             s = scores(score, s, scale)
             if is_masked:
-                key = first + start + lax.broadcasted_iota(jnp.int32, s.shape, 0)
-                seen = is_seen(score, key, first_position + token, window) & (key < end)
+                key = start + lax.broadcasted_iota(jnp.int32, s.shape, 0)
+                seen = seen_keys(score, key, first_position + token, first, end, window)
                 s = jnp.where(seen, s, -jnp.inf)
             weights.append(jnp.exp2(s - shift))
         if score.return_lse:  # which is of the weights as they are
@@ -456,8 +462,8 @@ def find_shifts(
                 k, q(), (((1,), (1,)), ((), ())), precision=heads.precision,
                 preferred_element_type=jnp.float32,
             )
-            key = first + lax.broadcasted_iota(jnp.int32, s.shape, 0)
-            seen = is_seen(score, key, first_position + token, window) & (key < end)
+            key = lax.broadcasted_iota(jnp.int32, s.shape, 0)
+            seen = seen_keys(score, key, first_position + token, first, end, window)
             s = jnp.where(seen, scores(score, s, scale), -jnp.inf)
             largest = jnp.max(s, axis=0, keepdims=True)
             shift_ref[head, :1, at] = jnp.maximum(shift_ref[head, :1, at], largest)

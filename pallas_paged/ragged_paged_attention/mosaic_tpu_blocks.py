@@ -39,7 +39,10 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_units import find_unit, num_
 # DMAs of one body that are written out, so that their issue hides behind the arithmetic; beyond
 # them a loop issues first.
 _MAX_UNROLL = 512
-_MAX_UNROLL_INTERPRETED = 64  # each is a call back to Python, and slow to compile
+_MAX_UNROLL_INTERPRETED = 16  # each is a call back to Python, and slow to compile
+# Rows that are loaded between two points at which DMAs start. Of 64, 128 and 512 the best: where
+# many DMAs stand together, the matrix unit waits for the loads behind them.
+_LOAD_ROWS = 128
 
 
 class Fetch(NamedTuple):
@@ -64,6 +67,17 @@ class Place(NamedTuple):
 
 def next_fetches(walk: Walk, refs: Refs, num_blocks: int) -> list[Fetch]:
     """The next blocks to fetch; without pieces where there is none, or all is in VMEM already."""
+    # Of each decode of a body of full blocks on its own: so they are all full most times. The
+    # entries of a streamed table that one part needs may not be there with another's.
+    parts = walk.full_parts if num_blocks > 1 and not walk.table_part else 1
+    fetches = []
+    for _ in range(parts):
+        fetches += _next_part(walk, refs, num_blocks // parts)
+    return fetches
+
+
+def _next_part(walk: Walk, refs: Refs, num_blocks: int) -> list[Fetch]:
+    """The next blocks to fetch, at once where all are full ones of a unit."""
     state, per_block = refs.state, walk.pieces_per_block
     fetched = state[FETCHED]
 
@@ -140,8 +154,7 @@ def _pool_row(walk: Walk, refs: Refs, fetch: Fetch, i):
     if pieces_per_page > 1:
         piece = fetch.first_piece + i
         at, part = fetch.table + div(piece, pieces_per_page), rem(piece, pieces_per_page)
-    page_id = page_table.page_to_read(walk, refs, at)
-    return page_id * walk.page_size + part * walk.piece
+    return page_table.page_row(walk, refs, at) + part * walk.piece
 
 
 def _start_piece(walk: Walk, refs: Refs, fetch: Fetch, i, pool_row):
@@ -169,12 +182,11 @@ def fill_ring(walk: Walk, refs: Refs):
 
     @pl.loop(0, walk.ring - walk.blocks_per_body)
     def _fill(_):
-        (fetch,) = next_fetches(walk, refs, 1)
-        start_block(walk, refs, fetch)
+        issues(walk, refs, next_fetches(walk, refs, 1), 1)()
 
 
-def issues(walk: Walk, refs: Refs, fetches: list[Fetch], num_points: int):
-    """A function that, called `num_points` times, starts the DMAs of some blocks.
+def issues(walk: Walk, refs: Refs, fetches: list[Fetch], num_calls: int):
+    """A function that, called `num_calls` times, starts the DMAs of some blocks.
 
     The compiler keeps the order of DMAs and loads, so those that are to hide behind a body's
     arithmetic must stand among its loads. Where they are many, a loop starts all at once.
@@ -191,7 +203,7 @@ def issues(walk: Walk, refs: Refs, fetches: list[Fetch], num_points: int):
         _start_piece(walk, refs, fetch, i, pool_row)
 
     def issue():
-        for fetch, i in itertools.islice(pieces, pl.cdiv(num_dmas, num_points)):
+        for fetch, i in itertools.islice(pieces, pl.cdiv(num_dmas, num_calls)):
             # Read before it is known to be there: under the condition it would cost a select. Of a
             # streamed table it may not be read then: a part may be on its way.
             pool_row = None if walk.table_part else _pool_row(walk, refs, fetch, i)
@@ -302,9 +314,27 @@ def prefill_place(walk: Walk, unit: Unit, block, buffer) -> Place:
     return Place(*(jnp.where(is_old, a, b) for a, b in zip(place, new, strict=True)))
 
 
-def load(walk: Walk, refs: Refs, place: Place, word: int, lane_tile: int, parity: int | None):
-    """Words of a block; see attend's `keys`."""
+def num_points(walk: Walk) -> int:
+    """How often `load` has DMAs start while the keys and values of a block are loaded."""
+    steps = 1 if walk.heads.compute_dtype == jnp.float32 else 2
+    return 2 * walk.heads.num_kv_heads * walk.heads.lane_tiles * steps * len(_runs(walk, steps))
+
+
+def _runs(walk: Walk, step: int) -> range:
+    """Where runs of rows begin that are loaded at a time, of every `step`-th row of a block."""
+    return range(0, walk.block, _LOAD_ROWS * step)
+
+
+def load(
+    walk: Walk, refs: Refs, place: Place, issue, word: int, lane_tile: int, parity: int | None
+):
+    """Words of a block; see operands' `keys`. Calls `issue` before each run of rows."""
     first, step = (0, 1) if parity is None else (parity, 2)
     row = place.row + lane_tile * place.lane_tile_rows + first
-    words = Rows(refs.slots, walk.is_interpreted).load(row, walk.block // step, word, step)
-    return lax.bitcast_convert_type(words, jnp.uint32)
+    rows = Rows(refs.slots, walk.is_interpreted)
+    runs = []
+    for start in _runs(walk, step):
+        issue()
+        num_rows = min(_LOAD_ROWS, (walk.block - start) // step)
+        runs.append(rows.load(row + start, num_rows, word, step))
+    return lax.bitcast_convert_type(jnp.concatenate(runs, axis=0), jnp.uint32)

@@ -130,7 +130,8 @@ def put_decode(walk: Walk, refs: Refs, unit: Unit, first, place):
             target = place.row + c * place.lane_tile_rows + unit.position - first
             refs.slots[target, words, 0, :] = refs.slots[source + c * walk.new_rows, words, 0, :]
         page, row = div(unit.position, walk.page_size), rem(unit.position, walk.page_size)
-        _send(walk, refs, unit.seq, page, row, source, 1)
+        num_sent = _send(walk, refs, unit.seq, page, row, source, 1)
+        refs.state[SENT] = refs.state[SENT] + num_sent
 
 
 # ---- A prefill
@@ -152,8 +153,7 @@ def start_old_tail(walk: Walk, refs: Refs, unit: Unit):
     @pl.when(num_tokens > 0)
     def _start():
         at = _entry_of(walk, refs, unit.seq, div(first, walk.page_size))
-        page_id = table.page_to_read(walk, refs, at)
-        source = page_id * walk.page_size + rem(first, walk.page_size)
+        source = table.page_row(walk, refs, at) + rem(first, walk.page_size)
         for copy in _copies_of_slots(walk, refs, source, row_of(walk, 0), num_tokens):
             copy.start()
 
@@ -229,15 +229,16 @@ def _send_pages(walk: Walk, refs: Refs, unit: Unit, first, end):
     # More tokens than the page table has room for are absurd: none is written.
     first = jnp.where(unit.position + stop - unit.row <= walk.capacity, first, end)
 
-    @pl.loop(div(first, piece), jnp.where(first < end, ceil_div(end, piece), 0))
-    def _piece(i):
+    def send_piece(i, num_sent):
         a, b = jnp.maximum(first, i * piece), jnp.minimum(end, (i + 1) * piece)
         source = row_of(walk, a - unit.old_end * piece)
         row = rem(i, per_page) * piece + a - i * piece
-        is_whole = b - a == piece
-        send = functools.partial(_send, walk, refs, unit.seq, div(i, per_page), row, source)
-        pl.when(is_whole)(lambda: send(piece))
-        pl.when(~is_whole)(lambda: send(b - a))
+        page = div(i, per_page)
+        return num_sent + _send(walk, refs, unit.seq, page, row, source, b - a)
+
+    num_pieces = jnp.where(first < end, ceil_div(end, piece), 0)
+    num_sent = lax.fori_loop(div(first, piece), num_pieces, send_piece, refs.state[SENT])
+    refs.state[SENT] = num_sent
 
 
 # ---- To the pool
@@ -252,10 +253,12 @@ def _entry_of(walk, refs, seq, page):
 
 
 def _send(walk, refs, seq, page, row, source, num_tokens):
-    """Sends slots to a page of a sequence, from its row `row` on; skips an id outside the pool."""
+    """Sends slots to a page of a sequence, from its row `row` on; returns how many: an id outside
+    the pool is skipped."""
     page_id = table.entry(walk, refs, _entry_of(walk, refs, seq, page))
+    is_inside = page_id.astype(jnp.uint32) < jnp.uint32(walk.num_pages)
 
-    @pl.when(page_id.astype(jnp.uint32) < jnp.uint32(walk.num_pages))
+    @pl.when(is_inside)
     def _start():
         target = pl.ds(page_id * walk.page_size + row, num_tokens)
         for c in range(walk.heads.lane_tiles):
@@ -267,4 +270,5 @@ def _send(walk, refs, seq, page, row, source, num_tokens):
                 refs.pool.at[target, :, pl.ds(c * layout.LANES, layout.LANES)],
                 refs.sent_sem.at[0],
             ).start()
-        refs.state[SENT] = refs.state[SENT] + num_tokens
+
+    return jnp.where(is_inside, num_tokens, 0)

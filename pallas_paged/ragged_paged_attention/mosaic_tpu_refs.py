@@ -79,6 +79,10 @@ class Unit(NamedTuple):
     first_new: Any = None
 
 
+# Of a unit's fields those that every call has.
+NUM_COMMON = len(Unit._fields) - 3
+
+
 @dataclasses.dataclass(frozen=True)
 class Walk:
     """The kernel's static side."""
@@ -123,9 +127,14 @@ class Walk:
         return 2 if is_long and self.blocks_per_body % 2 == 0 else 1
 
     @property
-    def unit_size(self) -> int:
+    def num_kept(self) -> int:
         """Numbers of a unit that are kept."""
-        return len(Unit._fields) - (0 if self.new else 3)
+        return len(Unit._fields) if self.new else NUM_COMMON
+
+    @property
+    def unit_size(self) -> int:
+        """Places for them: a power of 2, so that a shift finds them."""
+        return 1 << (self.num_kept - 1).bit_length()
 
     @property
     def ring_rows(self) -> int:

@@ -18,6 +18,8 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
     div,
 )
 
+_OUTSIDE = -(2**31)  # of a page id: outside the pool
+
 
 def entry(walk: Walk, refs: Refs, i):
     """An entry of the flat page table; of a streamed one it has been brought."""
@@ -26,10 +28,32 @@ def entry(walk: Walk, refs: Refs, i):
     return refs.table_parts[i & (2 * walk.table_part - 1)]
 
 
-def page_to_read(walk: Walk, refs: Refs, i):
-    """The page id of an entry, inside the pool whatever the table says."""
-    page_id = entry(walk, refs, i).astype(jnp.uint32)  # as an unsigned number, none is negative
-    return jnp.minimum(page_id, jnp.uint32(walk.num_pages - 1)).astype(jnp.int32)
+def prepare(page_indices, num_pages: int, page_size: int, *, writes: bool):
+    """The flat page table as the kernel gets it: what is read is inside the pool whatever ids say.
+
+    A call that only reads takes another page's id for one outside the pool. One that writes must
+    also see which tokens it may not write: such an id has its highest bit set, which a product with
+    an even page size loses; with an odd one the kernel checks the ids itself.
+    """
+    ids = page_indices.reshape(-1)
+    if writes and page_size % 2:
+        return ids
+    inside = inside_pool(ids, num_pages)
+    return jnp.where(ids == inside, ids, inside | _OUTSIDE) if writes else inside
+
+
+def inside_pool(page_ids, num_pages: int):
+    """Page ids, those outside of the pool replaced by one inside."""
+    unsigned = page_ids.astype(jnp.uint32)  # in which none is negative
+    return jnp.minimum(unsigned, jnp.uint32(num_pages - 1)).astype(jnp.int32)
+
+
+def page_row(walk: Walk, refs: Refs, i):
+    """The pool's row where the page of an entry begins, inside the pool whatever the table says."""
+    page_id = entry(walk, refs, i)
+    if walk.new is not None and walk.page_size % 2:
+        page_id = inside_pool(page_id, walk.num_pages)
+    return page_id * walk.page_size
 
 
 def start(walk: Walk, refs: Refs):

@@ -13,6 +13,7 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
     AHEAD_SEQ,
     FOUND,
     MAX_LEN,
+    NUM_COMMON,
     ROW_TILE,
     Refs,
     Unit,
@@ -121,7 +122,7 @@ def find_unit(walk: Walk, refs: Refs):
         if walk.new is None:
             num_pieces = end_in_pool - unit.first_piece
             kept = unit._replace(num_blocks=ceil_div(num_pieces, walk.pieces_per_block))
-        for i, value in enumerate(kept[: walk.unit_size]):
+        for i, value in enumerate(kept[: walk.num_kept]):
             refs.units[at, i] = jnp.asarray(value, jnp.int32)
 
     table = jnp.where(is_found, unit.seq * walk.table_width, 0)
@@ -131,6 +132,13 @@ def find_unit(walk: Walk, refs: Refs):
 
 
 def kept_unit(walk: Walk, refs: Refs, index) -> Unit:
-    """The unit found as number `index`."""
+    """The unit found as number `index`, but for what only `with_new_tokens` reads."""
     at = rem(index, walk.max_units)
-    return Unit(*(refs.units[at, i] for i in range(walk.unit_size)))
+    return Unit(*(refs.units[at, i] for i in range(NUM_COMMON)))
+
+
+def with_new_tokens(walk: Walk, refs: Refs, index, unit: Unit) -> Unit:
+    """The unit with where its new tokens are, which a prefill needs to know."""
+    at = rem(index, walk.max_units)
+    more = range(NUM_COMMON, walk.num_kept)
+    return Unit(*unit[:NUM_COMMON], *(refs.units[at, i] for i in more))

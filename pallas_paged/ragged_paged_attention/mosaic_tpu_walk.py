@@ -71,7 +71,8 @@ def _run(walk: Walk, refs: Refs, at):
     unit = units.kept_unit(walk, refs, index)
 
     def run_prefill():
-        must_repeat = _prefill(walk, refs, unit, block, is_again)
+        prefill = units.with_new_tokens(walk, refs, index, unit)
+        must_repeat = _prefill(walk, refs, prefill, block, is_again)
         refs.state[WINDOW_END] = unit.end
         is_over = (block + 1 == unit.num_blocks) & jnp.logical_not(must_repeat)
         return (
@@ -184,6 +185,7 @@ def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, num_
             )
     fetches = blocks.next_fetches(walk, refs, len(taken))
 
+    issue = blocks.issues(walk, refs, fetches, len(taken) * blocks.num_points(walk))
     steps: list[attend.Step] = []
     for b, at in enumerate(taken):
         is_new = b % num_known == 0
@@ -192,7 +194,7 @@ def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, num_
         first, end = blocks.block_of(walk, at.unit, at.block)
         steps.append(
             attend.Step(
-                load=functools.partial(blocks.load, walk, refs, places[b]),
+                load=functools.partial(blocks.load, walk, refs, places[b], issue),
                 first=first, end=end, position=at.unit.position,
                 is_first=at.block == 0 if is_new else False,
                 q=functools.partial(_query, walk, refs, row) if is_new else steps[-1].q,
@@ -207,7 +209,6 @@ def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, num_
         steps=steps,
         num_keys=walk.block,
         is_full=is_full,
-        issue=blocks.issues(walk, refs, fetches, 2 * heads.num_kv_heads * len(taken)),
         m_ref=refs.decode_m, l_ref=refs.decode_l, acc_ref=refs.decode_acc,
     )
     state[WINDOW_END] = taken[-1].unit.end
@@ -265,11 +266,11 @@ def _prefill(walk: Walk, refs: Refs, unit: Unit, block, is_again):
         is_edge |= first <= unit.position + unit.end - unit.row - 1 - window
 
     def take(is_masked):
+        issue = blocks.issues(walk, refs, [fetch], blocks.num_points(walk))
         attend.prefill(
             walk.heads, walk.score, refs.q_vmem,
-            functools.partial(blocks.load, walk, refs, place), scales, window, sm_scale,
+            functools.partial(blocks.load, walk, refs, place, issue), scales, window, sm_scale,
             is_masked=is_masked,
-            issue=blocks.issues(walk, refs, [fetch], 2 * walk.heads.num_kv_heads),
             first_position=unit.position - (unit.row - refs.state[WINDOW]),
             first=first, end=end, num_keys=walk.block, **_state_of_prefill(refs),
         )
@@ -326,7 +327,8 @@ def _find_shifts(walk: Walk, refs: Refs, unit: Unit):
         place = blocks.prefill_place(walk, unit, block, buffer)
         attend.find_shifts(
             walk.heads, walk.score, refs.q_vmem,
-            functools.partial(blocks.load, walk, refs, place), scales, window, sm_scale,
+            functools.partial(blocks.load, walk, refs, place, lambda: None),
+            scales, window, sm_scale,
             first_position=unit.position - (unit.row - refs.state[WINDOW]),
             first=first, end=end, num_keys=walk.block, shift_ref=shift_ref,
         )
