@@ -35,6 +35,19 @@ CASES: dict[str, Runs] = {
     "chunked": ((1, 512, 8704),),
     "mixed": ((64, 1, 4096), (1, 512, 8704)),
 }
+# What is measured on a GPU in their place, where blocks of threads and their number matter.
+GPU_CASES: dict[str, Runs] = {
+    "decode": ((64, 1, 4096),),
+    "decode_few": ((16, 1, 4096),),
+    "decode_one": ((1, 1, 32768),),
+    "decode_many": ((256, 1, 1024),),
+    "prefill_long": ((2, 8192, 8192),),
+    "prefill_many": ((8, 2048, 2048),),
+    "chunked_long": ((4, 512, 8192),),
+    "chunked_many": ((16, 128, 4096),),
+    "chunk": ((1, 2048, 4096),),
+    "mixed_chunk": ((64, 1, 4096), (1, 2048, 4096)),
+}
 
 
 @dataclasses.dataclass(frozen=True)

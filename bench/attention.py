@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from bench import _clock, _report
 from bench import _tpu_schedule as ts
-from bench._attention_cases import CASES, PRESETS, Call, Case, Runs, room_for
+from bench._attention_cases import CASES, GPU_CASES, PRESETS, Call, Case, Runs, room_for
 from bench._attention_model import (
     Prediction,
     Writing,
@@ -44,7 +44,12 @@ _GENERATIONS = flags.DEFINE_list(
     "TPU generations to predict for.",
     allow_override=True,
 )
-_CASES = flags.DEFINE_list("cases", list(CASES), f"Some of {', '.join(CASES)}.")
+_CASES = flags.DEFINE_list(
+    "cases",
+    None,
+    f"Some of {', '.join(CASES | GPU_CASES)}; by default {', '.join(CASES)}, on a GPU "
+    f"{', '.join(GPU_CASES)}.",
+)
 _LENS = flags.DEFINE_list(
     "lens",
     None,
@@ -109,9 +114,9 @@ def main(argv: Sequence[str]) -> None:
     if _PLOT.value:
         _report.require_matplotlib()
     say = _stderr if _JSON.value else print
+    on_cpu = _report.start_backends() == "cpu"
     cases = _cases(_runs())
     plotted = _cases(_PLOTTED) if _PLOT.value else []
-    on_cpu = _report.start_backends() == "cpu"
     if on_cpu:
         _require_supported([*cases, *plotted])
     check_against_oracle(list(_shapes().values()))
@@ -155,8 +160,10 @@ def _stderr(text: str) -> None:
 
 def _runs() -> dict[str, Runs]:
     """Case name -> its sequences, as the flags say."""
-    _require_known("cases", CASES, _CASES.value)
-    chosen = {name: CASES[name] for name in _CASES.value}
+    known = CASES | GPU_CASES
+    names = _CASES.value or list(GPU_CASES if jax.default_backend() == "gpu" else CASES)
+    _require_known("cases", known, names)
+    chosen = {name: known[name] for name in names}
     if _LENS.value is None:
         return chosen
     own: list[tuple[int, int, int]] = []
@@ -168,7 +175,7 @@ def _runs() -> dict[str, Runs]:
                 f"--lens has {text!r}; wanted [COUNTx]NEW:ALL with 1 <= NEW <= ALL, as 64x1:4096"
             )
         own.append((count, new, keys))
-    return (chosen if _CASES.present else {}) | {"own": tuple(own)}
+    return (chosen if _CASES.value else {}) | {"own": tuple(own)}
 
 
 def _require_known(name: str, known, given: Sequence[str]) -> None:
@@ -418,22 +425,24 @@ def _points(times: Sequence[tuple[Case, float]], panel: str | None = None) -> di
 
 
 def _measure(case: Case) -> dict[str, Any]:
-    """Times the platform's backend over pools that rotate, so that no cache holds the next one.
+    """Times the platform's backend, from caches that hold nothing of the pool.
 
-    The next step's q is this step's output: no loop can be hoisted or its steps reordered.
+    On a GPU its kernels' times, each step behind an eviction; on a TPU a loop over pools that
+    rotate, where the next step's q is this step's output, so that nothing is hoisted or reordered.
     """
     room = room_for([case.runs], case.call.page_size, is_exact=True)
     case = dataclasses.replace(case, call=dataclasses.replace(case.call, **room))
     attend = case.call.step("auto")
     pool, q, *metadata = random_inputs(case, seed=0)
-    copies = max(2, min(16, -(-_COLD_BYTES // pool.nbytes)))
+    on_gpu = jax.default_backend() == "gpu"
+    copies = 1 if on_gpu else max(2, min(16, -(-_COLD_BYTES // pool.nbytes)))
     states = [(pool, q), *((pool.copy(), q.copy()) for _ in range(copies - 1))]
 
     def step(state, *metadata):
         pool, q = state
         return pool, attend(q, pool, *metadata)
 
-    timing = _clock.time_step(step, states, metadata)
+    timing = (_clock.time_kernels if on_gpu else _clock.time_step)(step, states, metadata)
     return {
         "case": case.name,
         "runs": case.runs,
