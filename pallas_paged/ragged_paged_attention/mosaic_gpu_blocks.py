@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf, vector
@@ -201,10 +202,10 @@ def _zero_rows(values, begin, end, shape: Shape) -> None:
         chunks = const(shape.head_dim // width)
         thread = gpu.thread_id(gpu.Dimension.x)
         thread = arith.remui(thread, const(128))
-        element = ir.MemRefType(tiles.type).element_type
-        kind = ir.VectorType.get((width,), element)
+        i32 = ir.IntegerType.get_signless(32)
+        words = ir.VectorType.get((4,), i32)
         zero = arith.constant(
-            kind, ir.DenseElementsAttr.get_splat(kind, ir.FloatAttr.get(element, 0.0))
+            words, ir.DenseElementsAttr.get_splat(words, ir.IntegerAttr.get(i32, 0))
         )
         low = arith.addi(arith.muli(index(begin), chunks), thread)
         loop = scf.ForOp(low, arith.muli(index(end), chunks), const(128))
@@ -212,7 +213,7 @@ def _zero_rows(values, begin, end, shape: Shape) -> None:
             row = arith.divui(loop.induction_variable, chunks)
             column = arith.muli(arith.remui(loop.induction_variable, chunks), const(width))
             eight, wide = const(8), const(tile_columns)
-            vector.store(zero, tiles, [
+            _store_16_bytes(zero, tiles, [
                 arith.divui(row, eight), arith.divui(column, wide),
                 arith.remui(row, eight), arith.remui(column, wide),
             ])  # fmt: skip
@@ -250,7 +251,6 @@ def _convert_block(source, target, shape: Shape) -> None:
 
         chunks, eight = const(shape.kv_dim // width), const(8)
         narrow_type = ir.VectorType.get((width,), ir.MemRefType(raw.type).element_type)
-        wide_type = ir.VectorType.get((width,), ir.MemRefType(tiles.type).element_type)
         thread = arith.remui(gpu.thread_id(gpu.Dimension.x), const(WARPGROUP))
 
         def load(item):
@@ -268,7 +268,7 @@ def _convert_block(source, target, shape: Shape) -> None:
                 arith.divui(row, eight), arith.divui(chunk, eight), in_tile,
                 arith.muli(place, const(width)),
             ]  # fmt: skip
-            vector.store(_widen(narrow, wide_type, shape), tiles, target)
+            _store_16_bytes(_widen(narrow, shape), tiles, target)
 
         loop = scf.ForOp(const(0), const(steps), const(1))
         with ir.InsertionPoint(loop.body):
@@ -282,14 +282,23 @@ def _convert_block(source, target, shape: Shape) -> None:
     run(source, target)
 
 
-def _widen(narrow, wide_type, shape: Shape):
-    """8 values of the pool's dtype as q's."""
+def _store_16_bytes(words, ref, indices) -> None:
+    """Stores four words at an element of a ref that lies at a multiple of 16 bytes.
+
+    A store that does not say so is split into one of 2 bytes for each value.
+    """
+    target = mgpu.utils.memref_ptr(mgpu.utils.memref_slice(ref, tuple(indices)))
+    llvm.store(words, target, alignment=16)
+
+
+def _widen(narrow, shape: Shape):
+    """8 values of the pool's dtype as q's, two in each of four words."""
     i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
     words = vector.bitcast(
         ir.VectorType.get((2,), i32), vector.bitcast(ir.VectorType.get((8,), i8), narrow)
     )
     pairs = [pair for n in range(2) for pair in _convert_four(_extract(words, n), shape)]
-    return vector.bitcast(wide_type, vector.from_elements(ir.VectorType.get((4,), i32), pairs))
+    return vector.from_elements(ir.VectorType.get((4,), i32), pairs)
 
 
 def _extract(words, n: int):
