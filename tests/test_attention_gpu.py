@@ -222,7 +222,9 @@ def _lowered_calls():
 
 
 @needs_new_jax
-@pytest.mark.parametrize("call, options", list(_lowered_calls()), ids=lambda x: getattr(x, "id", ""))
+@pytest.mark.parametrize(
+    "call, options", list(_lowered_calls()), ids=lambda x: getattr(x, "id", "")
+)
 def test_lowers_for_cuda(call, options):
     """Three kernels, and the pool only goes in: nothing is as large as it is comes out."""
     options = dict(options)

@@ -224,10 +224,10 @@ def _launch(shape: Shape, config: Config, num_sms: int, is_interpreted: bool, op
     """The three kernels; each leaves holes for the next, which updates the output in place."""
     shape = dataclasses.replace(shape, is_interpreted=is_interpreted)
     num_blocks = num_sms * config.decode_blocks_per_sm
-    out, lse, *parts = decode.decode(shape, config, num_blocks, operands)
+    out, lse, means, sums, merges = decode.decode(shape, config, num_blocks, operands)
     lse_ref = None if lse is None else jax.new_ref(lse)
     flat = jax.new_ref(out.reshape(out.shape[0], -1))
-    decode.merge(shape, num_blocks, *parts, flat, lse_ref)
+    decode.merge(shape, num_blocks, means, sums, merges, flat, lse_ref)
     out_ref = jax.new_ref(jax.ref.freeze(flat).reshape(out.shape))
     prefill.prefill(shape, config, num_sms, operands, out_ref, lse_ref)
     return jax.ref.freeze(out_ref), None if lse_ref is None else jax.ref.freeze(lse_ref)

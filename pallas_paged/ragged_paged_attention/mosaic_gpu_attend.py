@@ -10,7 +10,6 @@ FlashAttention-3, Shah et al., 2024).
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -150,7 +149,8 @@ def attend(rows: Rows, span: Span, ring: Ring, step, sink, shape: Shape):
         return out, largest, total
 
     carry = _each_block(0, span, _start(sink, shape), next_block, shape)
-    return _finish(*carry, shape)
+    out, largest, total = carry
+    return _finish(out, largest, total, shape)
 
 
 def _start(sink, shape: Shape):

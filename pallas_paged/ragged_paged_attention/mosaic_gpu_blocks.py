@@ -121,7 +121,7 @@ def fetch(ring: Ring, step, kv_hbm, table, seq, kv_head, first, begin, end, bloc
     slot = ring.slot(step)
     plgpu.barrier_wait(ring.empty.at[slot])
     for j, (start, page) in enumerate(zip(starts, pages, strict=True)):
-        row = 0
+        row: Any = 0
         if piece != shape.page_size:
             row = pl.multiple_of(lax.rem(start, shape.page_size), piece)
         is_seen = (start < end) & (start + piece > begin)
@@ -238,7 +238,7 @@ def convert(raw: Ring, ready: Ring, step, shape: Shape) -> None:
 
 
 def _convert_block(source, target, shape: Shape) -> None:
-    """8 values a thread and time: one load of 8 bytes, one store of 16, where the swizzle has it."""
+    """8 values at a time: a load of 8 bytes and a store of 16, where the swizzle has them."""
     width = 8
     _, block, box = source.shape
     at_once = 8  # so that their loads and conversions overlap

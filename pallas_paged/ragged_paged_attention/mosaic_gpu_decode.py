@@ -75,7 +75,8 @@ class Segment:
 
     def span(self, window, block: int, shape: Shape) -> Span:
         position = self.length - self.num_tokens
-        low = first_whole = 0
+        low: Any = 0
+        first_whole: Any = 0
         if shape.has_window:
             low = first_seen(position, window)
             first_whole = first_seen(self.length - 1, window)
@@ -108,8 +109,8 @@ def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]
       operands: name -> array, as `_kernel` lists them; what is not given is left out.
 
     Returns:
-      out [T, N, H], lse f32[T, N] or None, both with holes; the parts, two a block of threads: means
-      f32[2 * num_blocks + 1, 64, H] and the log2 of their sums over all lanes, of the same shape;
+      out [T, N, H], lse f32[T, N] or None, both with holes; the parts, two a block of threads:
+      means f32[2 * num_blocks + 1, 64, H] and the log2 of their sums over all lanes, of the same shape;
       and what there is to merge, int32[num_blocks, 4], one head a block of threads: its parts,
       first row of the batch, tokens and KV head.
     """
@@ -262,7 +263,9 @@ def _sharer(schedule, shape: Shape, place):
 def _each_segment(inputs, shape: Shape, body):
     """Calls `step = body(segment, step)` for this block's share in order; returns the last."""
     schedule, num_tokens = inputs["schedule"], inputs["q"].shape[0]
-    lengths = Lengths(*(inputs[x] for x in ("kv_lens", "cu_q_lens", "num_seqs")), num_tokens, shape)
+    lengths = Lengths(
+        inputs["kv_lens"], inputs["cu_q_lens"], inputs["num_seqs"], num_tokens, shape
+    )
     max_seqs = schedule.shape[1] - 1
     begin, end = _share(schedule, shape, lax.axis_index("block"))
 

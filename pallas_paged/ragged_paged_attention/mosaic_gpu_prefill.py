@@ -78,7 +78,8 @@ class Tile:
         if shape.causal:
             high = jnp.minimum(high, self.position + tile_rows(shape))
             end_whole = jnp.minimum(end_whole, self.position + 1)
-        low = first_whole = 0
+        low: Any = 0
+        first_whole: Any = 0
         if shape.has_window:
             low = first_seen(self.position, window)
             first_whole = first_seen(self.position + tile_rows(shape) - 1, window)
@@ -117,7 +118,8 @@ def prefill(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array
             lambda *scoped: _kernel(inputs, out_ref, lse_ref, scoped, shape, config, num_raw),
             queries, barrier, barrier,
             blocks.scratch(
-                shape, config.prefill_block_keys, config.prefill_slots, num_raw, num_consumers(shape)
+                shape, config.prefill_block_keys, config.prefill_slots, num_raw,
+                num_consumers(shape),
             ),
             collective_axes="warpgroup",
         )  # fmt: skip
@@ -260,7 +262,9 @@ def _each_tile(inputs, shape: Shape, body):
     """
     schedule, num_tokens = inputs["schedule"], inputs["q"].shape[0]
     max_seqs = schedule.shape[1] - 1
-    lengths = Lengths(*(inputs[x] for x in ("kv_lens", "cu_q_lens", "num_seqs")), num_tokens, shape)
+    lengths = Lengths(
+        inputs["kv_lens"], inputs["cu_q_lens"], inputs["num_seqs"], num_tokens, shape
+    )
     first_row = lengths.row(0)
     last_row = lengths.row(jnp.clip(inputs["num_seqs"][0], 0, max_seqs))
     num_seq_tiles = schedule[TILES, max_seqs]

@@ -51,7 +51,7 @@ def store(value, ref, first_row, first_head, begin, end, group: int, is_interpre
 
 
 def load(ref, first_row, first_head, end, group: int, shape, is_interpreted: bool) -> jax.Array:
-    """[64, H]: row r is `ref[first_row + r // group, first_head + r % group]` for `r < end`, else 0.
+    """[64, H]: row r is `ref[first_row + r // group, first_head + r % group]`, 0 from `end` on.
 
     Arguments as in `store`; the result is an operand of the matrix unit, in registers.
     """
@@ -115,7 +115,7 @@ def load_per_head(ref, first_head, group: int, num_rows: int, is_interpreted: bo
 
         return lax.fori_loop(0, num_rows, load_row, jnp.zeros((num_rows,), jnp.float32))
 
-    result = plgpu.ShapeDtypeStruct((num_rows,), jnp.float32, layout=_COLUMN)
+    result = plgpu.ShapeDtypeStruct((num_rows,), jnp.dtype(jnp.float32), layout=_COLUMN)
 
     @plgpu.inline_mgpu(arg_types=(_REF, _SCALAR), return_type=result)
     def run(_, source, head):
@@ -144,7 +144,7 @@ def _index(scalar):
 
 
 def _constant(value: int):
-    return arith.constant(ir.IndexType.get(), value)
+    return mgpu.utils.c(value, ir.IndexType.get())
 
 
 def _is_less(a, b):

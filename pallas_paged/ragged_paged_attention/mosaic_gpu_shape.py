@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""What the GPU attention kernels know when they are traced, and the schedule that XLA gives them."""
+"""What the GPU attention kernels know when they are traced, and the schedule XLA gives them."""
 
 import dataclasses
 import functools
@@ -84,10 +84,9 @@ class Shape:
 
 def tiling(dtype: Any) -> tuple[Any, ...]:
     """The form of an operand of the matrix unit in shared memory: 8 rows of 128 swizzled bytes."""
-    return (
-        plgpu.TilingTransform((ROW_TILE, 128 // jnp.dtype(dtype).itemsize)),
-        plgpu.SwizzleTransform(128),
-    )
+    transforms: tuple[Any, ...] = (plgpu.TilingTransform, plgpu.SwizzleTransform)
+    tile, swizzle = transforms
+    return tile((ROW_TILE, 128 // jnp.dtype(dtype).itemsize)), swizzle(128)
 
 
 def per_head(kv_pages: jax.Array, shape: Shape) -> jax.Array:
