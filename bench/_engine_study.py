@@ -197,7 +197,7 @@ def _latencies(
     several = np.array([len(times) > 1 for times in token_times])
     outcome.ttft_ms, outcome.itl_ms = percentiles(ttft), percentiles(gaps)
     outcome.tpot_ms = percentiles(tpot[several])
-    met = np.count_nonzero((ttft <= objectives.ttft_ms) & (tpot <= objectives.tpot_ms))
+    met = int(np.count_nonzero((ttft <= objectives.ttft_ms) & (tpot <= objectives.tpot_ms)))
     outcome.goodput = met / outcome.seconds
     outcome.throughput = len(arrivals) / outcome.seconds
 
