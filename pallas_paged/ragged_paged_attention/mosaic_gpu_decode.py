@@ -111,8 +111,8 @@ def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]
     Returns:
       out [T, N, H], lse f32[T, N] or None, both with holes; the parts, two a block of threads:
       means f32[2 * num_blocks + 1, 64, H] and the log2 of their sums over all lanes, of the same
-      shape; and what there is to merge, int32[num_blocks, 4], one head a block of threads: its parts,
-      first row of the batch, tokens and KV head.
+      shape; and what there is to merge, int32[num_blocks, 4], one head a block of threads: its
+      parts, first row of the batch, tokens and KV head.
     """
     names = tuple(operands)
     num_tokens = operands["q"].shape[0]
