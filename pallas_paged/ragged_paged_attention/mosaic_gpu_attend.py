@@ -217,17 +217,19 @@ def _scaled(scores, rows: Rows, shape: Shape):
 def _mask(scores, first_key, rows: Rows, shape: Shape):
     """Scores of the keys that a row does not see become -inf."""
     key = iota(scores.shape, 1)
-    is_seen = key < rows.length - first_key
-    if shape.causal or shape.has_window:
-        token = iota(scores.shape, 0)
-        if rows.group > 1:
-            token = token // rows.group
-        ahead = key - token  # of the row's own key, less `own`
-        own = rows.position - first_key
-        if shape.causal:
-            is_seen &= ahead <= own
-        if shape.has_window:
-            is_seen &= ahead > own - rows.window
+    # What a row sees, as two keys: one value a row instead of one a score.
+    row = plgpu.broadcasted_iota(
+        jnp.int32, (WARPGROUP_ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
+    )
+    own = (row // rows.group if rows.group > 1 else row) + (rows.position - first_key)
+    end = rows.length - first_key
+    if shape.causal:
+        end = jnp.minimum(own + 1, end)
+        is_seen = key < over_rows(end, scores.shape[1])
+    else:
+        is_seen = key < end
+    if shape.has_window:
+        is_seen &= key > over_rows(own - rows.window, scores.shape[1])
     return jnp.where(is_seen, scores, -jnp.inf)
 
 
