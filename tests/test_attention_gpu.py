@@ -166,6 +166,22 @@ def test_traced_window_and_no_lse():
 
 
 @needs_new_jax
+@pytest.mark.parametrize("window", [0, 2**31 - 1])
+def test_traced_windows_of_none_and_of_all(window):
+    """Neither what no block holds nor what overflows: a window of 0 shows nothing to anybody."""
+    call = Call(((1, 64), (30, 128)), (2, 1), 64, options=_options(causal=False), config=SMALL)
+    case, options = call.make()
+    options["sliding_window"] = jnp.int32(window)
+    if window:
+        wanted = run_oracle(case, options | {"sliding_window": None})
+    else:
+        wanted = run_oracle(case, options | {"causal": True})
+        options["causal"] = True
+    found = mismatch(*_run(case, options), *wanted)
+    assert found is None, found
+
+
+@needs_new_jax
 @pytest.mark.parametrize("name", ABSURD if ON_GPU else ["everything", "overlapping rows"])
 def test_absurd_metadata_ends_in_bounds(name):
     """Whatever the metadata says; the pool's NaN-free pages only make every read harmless."""

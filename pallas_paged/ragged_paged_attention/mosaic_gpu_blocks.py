@@ -169,8 +169,8 @@ def clear_values(ring: Ring, slot, begin, end, shape: Shape) -> None:
             rows = lax.broadcasted_iota(jnp.int32, (block, shape.head_dim), 0)
             values[...] = jnp.where((rows >= begin) & (rows < end), values[...], 0)
         else:
-            _zero_rows(values, 0, jnp.maximum(begin, 0), shape)
-            _zero_rows(values, jnp.minimum(end, block), block, shape)
+            _zero_rows(values, 0, jnp.clip(begin, 0, block), shape)
+            _zero_rows(values, jnp.clip(end, 0, block), block, shape)
         plgpu.commit_smem()
 
     if ring.cleared is None:

@@ -30,6 +30,7 @@ from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
     WARPGROUP_ROWS,
     Lengths,
     Shape,
+    clip_window,
     first_seen,
     keep_if,
     named,
@@ -170,7 +171,7 @@ def _kernel(
     block = config.decode_block_keys
     ready, raw = blocks.rings(ring_scratch, config.decode_slots, num_raw)
     warpgroup = lax.axis_index("warpgroup")
-    window = inputs["window"][0] if shape.has_window else None
+    window = clip_window(inputs["window"][0]) if shape.has_window else None
 
     def set_registers(count, action):
         # A lone block of two warpgroups has all it can use from the start.

@@ -28,6 +28,7 @@ from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
     WARPGROUP_ROWS,
     Lengths,
     Shape,
+    clip_window,
     first_seen,
     named,
     of_head,
@@ -157,7 +158,7 @@ def _kernel(inputs, out, lse, scoped, shape: Shape, config, num_raw: int):
     block = config.prefill_block_keys
     ready, raw = blocks.rings(ring_scratch, config.prefill_slots, num_raw)
     warpgroup = lax.axis_index("warpgroup")
-    window = inputs["window"][0] if shape.has_window else None
+    window = clip_window(inputs["window"][0]) if shape.has_window else None
 
     def each_tile(body):
         return _each_tile(inputs, shape, body)

@@ -115,7 +115,8 @@ def make_schedule(
     is_used = (seq < num_seqs[0]) & (end > begin)
     is_short = (end - begin <= shape.max_short) & (length > 0)
     low = 0 if window is None else first_seen(length - (end - begin), window)
-    blocks = -(-length // block) - low // block
+    # A window of 0, which only a traced one can be, leaves no block, but rows to be zeroed.
+    blocks = jnp.maximum(-(-length // block) - low // block, 1)
     tiles = -(-(end - begin // ROW_TILE * ROW_TILE) // tile_rows)
     counts = jnp.stack([
         jnp.where(is_used & is_short, blocks, 0), jnp.where(is_used & ~is_short, tiles, 0)
@@ -177,8 +178,12 @@ def search(sums, row: int, size: int, value, scale: int):
 
 def first_seen(position: jax.Array, window: jax.Array) -> jax.Array:
     """The first key that the query at a position looks back on."""
-    window = jnp.clip(window, 0, 2**30)
-    return jnp.maximum(position - window + 1, 0)
+    return jnp.maximum(position - clip_window(window) + 1, 0)
+
+
+def clip_window(window: jax.Array) -> jax.Array:
+    """A window whose differences with positions stay in int32, 2**31 - 1 for "all" included."""
+    return jnp.clip(window, 0, 2**30)
 
 
 def named(name: str):
