@@ -37,7 +37,7 @@ LENS = [(1, 300), (140, 203)]
 BUGS = {
     "none": ("", "_HEAD_DIMS = (64, 128, 256)", "_HEAD_DIMS = (64, 128, 256)", None),
     "wrong_row_of_the_table": ("_blocks", "table[seq, entry]", "table[0, entry]", "wrong"),
-    "causal_edge": ("_attend", "end = jnp.minimum(own + 1, end)", "end = jnp.minimum(own, end)",
+    "causal_edge": ("_attend", "jnp.minimum(own + 1, end)", "jnp.minimum(own, end)",
                     "wrong"),
     "window_edge": ("_attend", "is_seen &= key > over_rows(own - rows.window,",
                     "is_seen &= key >= over_rows(own - rows.window,", "wrong"),

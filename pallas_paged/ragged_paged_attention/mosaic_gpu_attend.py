@@ -217,15 +217,16 @@ def _scaled(scores, rows: Rows, shape: Shape):
 def _mask(scores, first_key, rows: Rows, shape: Shape):
     """Scores of the keys that a row does not see become -inf."""
     key = iota(scores.shape, 1)
+    end = rows.length - first_key
+    if not shape.causal and not shape.has_window:
+        return jnp.where(key < end, scores, -jnp.inf)
     # What a row sees, as two keys: one value a row instead of one a score.
     row = plgpu.broadcasted_iota(
         jnp.int32, (WARPGROUP_ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
     )
     own = (row // rows.group if rows.group > 1 else row) + (rows.position - first_key)
-    end = rows.length - first_key
     if shape.causal:
-        end = jnp.minimum(own + 1, end)
-        is_seen = key < over_rows(end, scores.shape[1])
+        is_seen = key < over_rows(jnp.minimum(own + 1, end), scores.shape[1])
     else:
         is_seen = key < end
     if shape.has_window:
