@@ -266,8 +266,12 @@ def record_kernels(call: Callable[[], Any]) -> list[tuple[str, float]]:
     """(name, microseconds) of what a call runs on the GPU, in order: kernels, copies, fills.
 
     Raises:
-      RuntimeError: nothing was recorded.
+      RuntimeError: the default device is no GPU (the profiler would bring down a process that has
+        compiled for a TPU ahead of time: it wants a TPU from the libtpu it finds), or nothing was
+        recorded.
     """
+    if (platform := jax.default_backend()) != "gpu":
+        raise RuntimeError(f"record_kernels: the default device is a {platform}; want a GPU")
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level = options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
