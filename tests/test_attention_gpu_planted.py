@@ -27,7 +27,7 @@ package = importlib.import_module("pallas_paged.ragged_paged_attention")
 # In the order in which they import each other.
 _MODULES = tuple(
     f"mosaic_gpu{part}" for part in (
-        "_shape", "_rows", "_blocks", "_attend", "_prefill", "_decode", "",
+        "_shape", "_rows", "_blocks", "_attend", "_merge", "_prefill", "_decode", "",
     )
 )  # fmt: skip
 # Decodes in three parts, and a prefill of two tiles with a rest; both end inside a page.
@@ -60,6 +60,9 @@ BUGS = {
                                 "ring.values(slot, shape.head_dim)", "wrong"),
     "a_part_forgotten": ("_decode", "last - block + 1, segment.row",
                          "last - block, segment.row", "wrong"),
+    "parts_weigh_alike": ("_merge", "mean + part * weight", "mean + part", "wrong"),
+    "a_share_nobody_merges": ("_prefill", "block\") + warpgroup * num_blocks",
+                              "block\") + (warpgroup + 1) * num_blocks", "wrong"),
     "neighbours_rows": ("_prefill", "tile.begin - row, tile.end - row, 1",
                         "tile.begin - row, tile.end + 1 - row, 1", "wrong/race/error"),
     "rows_of_nobody": ("_prefill", "jnp.full((WARPGROUP_ROWS,), -jnp.inf",

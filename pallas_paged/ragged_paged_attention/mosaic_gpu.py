@@ -1,10 +1,10 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """Ragged paged attention on Hopper: a schedule, short sequences split evenly, then tiles of rows.
 
-A batch of any mix takes four launches, none of which needs the host to know a length: XLA computes
+A batch of any mix takes three launches, none of which needs the host to know a length: XLA computes
 the schedule; the decode kernel takes the sequences whose new tokens fit the rows of one warpgroup
-and cuts their keys evenly over the chip; the merge puts together what that cut; the prefill kernel
-takes the other sequences, tile by tile, and zeroes the rows of none.
+and cuts their keys evenly over the chip; the prefill kernel puts together what that cut, takes the
+other sequences, tile by tile, and zeroes the rows of none.
 """
 
 __all__ = ["Config", "default_config", "ragged_paged_attention", "unsupported"]
@@ -221,13 +221,11 @@ def ragged_paged_attention(
 
 
 def _launch(shape: Shape, config: Config, num_sms: int, is_interpreted: bool, operands):
-    """The three kernels; each leaves holes for the next, which updates the output in place."""
+    """The two kernels; the first leaves holes for the second, which updates the output in place."""
     shape = dataclasses.replace(shape, is_interpreted=is_interpreted)
     num_blocks = num_sms * config.decode_blocks_per_sm
     out, lse, means, sums, merges = decode.decode(shape, config, num_blocks, operands)
-    lse_ref = None if lse is None else jax.new_ref(lse)
-    flat = jax.new_ref(out.reshape(out.shape[0], -1))
-    decode.merge(shape, num_blocks, means, sums, merges, flat, lse_ref)
-    out_ref = jax.new_ref(jax.ref.freeze(flat).reshape(out.shape))
-    prefill.prefill(shape, config, num_sms, operands, out_ref, lse_ref)
+    parts = {"means": means.reshape(len(means), -1), "sums": sums.reshape(len(sums), -1)}
+    out_ref, lse_ref = jax.new_ref(out), None if lse is None else jax.new_ref(lse)
+    prefill.prefill(shape, config, num_sms, operands | parts | {"merges": merges}, out_ref, lse_ref)
     return jax.ref.freeze(out_ref), None if lse_ref is None else jax.ref.freeze(lse_ref)

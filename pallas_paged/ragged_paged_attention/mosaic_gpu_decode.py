@@ -5,8 +5,8 @@ The pipeline: as many blocks of threads as fit the chip, each with an equal shar
 (sequence, KV head, block of keys), whatever the sequences' lengths (the split of Stream-K, Osama et
 al., 2023). One warpgroup produces pages, one consumes; with a quantised pool a third converts in
 between. The query heads of a KV head and the new tokens of a short sequence share the 64 rows of
-the matrix unit. Where a share begins or ends inside a sequence's head its result is a part, and a
-second, small kernel merges parts by their log-sum-exp.
+the matrix unit. Where a share begins or ends inside a sequence's head its result is a part; the next
+kernel merges parts by their log-sum-exp.
 """
 
 import dataclasses
@@ -44,9 +44,6 @@ from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
 _CONSUMER_REGISTERS = {False: 216, True: 240}
 _PRODUCER_REGISTERS = 40
 _CONVERTER_REGISTERS = 104
-
-# Parts that the merge reads at a time, so that their loads overlap.
-_PARTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,109 +332,3 @@ def _store(segment: Segment, rows: Rows, mean, log2_sum, results: Results, sched
         merge = (last - block + 1, segment.row, segment.num_tokens, segment.kv_head)
         for i, value in enumerate(merge):
             results.merges[block, i] = value
-
-
-def merge(shape: Shape, num_blocks: int, means, sums, merges, out, lse):
-    """Launches the kernel that puts the parts of split heads together.
-
-    Args:
-      shape: the static description.
-      num_blocks: blocks of threads of the decode kernel.
-      means, sums, merges: as `decode` returns them.
-      out: ref [T, N * H].
-      lse: ref f32[T, N], or None.
-    """
-    # The heads of a group are contiguous in the output; a warpgroup takes whole multiples of 128.
-    padded = -(-shape.group * shape.head_dim // WARPGROUP) * WARPGROUP
-    scratch = [plgpu.SMEM((padded,), shape.q_dtype)]
-    outs = [out]
-    if lse is not None:
-        scratch.append(plgpu.SMEM((padded,), jnp.float32))
-        outs.append(lse)
-
-    @named("merge_parts")
-    def body(means, sums, merges, *refs):
-        outs, smem = refs[: len(refs) // 2], refs[len(refs) // 2 :]
-        _merge_kernel(means, sums, merges, outs, smem, shape, padded)
-
-    plgpu.kernel(
-        body,
-        out_type=(),
-        grid=(num_blocks,),
-        grid_names=("block",),
-        scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(means.reshape(len(means), -1), sums.reshape(len(sums), -1), merges, *outs)
-
-
-def _merge_kernel(means, sums, merges, outs, smem, shape: Shape, padded: int):
-    """A block of threads merges the head that begins in its share and ends in a later one.
-
-    Args:
-      means, sums: f32[parts, 64 * H].
-      merges: int32[num_blocks, 4].
-      outs: out [T, N * H]; where wanted, lse f32[T, N].
-      smem: scratch of [padded] for each of outs.
-    """
-    block = lax.axis_index("block")
-    num_parts, row, num_tokens, kv_head = (merges[block, i] for i in range(4))
-
-    @pl.when(num_parts > 0)
-    def _():
-        def merge_token(token, _):
-            mean, log2_sum = _merge_parts(means, sums, block, num_parts, token, shape, padded)
-            _store_merged(row + token, kv_head, mean, log2_sum, outs, smem, shape)
-
-        lax.fori_loop(0, num_tokens, merge_token, None)
-
-
-def _merge_parts(means, sums, block, num_parts, token, shape: Shape, padded: int):
-    """Mean and log2 of the sum, f32[padded], of a token's heads over all parts."""
-    columns = pl.ds(token * shape.group * shape.head_dim, padded)
-
-    def read(j):
-        is_part = j < num_parts
-        j = jnp.minimum(j, num_parts - 1)
-        part = 2 * (block + j) + jnp.where(j == 0, 1, 0)
-        mean, log2_sum = means[part, columns], sums[part, columns]
-        return keep_if(is_part, mean, 0.0), keep_if(is_part, log2_sum, 2 * LOWEST)
-
-    def add(i, carry):
-        mean, total, largest = carry
-        parts = [read(i * _PARTS + j) for j in range(_PARTS)]
-        newest = largest
-        for _, log2_sum in parts:
-            newest = jnp.maximum(newest, log2_sum)
-        shrink = jnp.exp2(largest - newest)
-        mean, total = mean * shrink, total * shrink
-        for part, log2_sum in parts:
-            weight = jnp.exp2(log2_sum - newest)
-            mean, total = mean + part * weight, total + weight
-        return mean, total, newest
-
-    vec_size = next(n for n in (4, 2, 1) if padded // WARPGROUP % n == 0)
-    layout = plgpu.Layout.WG_STRIDED((padded,), vec_size=vec_size)
-    zeros, lowest = (
-        plgpu.layout_cast(jnp.full((padded,), value, jnp.float32), layout)
-        for value in (0.0, LOWEST)
-    )
-    steps = (num_parts + _PARTS - 1) // _PARTS
-    mean, total, largest = lax.fori_loop(0, steps, add, (zeros, zeros, lowest))
-    is_any = total > 0
-    total = jnp.where(is_any, total, 1.0)
-    return mean / total, jnp.where(is_any, largest + jnp.log(total) * LOG2E, 2 * LOWEST)
-
-
-def _store_merged(row, kv_head, mean, log2_sum, outs, smem, shape: Shape):
-    width = shape.group * shape.head_dim
-    smem[0][...] = mean.astype(shape.q_dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(
-        smem[0].at[pl.ds(0, width)], outs[0].at[row, pl.ds(kv_head * width, width)]
-    )
-    plgpu.wait_smem_to_gmem(0)
-    if len(outs) > 1:
-        smem[1][...] = attention.natural_log(log2_sum)
-        plgpu.commit_smem()
-        for head in range(shape.group):
-            outs[1][row, kv_head * shape.group + head] = smem[1][head * shape.head_dim]

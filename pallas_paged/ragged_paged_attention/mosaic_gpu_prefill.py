@@ -5,7 +5,7 @@ The pipeline: as many blocks of threads as multiprocessors, each walking every s
 warpgroup produces (queries of the next tile, pages of keys and values), two consume, 64 rows each;
 with a quantised pool a fourth converts in between. Two consumers take turns by themselves: while
 one's softmax runs, the matrix unit has the products of the other. The longest tiles of a sequence
-come first.
+come first. Before their first tile the consumers merge what the decode kernel left in parts.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_paged.ragged_paged_attention import mosaic_gpu_attend as attention
 from pallas_paged.ragged_paged_attention import mosaic_gpu_blocks as blocks
 from pallas_paged.ragged_paged_attention import mosaic_gpu_rows as gpu_rows
+from pallas_paged.ragged_paged_attention.mosaic_gpu_merge import merge_heads
 from pallas_paged.ragged_paged_attention.mosaic_gpu_attend import Rows, Span
 from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
     LOG2E,
@@ -92,7 +93,7 @@ class Tile:
 
 
 def prefill(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array], out, lse):
-    """Launches the kernel, which writes all rows of `out` and `lse` but those of short sequences.
+    """Launches the kernel, which writes all of `out` and `lse` that the decode kernel left open.
 
     Args:
       shape: the static description.
@@ -148,6 +149,7 @@ def _kernel(inputs, out, lse, scoped, shape: Shape, config, num_raw: int):
         table: int32[S, M]
         kv_lens, cu_q_lens, num_seqs: int32[S], int32[S + 1], int32[1]
         schedule: int32[2, S + 1]
+        means, sums, merges: the decode kernel's parts, as `merge_heads` takes them
         sm_scale: f32[1]
         window: int32[1], k_scale, v_scale: f32[1] or f32[K], sinks: f32[N]; where given
       out: [T, N, H]
@@ -168,6 +170,9 @@ def _kernel(inputs, out, lse, scoped, shape: Shape, config, num_raw: int):
         plgpu.set_max_registers(_CONSUMER_REGISTERS[shape.is_quantized], action="increase")
         ready.release_all()
         plgpu.barrier_arrive(queries_empty.at[warpgroup])
+        num_blocks = lax.axis_size("block")
+        first_share = lax.axis_index("block") + warpgroup * num_blocks
+        merge_heads(inputs, out, lse, first_share, num_blocks * num_consumers(shape), shape)
 
         def attend(tile: Tile, step):
             span = tile.span(window, block, shape)

@@ -1,8 +1,8 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Rows of the matrix unit's registers to and from device memory, only those that are wanted.
+"""Registers to and from rows of device memory, only those that are wanted.
 
-Row r of the 64 that a warpgroup holds stands for token `first_row + r // group` of the batch and
-head `first_head + r % group`. Pallas has no predicated loads and stores of registers, so these are
+Row r of the 64 that a warpgroup holds for the matrix unit stands for token `first_row + r // group`
+of the batch and head `first_head + r % group`. Pallas has no predicated loads and stores of registers, so these are
 inline Mosaic GPU; the interpreter, which cannot run that, takes a loop over rows.
 """
 
@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, scf, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, scf, vector
 
 _REF = plgpu.RefType()
 _SCALAR = plgpu.Layout.WG_SPLAT
@@ -133,6 +134,69 @@ def load_per_head(ref, first_head, group: int, num_rows: int, is_interpreted: bo
         return mgpu.FragmentedArray(_registers=registers, _layout=column.layout, _is_signed=None)
 
     return run(ref, first_head)
+
+
+def store_heads(value, ref, row, first_head, group: int, is_interpreted: bool) -> None:
+    """`ref[row, first_head + i // H, i % H] = value[i]` for `i < group * H`.
+
+    Args:
+      value: [group * H or more], strided over a warpgroup's threads.
+      ref: [rows, heads, H] in device memory, of the same dtype.
+      row, first_head: int32 scalars.
+      group: heads.
+      is_interpreted: whether Pallas interprets the kernel.
+    """
+    head_dim = ref.shape[-1]
+    if is_interpreted:
+        heads = value[: group * head_dim].reshape(group, head_dim)
+        ref[row, pl.ds(first_head, group)] = heads
+        return
+
+    def store_vector(out, i, vector_, row, head):
+        target = [row, arith.addi(head, arith.divui(i, _constant(head_dim)))]
+        target.append(arith.remui(i, _constant(head_dim)))
+        pointer = mgpu.utils.memref_ptr(mgpu.utils.memref_slice(out, tuple(target)))
+        # A store that does not say how it is aligned is split into single values.
+        llvm.store(vector_, pointer, alignment=mgpu.utils.bitwidth(vector_.type) // 8)
+
+    _store_strided(value, ref, row, first_head, group * head_dim, store_vector)
+
+
+def store_heads_column(
+    value, ref, row, first_head, group: int, is_interpreted: bool, head_dim: int
+) -> None:
+    """`ref[row, first_head + n] = value[n * head_dim]` for n < group; arguments as above."""
+    if is_interpreted:
+        for n in range(group):
+            ref[row, first_head + n] = value[n * head_dim]
+        return
+
+    def store_first(out, i, vector_, row, head):
+        size = _constant(head_dim)
+        is_first = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(i, size), _constant(0))
+        with mgpu.when(is_first):
+            memref.store(_element(vector_), out, [row, arith.addi(head, arith.divui(i, size))])
+
+    _store_strided(value, ref, row, first_head, group * head_dim, store_first)
+
+
+def _store_strided(value, ref, row, first_head, size: int, store_vector) -> None:
+    """`store_vector(ref, i, register, row, head)` of each register whose first value i < size."""
+    vec_size = next(n for n in (4, 2, 1) if value.shape[0] // 128 % n == 0)
+    layout = plgpu.Layout.WG_STRIDED(value.shape, vec_size=vec_size)
+
+    @plgpu.inline_mgpu(arg_types=(_REF, layout, _SCALAR, _SCALAR))
+    def run(_, out, strip, row, head):
+        row, head = _index(row), _index(head)
+        indices = strip.layout.linear_thread_idxs()
+        for i, register in zip(indices, strip.registers.flat, strict=True):
+            if size == value.shape[0]:
+                store_vector(out, i, register, row, head)
+            else:
+                with mgpu.when(_is_less(i, _constant(size))):
+                    store_vector(out, i, register, row, head)
+
+    run(ref, value, row, first_head)
 
 
 def _each_row(num_rows, begin, end, body):
