@@ -5,8 +5,8 @@ The pipeline: as many blocks of threads as fit the chip, each with an equal shar
 (sequence, KV head, block of keys), whatever the sequences' lengths (the split of Stream-K, Osama et
 al., 2023). One warpgroup produces pages, one consumes; with a quantised pool a third converts in
 between. The query heads of a KV head and the new tokens of a short sequence share the 64 rows of
-the matrix unit. Where a share begins or ends inside a sequence's head its result is a part; the next
-kernel merges parts by their log-sum-exp.
+the matrix unit. Where a share begins or ends inside a sequence's head its result is a part; the
+next kernel merges parts by their log-sum-exp.
 """
 
 import dataclasses
@@ -26,7 +26,6 @@ from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
     BLOCKS,
     LOG2E,
     LOWEST,
-    WARPGROUP,
     WARPGROUP_ROWS,
     Lengths,
     Shape,

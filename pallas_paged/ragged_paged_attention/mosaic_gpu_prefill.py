@@ -20,8 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_paged.ragged_paged_attention import mosaic_gpu_attend as attention
 from pallas_paged.ragged_paged_attention import mosaic_gpu_blocks as blocks
 from pallas_paged.ragged_paged_attention import mosaic_gpu_rows as gpu_rows
-from pallas_paged.ragged_paged_attention.mosaic_gpu_merge import merge_heads
 from pallas_paged.ragged_paged_attention.mosaic_gpu_attend import Rows, Span
+from pallas_paged.ragged_paged_attention.mosaic_gpu_merge import merge_heads
 from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
     LOG2E,
     ROW_TILE,

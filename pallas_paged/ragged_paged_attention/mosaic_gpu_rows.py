@@ -2,8 +2,8 @@
 """Registers to and from rows of device memory, only those that are wanted.
 
 Row r of the 64 that a warpgroup holds for the matrix unit stands for token `first_row + r // group`
-of the batch and head `first_head + r % group`. Pallas has no predicated loads and stores of registers, so these are
-inline Mosaic GPU; the interpreter, which cannot run that, takes a loop over rows.
+of the batch and head `first_head + r % group`. Pallas has no predicated loads and stores of
+registers, so these are inline Mosaic GPU; the interpreter, which has none, takes loops.
 """
 
 import jax
