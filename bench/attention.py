@@ -2,15 +2,18 @@
 """What ragged paged attention costs: decodes, prefills, and both in one call.
 
     python -m bench.attention [--generations=v5e,v6e,tpu7x] [--cases=decode,prefill] [--presets=...]
+                              [--pool_dtype=float8_e4m3fn] [--peers=torch,flashinfer]
 
 Without an accelerator it compiles the shipped TPU kernel for real TPU generations, reads its final
-schedule and predicts whole calls; with one it measures the same calls there. Either way nothing is
-printed before the op agrees with the oracle.
+schedule and predicts whole calls; with one it measures the same calls there, on a GPU beside other
+libraries if asked. Either way nothing is printed before the op agrees with the oracle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import re
 import sys
@@ -23,9 +26,9 @@ import numpy as np
 from absl import app, flags
 from jax.experimental.pallas import tpu as pltpu
 
-from bench import _clock, _report
+from bench import _attention_peers, _clock, _peers, _report
 from bench import _tpu_schedule as ts
-from bench._attention_cases import CASES, GPU_CASES, PRESETS, Call, Case, Runs, room_for
+from bench._attention_cases import CASES, GPU_CASES, PRESETS, SCALES, Call, Case, Runs, room_for
 from bench._attention_model import (
     Prediction,
     Writing,
@@ -71,6 +74,15 @@ _HEAD_DIM = flags.DEFINE_integer(
 )
 _WINDOW = flags.DEFINE_integer("sliding_window", None, "Sliding window, in place of the preset's.")
 _SOFT_CAP = flags.DEFINE_float("soft_cap", None, "Soft cap, in place of the preset's.")
+_POOL_DTYPE = flags.DEFINE_enum(
+    "pool_dtype", "bfloat16", ["bfloat16", *SCALES],
+    "Of the pool; q is bfloat16. 8-bit pools have a scale a tensor.",
+)
+_PEERS = flags.DEFINE_list(
+    "peers", [],
+    f"Measure these on a GPU too: {', '.join(_peers.MODULES)}; a missing one is an error.",
+    allow_override=True,
+)
 _FUSED = flags.DEFINE_bool(
     "fused", True, "Predict what write_and_attend adds to the calls, too; compiles as many again."
 )
@@ -115,10 +127,10 @@ def main(argv: Sequence[str]) -> None:
         _report.require_matplotlib()
     say = _stderr if _JSON.value else print
     on_cpu = _report.start_backends() == "cpu"
+    _peers.require(_PEERS.value, on_gpu=jax.default_backend() == "gpu")
     cases = _cases(_runs())
     plotted = _cases(_PLOTTED) if _PLOT.value else []
-    if on_cpu:
-        _require_supported([*cases, *plotted])
+    _require_supported([*cases, *plotted])
     check_against_oracle(list(_shapes().values()))
     record: dict[str, Any] = {"environment": _report.environment()}
     if on_cpu:
@@ -141,6 +153,9 @@ def main(argv: Sequence[str]) -> None:
         say(_measured_text(measured, kind))
         plotted = [case for case in plotted if case.generation == cases[0].generation]
         points = _points([(case, _measure(case)["median_us"]) for case in plotted], kind)
+        if _PEERS.value:
+            record["peers"] = _measure_peers(first, measured)
+            say(_peers_text(record["peers"]))
     if _PLOT.value:
         how = "predicted" if on_cpu else "measured"
         _report.save_plot(
@@ -199,6 +214,8 @@ def _shapes() -> dict[str, dict[str, Any]]:
         if value <= 0:
             raise app.UsageError(f"--{name.replace('num_kv', 'kv')} is {value}; wanted > 0")
     shapes = {name: PRESETS[name] | given for name in _PRESETS.value}
+    if _POOL_DTYPE.value != "bfloat16":
+        shapes = {name: shape | {"pool_dtype": _POOL_DTYPE.value} for name, shape in shapes.items()}
     for shape in shapes.values():
         if shape["num_heads"] % shape["num_kv_heads"]:
             raise app.UsageError(
@@ -230,11 +247,18 @@ def _cases(runs: dict[str, Runs]) -> list[Case]:
 
 def _require_supported(cases: Sequence[Case]) -> None:
     """Ends the program with the kernel's own sentence where it cannot run a case."""
+    on_cpu = jax.default_backend() == "cpu"
     for case in cases:
-        with as_if_on(case.generation):
-            reason = case.call.unsupported() or unknown(case.call)
+        with as_if_on(case.generation) if on_cpu else contextlib.nullcontext():
+            reason = case.call.unsupported(_backend()) or (unknown(case.call) if on_cpu else None)
         if reason:
-            raise app.UsageError(f"{case.name} on {case.generation}: {reason}")
+            where = case.generation if on_cpu else "this device"
+            raise app.UsageError(f"{case.name} on {where}: {reason}")
+
+
+def _backend() -> str:
+    """Whose kernels are checked and measured, or on a CPU predicted; never the oracle unasked."""
+    return "mosaic_gpu" if jax.default_backend() == "gpu" else "mosaic_tpu"
 
 
 # --- correctness ------------------------------------------------------------------------------
@@ -250,7 +274,7 @@ def check_against_oracle(shapes: Sequence[dict[str, Any]]) -> None:
       shapes: heads and options, fields of `Call`.
     """
     on_cpu = jax.default_backend() == "cpu"
-    backend = "mosaic_tpu" if on_cpu else "auto"
+    backend = _backend()
     runs = ((2, 1, 45), (1, 19, 150), (1, 1, 7)) if on_cpu else CASES["mixed"]
     page_size = 4 if on_cpu else 16
     for shape in shapes:
@@ -292,13 +316,22 @@ def random_inputs(case: Case, seed: int) -> tuple[jax.Array, ...]:
     all_lens = np.zeros(kv_lens.shape, np.int32)
     all_lens[: len(lens)] = lens[:, 1]
     return (
-        jax.random.normal(keys[0], pool.shape, pool.dtype),
+        _random_pool(keys[0], case.call, pool),
         jax.random.normal(keys[1], q.shape, q.dtype),
         jnp.asarray(all_lens),
         jnp.asarray(page_indices),
         jnp.asarray(cu_q_lens),
         jnp.array([len(lens)], jnp.int32),
     )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _random_pool(key, call: Call, pool) -> jax.Array:
+    """Values that are normal after the scale; drawn where they are used."""
+    values = jax.random.normal(key, pool.shape, jnp.bfloat16)
+    if call.pool_dtype in SCALES:
+        values = values / SCALES[call.pool_dtype][0]
+    return (jnp.rint(values) if pool.dtype == jnp.int8 else values).astype(pool.dtype)
 
 
 # --- prediction -------------------------------------------------------------------------------
@@ -350,7 +383,8 @@ def _shape_text(shape: dict[str, Any]) -> str:
     for name in ("sliding_window", "soft_cap"):
         if shape.get(name) is not None:
             words += f", {name} {shape[name]:g}"
-    return words + ", bfloat16"
+    pool_dtype = shape.get("pool_dtype")
+    return words + ", bfloat16" + (f", pool {pool_dtype}" if pool_dtype else "")
 
 
 def _writing_row(w: Writing) -> dict[str, str]:
@@ -432,24 +466,43 @@ def _measure(case: Case) -> dict[str, Any]:
     """
     room = room_for([case.runs], case.call.page_size, is_exact=True)
     case = dataclasses.replace(case, call=dataclasses.replace(case.call, **room))
-    attend = case.call.step("auto")
+    attend = case.call.step(_backend())
     pool, q, *metadata = random_inputs(case, seed=0)
-    on_gpu = jax.default_backend() == "gpu"
-    copies = 1 if on_gpu else max(2, min(16, -(-_COLD_BYTES // pool.nbytes)))
-    states = [(pool, q), *((pool.copy(), q.copy()) for _ in range(copies - 1))]
+    if jax.default_backend() == "gpu":
+        timing = time_on_gpu(attend, pool, q, metadata)
+    else:
+        copies = max(2, min(16, -(-_COLD_BYTES // pool.nbytes)))
+        states = [(pool, q), *((pool.copy(), q.copy()) for _ in range(copies - 1))]
+
+        def step(state, *metadata):
+            pool, q = state
+            return pool, attend(q, pool, *metadata)
+
+        timing = _clock.time_step(step, states, metadata)
+    return _as_measured(case, timing)
+
+
+def time_on_gpu(attend, pool, q, metadata, **options: Any) -> _clock.Timing:
+    """Kernel time of a call whose q stays as it is: zeros would cost a GPU less power and time."""
 
     def step(state, *metadata):
-        pool, q = state
-        return pool, attend(q, pool, *metadata)
+        pool, q, _ = state
+        return pool, q, attend(q, pool, *metadata)
 
-    timing = (_clock.time_kernels if on_gpu else _clock.time_step)(step, states, metadata)
+    return _clock.time_kernels(step, [(pool, q, jnp.zeros_like(q))], metadata, **options)
+
+
+def _as_measured(case: Case, timing: _clock.Timing) -> dict[str, Any]:
+    """A measured case as it goes into the JSON; bytes and operations by one count for everybody."""
+    call = case.call
     return {
         "case": case.name,
         "runs": case.runs,
-        "page_size": case.call.page_size,
-        "num_heads": case.call.num_heads,
-        "num_kv_heads": case.call.num_kv_heads,
-        "head_dim": case.call.head_dim,
+        "page_size": call.page_size,
+        "num_heads": call.num_heads,
+        "num_kv_heads": call.num_kv_heads,
+        "head_dim": call.head_dim,
+        "pool_dtype": call.pool_dtype or call.dtype,
         "bytes": case.num_bytes,
         "flop": case.flop,
         "gb_per_s": timing.gb_per_s(case.num_bytes),
@@ -460,23 +513,80 @@ def _measure(case: Case) -> dict[str, Any]:
 
 def _measured_text(rows: Sequence[dict[str, Any]], device: str) -> str:
     cells = [
-        {
-            "heads": f"{row['num_heads']}/{row['num_kv_heads']}/{row['head_dim']}",
-            "case": row["case"],
-            "page": str(row["page_size"]),
-            "MB": f"{row['bytes'] / 1e6:.2f}",
-            "us": f"{row['median_us']:.1f}",
-            "p20": f"{row['p20_us']:.1f}",
-            "p80": f"{row['p80_us']:.1f}",
-            "GB/s": f"{row['gb_per_s']:,.0f}",
-            "TFLOP/s": f"{row['tflop_per_s']:.1f}",
-        }
-        for row in rows
+        {**_case_cells(row), "MB": f"{row['bytes'] / 1e6:.2f}", **_time_cells(row)} for row in rows
     ]
     return (
-        f"Measured on {device} ({rows[0]['method']}); operations of pairs that the mask lets see.\n"
-        f"{_report.table(cells, indent=2)}"
+        f"Measured on {device} ({rows[0]['method']}), pool {rows[0]['pool_dtype']}; operations of "
+        f"pairs that the mask lets see.\n{_report.table(cells, indent=2)}"
     )
+
+
+def _case_cells(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "heads": f"{row['num_heads']}/{row['num_kv_heads']}/{row['head_dim']}",
+        "case": row["case"],
+        "page": str(row["page_size"]),
+    }
+
+
+def _time_cells(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "us": f"{row['median_us']:.1f}",
+        "p20": f"{row['p20_us']:.1f}",
+        "p80": f"{row['p80_us']:.1f}",
+        "GB/s": f"{row['gb_per_s']:,.0f}",
+        "TFLOP/s": f"{row['tflop_per_s']:.1f}",
+    }
+
+
+# --- other libraries --------------------------------------------------------------------------
+
+
+def _measure_peers(cases: Sequence[Case], ours: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every peer on every case, with our time beside it; or why it does not run the case."""
+    names = [n for n, peer in _attention_peers.PEERS.items() if peer.library in _PEERS.value]
+    found: dict[tuple, _clock.Timing | str] = {}
+    rows = []
+    with _peers.Child() as run, _report.Progress(len(cases) * len(names), "measuring") as progress:
+        for (case, own), name in itertools.product(zip(cases, ours, strict=True), names):
+            page = case.call.page_size if _attention_peers.PEERS[name].is_paged else None
+            shape = dataclasses.replace(case.call, page_size=0, **_NO_ROOM)
+            key = (name, case.runs, shape, page)
+            if key not in found:  # contiguous keys are measured once for all page sizes
+                found[key] = run(_attention_peers.measure, name, case)
+            progress.step(f"{name} {case.name}")
+            result = found[key]
+            row = {"peer": name, "ours_us": own["median_us"]}
+            if isinstance(result, str):
+                rows.append(row | {"case": case.name, "refusal": result})
+            else:
+                measured = _as_measured(case, result)
+                rows.append(measured | row | {"ours_over": own["median_us"] / result.median_us})
+    return rows
+
+
+# What the lengths need differs with the page size.
+_NO_ROOM = {"max_seqs": 0, "table_width": 0, "num_tokens": 0, "num_pages": 0}
+
+
+def _peers_text(rows: Sequence[dict[str, Any]]) -> str:
+    cells = [
+        {
+            **_case_cells(row),
+            "library": row["peer"],
+            **_time_cells(row),
+            "ours us": f"{row['ours_us']:.1f}",
+            "ours over it": f"{row['ours_over']:.2f}x",
+        }
+        for row in rows
+        if "refusal" not in row
+    ]
+    refusals = {f"  {row['peer']}, {row['case']}: {row['refusal']}" for row in rows
+                if "refusal" in row}  # fmt: skip
+    text = ["\nOther libraries, measured on this device; the same bytes and operations counted."]
+    text += [_report.table(cells, indent=2)] if cells else []
+    text += ["Not run by", *sorted(refusals)] if refusals else []
+    return "\n".join(text)
 
 
 if __name__ == "__main__":
