@@ -131,15 +131,15 @@ class Call:
     @property
     def heads(self):
         """The TPU kernel's description of the heads."""
-        q, pool, _ = self._arrays()
+        q, pool, _ = self.arrays()
         return mosaic_tpu.heads_of(q, pool, self.num_kv_heads)
 
     def unsupported(self, backend: str = "mosaic_tpu") -> str | None:
         """Why a backend's kernel cannot run the call, as a sentence; None if it can."""
         kernels = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}[backend]
-        return kernels.unsupported(*self._arrays(), self.num_kv_heads, self.config)
+        return kernels.unsupported(*self.arrays(), self.num_kv_heads, self.config)
 
-    def _arrays(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def arrays(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """q as `[T, N, H]`, pool and page_indices."""
         q, pool, _, table, *_ = self.shapes()
         heads = (self.num_tokens, self.num_heads, self.head_dim)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import re
 import sys
@@ -21,14 +20,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from jax.experimental.pallas import tpu as pltpu
 
-from bench import _attention_peers, _clock, _peers, _report
+from bench import _peers, _report
 from bench import _tpu_schedule as ts
 from bench._attention_cases import CASES, GPU_CASES, PRESETS, SCALES, Call, Case, Runs, room_for
+from bench._attention_measure import (
+    measure,
+    measure_peers,
+    measured_text,
+    peers_text,
+    random_inputs,
+)
 from bench._attention_model import (
     Prediction,
     Writing,
@@ -94,8 +99,6 @@ _PLOT = flags.DEFINE_string(
 
 # Largest difference from the oracle in bfloat16 outputs of about 1: two steps of rounding.
 _TOLERANCE = 0.03
-# What a GPU's cache may hold; pools rotate until they are larger together.
-_COLD_BYTES = 2**28
 _PLOTTED: dict[str, Runs] = {
     f"64 decodes at {keys}": ((64, 1, keys),) for keys in (256, 512, 1024, 2048, 4096, 8192)
 }
@@ -148,14 +151,15 @@ def main(argv: Sequence[str]) -> None:
     else:
         kind = jax.devices()[0].device_kind
         first = [case for case in cases if case.generation == cases[0].generation]
-        measured = [_measure(case) for case in first]
+        measured = [measure(case, _backend()) for case in first]
         record["measured"] = measured
-        say(_measured_text(measured, kind))
+        say(measured_text(measured, kind))
         plotted = [case for case in plotted if case.generation == cases[0].generation]
-        points = _points([(case, _measure(case)["median_us"]) for case in plotted], kind)
+        times = [(case, measure(case, _backend())["median_us"]) for case in plotted]
+        points = _points(times, kind)
         if _PEERS.value:
-            record["peers"] = _measure_peers(first, measured)
-            say(_peers_text(record["peers"]))
+            record["peers"] = measure_peers(first, measured, _PEERS.value)
+            say(peers_text(record["peers"]))
     if _PLOT.value:
         how = "predicted" if on_cpu else "measured"
         _report.save_plot(
@@ -299,41 +303,6 @@ def check_against_oracle(shapes: Sequence[dict[str, Any]]) -> None:
             )
 
 
-def random_inputs(case: Case, seed: int) -> tuple[jax.Array, ...]:
-    """Pool, q and metadata of a case: pages in random order, ids of unused entries absurd."""
-    rng = np.random.default_rng(seed)
-    q, pool, kv_lens, table, *_ = case.call.shapes()
-    keys = jax.random.split(jax.random.key(seed), 2)
-    lens = np.array(case.lens, np.int32)
-    used = -(-lens[:, 1] // case.call.page_size)
-    pages = rng.permutation(pool.shape[0])[: used.sum()].astype(np.int32)
-    page_indices = np.full(table.shape, -(2**31) + 7, np.int32)
-    for row, ids in enumerate(np.split(pages, np.cumsum(used)[:-1])):
-        page_indices[row, : len(ids)] = ids
-    cu_q_lens = np.zeros(kv_lens.shape[0] + 1, np.int32)
-    cu_q_lens[1 : len(lens) + 1] = np.cumsum(lens[:, 0])
-    cu_q_lens[len(lens) + 1 :] = cu_q_lens[len(lens)]
-    all_lens = np.zeros(kv_lens.shape, np.int32)
-    all_lens[: len(lens)] = lens[:, 1]
-    return (
-        _random_pool(keys[0], case.call, pool),
-        jax.random.normal(keys[1], q.shape, q.dtype),
-        jnp.asarray(all_lens),
-        jnp.asarray(page_indices),
-        jnp.asarray(cu_q_lens),
-        jnp.array([len(lens)], jnp.int32),
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _random_pool(key, call: Call, pool) -> jax.Array:
-    """Values that are normal after the scale; drawn where they are used."""
-    values = jax.random.normal(key, pool.shape, jnp.bfloat16)
-    if call.pool_dtype in SCALES:
-        values = values / SCALES[call.pool_dtype][0]
-    return (jnp.rint(values) if pool.dtype == jnp.int8 else values).astype(pool.dtype)
-
-
 # --- prediction -------------------------------------------------------------------------------
 
 
@@ -453,140 +422,6 @@ def _points(times: Sequence[tuple[Case, float]], panel: str | None = None) -> di
         line = lines.setdefault(f"{heads}, page {case.call.page_size}", [])
         line.append((case.runs[0][2], microseconds))
     return panels
-
-
-# --- measurement ------------------------------------------------------------------------------
-
-
-def _measure(case: Case) -> dict[str, Any]:
-    """Times the platform's backend, from caches that hold nothing of the pool.
-
-    On a GPU its kernels' times, each step behind an eviction; on a TPU a loop over pools that
-    rotate, where the next step's q is this step's output, so that nothing is hoisted or reordered.
-    """
-    room = room_for([case.runs], case.call.page_size, is_exact=True)
-    case = dataclasses.replace(case, call=dataclasses.replace(case.call, **room))
-    attend = case.call.step(_backend())
-    pool, q, *metadata = random_inputs(case, seed=0)
-    if jax.default_backend() == "gpu":
-        timing = time_on_gpu(attend, pool, q, metadata)
-    else:
-        copies = max(2, min(16, -(-_COLD_BYTES // pool.nbytes)))
-        states = [(pool, q), *((pool.copy(), q.copy()) for _ in range(copies - 1))]
-
-        def step(state, *metadata):
-            pool, q = state
-            return pool, attend(q, pool, *metadata)
-
-        timing = _clock.time_step(step, states, metadata)
-    return _as_measured(case, timing)
-
-
-def time_on_gpu(attend, pool, q, metadata, **options: Any) -> _clock.Timing:
-    """Kernel time of a call whose q stays as it is: zeros would cost a GPU less power and time."""
-
-    def step(state, *metadata):
-        pool, q, _ = state
-        return pool, q, attend(q, pool, *metadata)
-
-    return _clock.time_kernels(step, [(pool, q, jnp.zeros_like(q))], metadata, **options)
-
-
-def _as_measured(case: Case, timing: _clock.Timing) -> dict[str, Any]:
-    """A measured case as it goes into the JSON; bytes and operations by one count for everybody."""
-    call = case.call
-    return {
-        "case": case.name,
-        "runs": case.runs,
-        "page_size": call.page_size,
-        "num_heads": call.num_heads,
-        "num_kv_heads": call.num_kv_heads,
-        "head_dim": call.head_dim,
-        "pool_dtype": call.pool_dtype or call.dtype,
-        "bytes": case.num_bytes,
-        "flop": case.flop,
-        "gb_per_s": timing.gb_per_s(case.num_bytes),
-        "tflop_per_s": case.flop / timing.median_us * 1e-6,
-        **dataclasses.asdict(timing),
-    }
-
-
-def _measured_text(rows: Sequence[dict[str, Any]], device: str) -> str:
-    cells = [
-        {**_case_cells(row), "MB": f"{row['bytes'] / 1e6:.2f}", **_time_cells(row)} for row in rows
-    ]
-    return (
-        f"Measured on {device} ({rows[0]['method']}), pool {rows[0]['pool_dtype']}; operations of "
-        f"pairs that the mask lets see.\n{_report.table(cells, indent=2)}"
-    )
-
-
-def _case_cells(row: dict[str, Any]) -> dict[str, str]:
-    return {
-        "heads": f"{row['num_heads']}/{row['num_kv_heads']}/{row['head_dim']}",
-        "case": row["case"],
-        "page": str(row["page_size"]),
-    }
-
-
-def _time_cells(row: dict[str, Any]) -> dict[str, str]:
-    return {
-        "us": f"{row['median_us']:.1f}",
-        "p20": f"{row['p20_us']:.1f}",
-        "p80": f"{row['p80_us']:.1f}",
-        "GB/s": f"{row['gb_per_s']:,.0f}",
-        "TFLOP/s": f"{row['tflop_per_s']:.1f}",
-    }
-
-
-# --- other libraries --------------------------------------------------------------------------
-
-
-def _measure_peers(cases: Sequence[Case], ours: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every peer on every case, with our time beside it; or why it does not run the case."""
-    names = [n for n, peer in _attention_peers.PEERS.items() if peer.library in _PEERS.value]
-    found: dict[tuple, _clock.Timing | str] = {}
-    rows = []
-    with _peers.Child() as run, _report.Progress(len(cases) * len(names), "measuring") as progress:
-        for (case, own), name in itertools.product(zip(cases, ours, strict=True), names):
-            page = case.call.page_size if _attention_peers.PEERS[name].is_paged else None
-            shape = dataclasses.replace(case.call, page_size=0, **_NO_ROOM)
-            key = (name, case.runs, shape, page)
-            if key not in found:  # contiguous keys are measured once for all page sizes
-                found[key] = run(_attention_peers.measure, name, case)
-            progress.step(f"{name} {case.name}")
-            result = found[key]
-            row = {"peer": name, "ours_us": own["median_us"]}
-            if isinstance(result, str):
-                rows.append(row | {"case": case.name, "refusal": result})
-            else:
-                measured = _as_measured(case, result)
-                rows.append(measured | row | {"ours_over": own["median_us"] / result.median_us})
-    return rows
-
-
-# What the lengths need differs with the page size.
-_NO_ROOM = {"max_seqs": 0, "table_width": 0, "num_tokens": 0, "num_pages": 0}
-
-
-def _peers_text(rows: Sequence[dict[str, Any]]) -> str:
-    cells = [
-        {
-            **_case_cells(row),
-            "library": row["peer"],
-            **_time_cells(row),
-            "ours us": f"{row['ours_us']:.1f}",
-            "ours over it": f"{row['ours_over']:.2f}x",
-        }
-        for row in rows
-        if "refusal" not in row
-    ]
-    refusals = {f"  {row['peer']}, {row['case']}: {row['refusal']}" for row in rows
-                if "refusal" in row}  # fmt: skip
-    text = ["\nOther libraries, measured on this device; the same bytes and operations counted."]
-    text += [_report.table(cells, indent=2)] if cells else []
-    text += ["Not run by", *sorted(refusals)] if refusals else []
-    return "\n".join(text)
 
 
 if __name__ == "__main__":

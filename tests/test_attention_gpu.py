@@ -260,7 +260,7 @@ def test_default_config_fits_shared_memory(head_dim, pool_dtype, max_seqs):
     q = jax.ShapeDtypeStruct((8, 8, head_dim), jnp.bfloat16)
     pool = jax.ShapeDtypeStruct(layout.pool_shape(9, 16, 2, head_dim, pool_dtype), pool_dtype)
     table = jax.ShapeDtypeStruct((max_seqs, 4), jnp.int32)
-    config = mosaic_gpu.default_config(head_dim, pool_dtype != "bfloat16", max_seqs)
+    config = mosaic_gpu.default_config(head_dim, pool_dtype != "bfloat16", max_seqs, 16)
     assert mosaic_gpu.unsupported(q, pool, table, 2, config) is None
 
 
