@@ -298,6 +298,7 @@ def test_steps_are_told_from_evictions(monkeypatch, module):
     assert len(evictions) == (5 if module else 10)
 
 
-def test_without_a_gpu_nothing_is_recorded():
+def test_without_a_gpu_nothing_is_recorded(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     with pytest.raises(RuntimeError, match="default device is a cpu; want a GPU"):
         _clock.record_kernels(lambda: jax.block_until_ready(jnp.ones(8) + 1))
