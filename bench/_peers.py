@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import app
 
-from bench import _clock
+from bench import _clock, _report
 
 # What each peer imports.
 MODULES = {"torch": ("torch",), "flashinfer": ("torch", "flashinfer")}
@@ -30,9 +30,7 @@ def require(names: Sequence[str], *, on_gpu: bool) -> None:
     Raises:
       app.UsageError: with the sentence.
     """
-    for name in names:
-        if name not in MODULES:
-            raise app.UsageError(f"--peers has {name!r}; wanted some of {', '.join(MODULES)}")
+    _report.require_known("peers", MODULES, names)
     if names and not on_gpu:
         raise app.UsageError("--peers are measured on a GPU, and there is none")
     for name in names:

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import itertools
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,11 +123,7 @@ tokens."""
 
 def main(argv: Sequence[str]) -> None:
     """Checks, predicts or measures, prints."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    if _PLOT.value:
-        _report.require_matplotlib()
-    say = _stderr if _JSON.value else print
+    say = _report.start(argv, as_json=_JSON.value, plot=_PLOT.value)
     on_cpu = _report.start_backends() == "cpu"
     _peers.require(_PEERS.value, on_gpu=jax.default_backend() == "gpu")
     cases = _cases(_runs())
@@ -170,10 +165,6 @@ def main(argv: Sequence[str]) -> None:
         _report.write_json(record)
 
 
-def _stderr(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 # --- cases ------------------------------------------------------------------------------------
 
 
@@ -181,7 +172,7 @@ def _runs() -> dict[str, Runs]:
     """Case name -> its sequences, as the flags say."""
     known = CASES | GPU_CASES
     names = _CASES.value or list(GPU_CASES if jax.default_backend() == "gpu" else CASES)
-    _require_known("cases", known, names)
+    _report.require_known("cases", known, names)
     chosen = {name: known[name] for name in names}
     if _LENS.value is None:
         return chosen
@@ -197,15 +188,9 @@ def _runs() -> dict[str, Runs]:
     return (chosen if _CASES.value else {}) | {"own": tuple(own)}
 
 
-def _require_known(name: str, known, given: Sequence[str]) -> None:
-    for value in given:
-        if value not in known:
-            raise app.UsageError(f"--{name} has {value!r}; wanted some of {', '.join(known)}")
-
-
 def _shapes() -> dict[str, dict[str, Any]]:
     """Name -> heads and options, as the flags say."""
-    _require_known("presets", PRESETS, _PRESETS.value)
+    _report.require_known("presets", PRESETS, _PRESETS.value)
     given: dict[str, Any] = {
         "num_heads": _NUM_HEADS.value,
         "num_kv_heads": _KV_HEADS.value,
@@ -233,7 +218,7 @@ def _shapes() -> dict[str, dict[str, Any]]:
 
 def _cases(runs: dict[str, Runs]) -> list[Case]:
     """Such sequences for every generation, page size and shape that the flags name."""
-    _require_known("generations", tuple(ts.GENERATIONS), _GENERATIONS.value)
+    _report.require_known("generations", tuple(ts.GENERATIONS), _GENERATIONS.value)
     if not all(value.isdigit() and int(value) for value in _PAGE_SIZES.value):
         raise app.UsageError(
             f"--page_sizes has {','.join(_PAGE_SIZES.value)!r}; wanted integers >= 1"

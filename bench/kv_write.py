@@ -13,7 +13,6 @@ the ops agree with the oracle bit for bit.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,11 +65,7 @@ what XLA runs before the kernel ("XLA passes"). Expect 80 to 90% of a bandwidth-
 
 def main(argv: Sequence[str]) -> None:
     """Checks, predicts or measures, prints."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    if _PLOT.value:
-        _report.require_matplotlib()
-    say = _stderr if _JSON.value else print
+    say = _report.start(argv, as_json=_JSON.value, plot=_PLOT.value)
     cases = _cases()
     on_cpu = _report.start_backends() == "cpu"
     _peers.require(_PEERS.value, on_gpu=jax.default_backend() == "gpu")
@@ -140,19 +135,10 @@ def _baselines(say: Callable[[str], None], *, on_cpu: bool) -> dict[str, Any]:
     return found
 
 
-def _stderr(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 def _cases() -> list[Case]:
     """The cases that the flags name; a token is written by itself, whatever the page size."""
-    for name, known, given in (
-        ("generations", tuple(ts.GENERATIONS), _GENERATIONS.value),
-        ("ops", OPS, _OPS.value),
-    ):
-        for value in given:
-            if value not in known:
-                raise app.UsageError(f"--{name} has {value!r}; wanted some of {', '.join(known)}")
+    _report.require_known("generations", ts.GENERATIONS, _GENERATIONS.value)
+    _report.require_known("ops", OPS, _OPS.value)
     sizes = {}
     for name, given in (("page_sizes", _PAGE_SIZES.value), ("tokens", _TOKENS.value)):
         if not all(value.isdigit() and int(value) for value in given):

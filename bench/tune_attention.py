@@ -91,15 +91,9 @@ class Trial:
 
 def main(argv: Sequence[str]) -> None:
     """Tries, prints, writes."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    for name, known, given in (
-        ("generations", tuple(ts.GENERATIONS), _GENERATIONS.value),
-        ("presets", tuple(PRESETS), _PRESETS.value),
-    ):
-        for value in given:
-            if value not in known:
-                raise app.UsageError(f"--{name} has {value!r}; wanted some of {', '.join(known)}")
+    _report.start(argv, as_json=False, plot=None)
+    _report.require_known("generations", ts.GENERATIONS, _GENERATIONS.value)
+    _report.require_known("presets", PRESETS, _PRESETS.value)
     if not all(value.isdigit() and int(value) for value in _PAGE_SIZES.value):
         raise app.UsageError(
             f"--page_sizes has {','.join(_PAGE_SIZES.value)!r}; wanted integers >= 1"

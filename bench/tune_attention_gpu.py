@@ -26,15 +26,14 @@ import numpy as np
 from absl import app, flags
 
 from bench import _clock, _report, _tuning
-from bench._attention_cases import Call, Case, Runs, room_for
+from bench._attention_cases import SCALES, Call, Case, Runs, room_for
 from bench._attention_measure import keep_output, random_inputs
 from pallas_paged.ragged_paged_attention import mosaic_gpu
 
 # `allow_override`: other commands have flags of these names, and a process may import several.
 _HEAD_DIMS = flags.DEFINE_list("head_dims", ["128", "64", "256"], "Head dimensions.")
 _POOL_DTYPES = flags.DEFINE_list(
-    "pool_dtypes", ["bfloat16", "float8_e4m3fn"],
-    "Pools; one of 8 bits stands for all that are.",
+    "pool_dtypes", ["bfloat16", "float8_e4m3fn"], "Pools; one of 8 bits stands for all that are."
 )
 _PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Tokens in a page.", allow_override=True)
 _MAX_MINUTES = flags.DEFINE_float("max_minutes", 4.0, "No search begins after this.")
@@ -82,13 +81,9 @@ class Trial:
 
 def main(argv: Sequence[str]) -> None:
     """Searches, prints, writes."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    for value in _HEAD_DIMS.value:
-        if value not in map(str, _HEADS):
-            raise app.UsageError(
-                f"--head_dims has {value!r}; wanted some of {', '.join(map(str, _HEADS))}"
-            )
+    _report.start(argv, as_json=False, plot=None)
+    _report.require_known("head_dims", tuple(map(str, _HEADS)), _HEAD_DIMS.value)
+    _report.require_known("pool_dtypes", ("bfloat16", *SCALES), _POOL_DTYPES.value)
     if _report.start_backends() != "gpu":
         raise app.UsageError(
             "the GPU's block sizes are measured on a GPU, and there is none; a TPU's: "
