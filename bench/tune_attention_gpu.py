@@ -27,7 +27,7 @@ from absl import app, flags
 
 from bench import _clock, _report, _tuning
 from bench._attention_cases import SCALES, Call, Case, Runs, room_for
-from bench._attention_measure import keep_output, random_inputs
+from bench._attention_measure import random_inputs, step_on_gpu
 from pallas_paged.ragged_paged_attention import mosaic_gpu
 
 # `allow_override`: other commands have flags of these names, and a process may import several.
@@ -144,17 +144,16 @@ def _trials(
 
 def _try(call: Call, config, cases, inputs, wanted) -> Trial:
     """Checks and times one candidate."""
-    step = keep_output(dataclasses.replace(call, config=config).step("mosaic_gpu"))
+    step = step_on_gpu(dataclasses.replace(call, config=config).step("mosaic_gpu"))
     run = jax.jit(step, donate_argnums=0)  # the program that is timed, compiled once
     times = {}
     try:
         for case, (pool, q, *metadata), want in zip(cases, inputs, wanted, strict=True):
-            state = run((pool.copy(), q.copy(), jnp.zeros_like(q)), *metadata)
-            got = state[2]
+            got = run(jnp.zeros_like(q), q, pool, *metadata)
             error = np.abs(np.asarray(want, np.float32) - np.asarray(got, np.float32)).max()
             if not error <= _TOLERANCE:
                 raise ValueError(f"differs from the oracle by {error:.3g}")
-            timing = _clock.time_kernels(step, [state], metadata, repeats=_REPEATS)
+            timing = _clock.time_kernels(step, [got], (q, pool, *metadata), repeats=_REPEATS)
             times[case.name] = timing.median_us
     except (RuntimeError, ValueError) as e:
         return Trial(config, refusal=str(e).splitlines()[0])

@@ -436,11 +436,8 @@ def as_on_a_gpu(monkeypatch):
     step, times = Call.step, itertools.count(2)
 
     def time_kernels(step, states, inputs, **_):
-        (_, q), before = states[0][:2], states[0][0].copy()
-        pool, same, out = jax.jit(step)(states[0], *inputs)
-        assert jnp.array_equal(q, same) and jnp.array_equal(before.view("uint8"),
-                                                            pool.view("uint8"))
-        assert bool(jnp.any(out != 0))
+        out = jax.jit(step, donate_argnums=0)(*states, *inputs)
+        assert out.shape == inputs[0].shape and bool(jnp.any(out != 0))
         return _clock.Timing(float(next(times)), 1.0, 9.0, 20, _clock.KERNEL_TIME)
 
     class Child:
