@@ -1,7 +1,8 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""The GPU kernels under shard_map over KV heads, without its check of what varies over the mesh.
+"""The GPU kernels under shard_map over KV heads.
 
-On a GPU they run, on as many devices as there are; elsewhere they are lowered for CUDA, for four.
+Those that write are called without its check of what varies over the mesh. On a GPU all run, on as
+many devices as there are; elsewhere they are lowered for CUDA, for four.
 """
 
 import re
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from pallas_paged import layout
+from pallas_paged import layout, write_and_attend
 from tests import test_attention_sharding as attention
 from tests import test_sharding as writes
 from tests.attention_cases import Setup
@@ -144,3 +145,27 @@ def test_write_and_attend_lowers():
     new = [_new(2)] * 2
     text = _lowered(fn, [q, *new, pool, *ATTENTION_METADATA], specs, donated=3)
     assert text.count("custom_call @mosaic_gpu") == 4
+
+
+def test_writing_under_the_check_is_refused_by_the_call_itself():
+    """Not by one of the ops that it is composed of, so that "auto" walks past."""
+    pool, _ = _pool(2, jnp.bfloat16)
+    _, specs = attention.sharded_write(
+        num_kv_heads=2, config=None, mesh=mesh_of(_num_shards()), backend="mosaic_gpu"
+    )
+
+    def call(*arrays):
+        return write_and_attend(*arrays, num_kv_heads=2, backend="mosaic_gpu")
+
+    fn = jax.shard_map(
+        call, mesh=mesh_of(_num_shards()), in_specs=specs, out_specs=(attention.HEADS, specs[3])
+    )
+    q = ((NUM_TOKENS, NUM_SHARDS * 4, HEAD_DIM), jnp.bfloat16)
+    arrays = [q, _new(2), _new(2), pool, *ATTENTION_METADATA]
+    scale = _num_shards() / NUM_SHARDS  # so that each shard has two KV heads
+    arrays = [
+        ((*shape[:i], int(shape[i] * scale), *shape[i + 1 :]), dtype)
+        for i, (shape, dtype) in zip((1, 1, 1, 2), arrays[:4], strict=True)
+    ] + ATTENTION_METADATA
+    with pytest.raises(NotImplementedError, match="^write_and_attend: .* check_vma=False"):
+        jax.eval_shape(fn, *(jax.ShapeDtypeStruct(*x) for x in arrays))
