@@ -38,7 +38,7 @@ def measure(name: str, case: Case) -> _clock.Timing | str:
 
     Runs in a process that has no jax backend.
     """
-    torch: Any = importlib.import_module("torch")
+    torch = _peers.import_torch()
     try:
         step = PEERS[name].make_step(torch, case, "cuda")
         step()

@@ -18,7 +18,7 @@ NAMES = {"torch": "torch index_put_", "flashinfer": "FlashInfer append"}
 
 def measure(peer: str, case: Case) -> _clock.Timing:
     """A peer's kernel time from a cold L2. Runs in a process that has no jax backend."""
-    torch: Any = importlib.import_module("torch")
+    torch = _peers.import_torch()
     return _peers.time_kernels(torch, _STEPS[peer](torch, case))
 
 

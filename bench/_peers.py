@@ -9,6 +9,7 @@ is one.
 from __future__ import annotations
 
 import concurrent.futures
+import importlib
 import importlib.util
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -56,6 +57,20 @@ class Child:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
+
+
+def import_torch() -> Any:
+    """PyTorch, in a child process.
+
+    Raises:
+      app.UsageError: it has no GPU, as a build of it for CPUs has not.
+    """
+    torch: Any = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        raise app.UsageError(
+            f"--peers need a PyTorch with CUDA, and {torch.__version__} has no GPU"
+        )
+    return torch
 
 
 def time_kernels(torch: Any, step: Callable[[], Any]) -> _clock.Timing:

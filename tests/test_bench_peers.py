@@ -163,12 +163,22 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_torch_does_not_run_is_a_sentence(monkeypatch, name):
     case, sentence = REFUSED[name]
-    attention = types.ModuleType("torch.nn.attention")
-    for module in ("torch", "torch.nn"):
-        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
-    monkeypatch.setitem(sys.modules, "torch.nn.attention", attention)
+    _fake_torch(monkeypatch, has_gpu=True)
     result = _attention_peers.measure("torch cuDNN", case)
     assert isinstance(result, str) and sentence in result
+
+
+def _fake_torch(monkeypatch, *, has_gpu):
+    for name in ("torch", "torch.nn", "torch.nn.attention"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["torch"].__version__ = "2.15+cpu"
+    sys.modules["torch"].cuda = types.SimpleNamespace(is_available=lambda: has_gpu)
+
+
+def test_a_torch_without_a_gpu_is_an_error_and_no_refusal(monkeypatch):
+    _fake_torch(monkeypatch, has_gpu=False)
+    with pytest.raises(app.UsageError, match="a PyTorch with CUDA, and 2.15.cpu has no GPU"):
+        _attention_peers.measure("torch flash", _case((2, 1, 9)))
 
 
 class _Wrapper:
