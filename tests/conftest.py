@@ -28,7 +28,7 @@ _ROOT = str(pathlib.Path(__file__).resolve().parent.parent)
 if _ROOT not in sys.path:
     sys.path.insert(0, _ROOT)
 
-# What some tests need beside jax. On a machine with an accelerator, which is lent for its kernels,
+# What some tests need beside jax. With an accelerator, where the kernels' tests are what is run,
 # they are left out where that is missing; elsewhere it is an error.
 _FILES_WITH = {
     "hypothesis": (
