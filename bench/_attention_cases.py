@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 import pallas_paged
 from pallas_paged import layout
-from pallas_paged.ragged_paged_attention import mosaic_tpu
+from pallas_paged.ragged_paged_attention import mosaic_gpu, mosaic_tpu
 
 # Rows of q below which XLA may put it into VMEM before the kernel, which would be another kernel.
 _MIN_TOKENS = 2048
@@ -25,6 +25,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_heads": 16, "num_kv_heads": 8, "head_dim": 256, "sliding_window": 4096,
         "soft_cap": 50.0,
     },
+}  # fmt: skip
+# (k_scale, v_scale) of 8-bit pools: what brings normal values into int8's range; fp8 needs nothing,
+# but a model's calls have scales.
+SCALES: dict[str, tuple[float, float]] = {
+    "int8": (0.03, 0.03), "float8_e4m3fn": (1.0, 1.0), "float8_e5m2": (1.0, 1.0),
 }  # fmt: skip
 # (count, new tokens, all keys) of a case's sequences.
 Runs = tuple[tuple[int, int, int], ...]
@@ -61,8 +66,9 @@ class Call:
       page_size: tokens in a page.
       max_seqs, table_width, num_tokens, num_pages: S, M, T and P.
       dtype: of q and the pool.
+      pool_dtype: of the pool where it is another; 8-bit pools have the scales of SCALES.
       writes: whether the call writes its new tokens, `write_and_attend`.
-      config: the kernel's block sizes; None is the shipped choice.
+      config: block sizes, a Config of the kernel that runs; None is the shipped choice.
     """
 
     num_heads: int = 32
@@ -77,19 +83,21 @@ class Call:
     num_pages: int = 16385
     dtype: str = "bfloat16"
     writes: bool = False
-    config: mosaic_tpu.Config | None = None
+    config: Any = None
+    pool_dtype: str | None = None
 
     def shapes(self) -> tuple[Any, ...]:
         """q as `[T, N*H]`, pool, kv_lens, page_indices, cu_q_lens and num_seqs, as shapes; and k
         and v as `[T, K*H]` if they are written."""
         dtype = jnp.dtype(self.dtype)
+        pool_dtype = jnp.dtype(self.pool_dtype or self.dtype)
         pool = layout.pool_shape(
-            self.num_pages, self.page_size, self.num_kv_heads, self.head_dim, dtype
+            self.num_pages, self.page_size, self.num_kv_heads, self.head_dim, pool_dtype
         )
         lengths = ((self.max_seqs,), (self.max_seqs, self.table_width), (self.max_seqs + 1,), (1,))
         return (
             jax.ShapeDtypeStruct((self.num_tokens, self.num_heads * self.head_dim), dtype),
-            jax.ShapeDtypeStruct(pool, dtype),
+            jax.ShapeDtypeStruct(pool, pool_dtype),
             *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in lengths),
             *[jax.ShapeDtypeStruct((self.num_tokens, self.num_kv_heads * self.head_dim), dtype)]
             * (2 * self.writes),
@@ -106,6 +114,8 @@ class Call:
             "soft_cap": self.soft_cap, "num_kv_heads": self.num_kv_heads, "config": self.config,
             "backend": backend,
         }  # fmt: skip
+        if self.pool_dtype in SCALES:
+            options["k_scale"], options["v_scale"] = SCALES[self.pool_dtype]
 
         def call(q, pool, *arrays):
             heads = q.reshape(-1, self.num_heads, self.head_dim)
@@ -120,22 +130,27 @@ class Call:
 
     @property
     def heads(self):
-        """The kernel's description of the heads."""
-        q, pool = self.shapes()[:2]
-        q = jax.ShapeDtypeStruct((self.num_tokens, self.num_heads, self.head_dim), q.dtype)
+        """The TPU kernel's description of the heads."""
+        q, pool, _ = self.arrays()
         return mosaic_tpu.heads_of(q, pool, self.num_kv_heads)
 
-    def unsupported(self) -> str | None:
-        """Why the TPU kernel cannot run the call, as a sentence; None if it can."""
+    def unsupported(self, backend: str = "mosaic_tpu") -> str | None:
+        """Why a backend's kernel cannot run the call, as a sentence; None if it can."""
+        kernels = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}[backend]
+        return kernels.unsupported(*self.arrays(), self.num_kv_heads, self.config)
+
+    def arrays(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """q as `[T, N, H]`, pool and page_indices."""
         q, pool, _, table, *_ = self.shapes()
-        q = jax.ShapeDtypeStruct((self.num_tokens, self.num_heads, self.head_dim), q.dtype)
-        return mosaic_tpu.unsupported(q, pool, table, self.num_kv_heads, self.config)
+        heads = (self.num_tokens, self.num_heads, self.head_dim)
+        return jax.ShapeDtypeStruct(heads, q.dtype), pool, table
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of a token's slot in the pool."""
-        _, _, rows, lanes = self.shapes()[1].shape
-        return rows * lanes * jnp.dtype(self.dtype).itemsize
+        pool = self.shapes()[1]
+        _, _, rows, lanes = pool.shape
+        return rows * lanes * pool.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_EVICT_BYTES = 2**28  # several times the L2 of any GPU (50 MB on an H100)
+EVICT_BYTES = 2**28  # several times the L2 of any GPU (50 MB on an H100)
+KERNEL_TIME = "kernel time, cold L2"  # a Timing's method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +178,21 @@ def time_loop(
     return timing
 
 
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """A kernel, copy or fill that ran on a GPU.
+
+    Attributes:
+      name: as the driver has it; names of XLA's kernels do not tell one program's from another's.
+      microseconds: how long it ran.
+      module: the XLA program that launched it; None where that was not recorded.
+    """
+
+    name: str
+    microseconds: float
+    module: str | None = None
+
+
 def time_kernels(
     step: Callable[..., Any],
     states: Sequence[Any],
@@ -203,30 +219,37 @@ def time_kernels(
     _check_positive(repeats=repeats, states=len(states))
     states = list(states)
     run = jax.jit(step, donate_argnums=0)
-    evict, _ = _eviction()
+    evict = _eviction()
 
     def one(i: int) -> None:
         states[i % len(states)] = jax.block_until_ready(run(states[i % len(states)], *inputs))
 
+    def all_of_them() -> None:
+        for i in range(repeats):
+            evict()
+            one(i)
+
     for i in range(max(warmup, len(states))):
         one(i)
+    events = record_kernels(all_of_them)
+    if any(map(_is_eviction, events)):
+        return summarise_kernels(events, _is_eviction, repeats)
+    # Without the programs' names only a recording a step tells it from what empties the L2.
     samples = []
     for i in range(repeats):
         evict()
-        # A recording a step: the names of XLA's kernels do not tell a step's from an eviction's.
-        events = record_kernels(functools.partial(one, i))
-        samples.append(sum(microseconds for _, microseconds in events))
-    return summarise(samples, "kernel time, cold L2")
+        samples.append(sum(e.microseconds for e in record_kernels(functools.partial(one, i))))
+    return summarise(samples, KERNEL_TIME)
 
 
 def summarise_kernels(
-    events: Sequence[tuple[str, float]], evicting: frozenset[str], repeats: int
+    events: Sequence[Event], is_eviction: Callable[[Event], bool], repeats: int
 ) -> Timing:
     """The time of a step's kernels, from what ran on the GPU, each step behind an eviction.
 
     Args:
-      events: (name, microseconds), in order.
-      evicting: names of the kernels that empty the L2.
+      events: in order.
+      is_eviction: whether an event is of what empties the L2.
       repeats: steps.
 
     Raises:
@@ -234,36 +257,41 @@ def summarise_kernels(
     """
     samples: list[float] = []
     was_evicting = False
-    for name, microseconds in events:
-        is_evicting = name in evicting
+    for event in events:
+        is_evicting = is_eviction(event)
         if is_evicting and not was_evicting:
             samples.append(0.0)
         elif not is_evicting and samples:
-            samples[-1] += microseconds
+            samples[-1] += event.microseconds
         was_evicting = is_evicting
     if len(samples) != repeats or not all(samples):
         raise RuntimeError(
-            f"time_kernels: the profiler recorded {len(samples)} steps of {repeats}, kernels "
-            f"{sorted({name for name, _ in events})}; want each once, and one kernel in it at least"
+            f"summarise_kernels: the profiler recorded {len(samples)} steps of {repeats}, "
+            f"{sum(map(bool, samples))} of them with kernels; want all. Events: "
+            f"{sorted({(event.module or '', event.name) for event in events})}"
         )
-    return summarise(samples, "kernel time, cold L2")
+    return summarise(samples, KERNEL_TIME)
+
+
+def _evict_l2(filler):
+    return jnp.max(filler)
 
 
 @functools.cache
-def _eviction() -> tuple[Callable[[], Any], frozenset[str]]:
-    """What empties the L2, and the names of its kernels."""
-    filler = jnp.ones((_EVICT_BYTES // 4,), jnp.float32)
-    read = jax.jit(jnp.max)
-
-    def evict():
-        jax.block_until_ready(read(filler))
-
-    evict()
-    return evict, frozenset(name for name, _ in record_kernels(evict))
+def _eviction() -> Callable[[], Any]:
+    """What empties the L2: reads an array that is larger, in a program of its own name."""
+    filler = jnp.ones((EVICT_BYTES // 4,), jnp.float32)
+    read = jax.jit(_evict_l2)
+    jax.block_until_ready(read(filler))  # compiles
+    return lambda: jax.block_until_ready(read(filler))
 
 
-def record_kernels(call: Callable[[], Any]) -> list[tuple[str, float]]:
-    """(name, microseconds) of what a call runs on the GPU, in order: kernels, copies, fills.
+def _is_eviction(event: Event) -> bool:
+    return event.module is not None and event.module.endswith(_evict_l2.__name__)
+
+
+def record_kernels(call: Callable[[], Any]) -> list[Event]:
+    """What a call runs on the GPU, in order.
 
     Raises:
       RuntimeError: the default device is no GPU (the profiler would bring down a process that has
@@ -278,17 +306,33 @@ def record_kernels(call: Callable[[], Any]) -> list[tuple[str, float]]:
         with jax.profiler.trace(folder, profiler_options=options):
             call()
         events = [
-            (event.start_ns, event.name, event.duration_ns / 1e3)
+            event
             for path in pathlib.Path(folder).rglob("*.xplane.pb")
-            for plane in jax.profiler.ProfileData.from_file(str(path)).planes
-            if plane.name.startswith("/device:GPU:")
-            for line in plane.lines
-            if line.name.startswith("Stream ")  # the others hold the same events by module and op
-            for event in line.events
+            for event in gpu_events(jax.profiler.ProfileData.from_file(str(path)))
         ]
     if not events:
         raise RuntimeError("record_kernels: the profiler recorded nothing on a GPU")
-    return [(name, microseconds) for _, name, microseconds in sorted(events)]
+    return events
+
+
+def gpu_events(profile: jax.profiler.ProfileData) -> list[Event]:
+    """What ran on the GPUs of a profile, in order of its start.
+
+    A GPU is a plane and each of its streams a line, "Stream #13(Compute,MemcpyD2D)"; other lines
+    hold the same events by module and op. The launching program is an event's `hlo_module`.
+    """
+    found = []
+    for plane in profile.planes:
+        if not plane.name.startswith("/device:GPU:"):
+            continue
+        for line in plane.lines:
+            if not line.name.startswith("Stream #"):
+                continue
+            for event in line.events:
+                stats = {name: value for name, value in event.stats if name == "hlo_module"}
+                module = str(stats["hlo_module"]) if stats else None
+                found.append((event.start_ns, Event(event.name, event.duration_ns / 1e3, module)))
+    return [event for _, event in sorted(found, key=lambda pair: pair[0])]
 
 
 def _check_positive(**values: int) -> None:

@@ -1,7 +1,7 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """The same appends by other libraries on the same GPU: PyTorch's index_put_, FlashInfer's append.
 
-They are imported when they are asked for and are no dependency of the project.
+See bench/_peers.py for where they run.
 """
 
 from __future__ import annotations
@@ -10,50 +10,16 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from bench import _clock
+from bench import _clock, _peers
 from bench._kv_write_model import Case
 
-_EVICT_BYTES = 2**28
-_REPEATS, _WARMUP = 20, 3
+NAMES = {"torch": "torch index_put_", "flashinfer": "FlashInfer append"}
 
 
-class Peer:
-    """One library's append.
-
-    Attributes:
-      name: what the tables call it.
-    """
-
-    def __init__(self, name: str, module: str, make_step: Callable[[Any, Case], Callable]):
-        self.name = name
-        self._torch: Any = importlib.import_module("torch")
-        importlib.import_module(module)
-        self._make_step = make_step
-
-    def measure(self, case: Case) -> _clock.Timing:
-        """Kernel time from a cold L2, as `_clock.time_kernels` takes it."""
-        torch = self._torch
-        step = self._make_step(torch, case)
-        filler = torch.ones(_EVICT_BYTES // 4, device="cuda")
-        for _ in range(_WARMUP):
-            step()
-        evicting = frozenset(name for name, _ in self._record(filler.max, 1))
-
-        def one():
-            filler.max()
-            step()
-
-        return _clock.summarise_kernels(self._record(one, _REPEATS), evicting, _REPEATS)
-
-    def _record(self, call, repeats) -> list[tuple[str, float]]:
-        torch = self._torch
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(repeats):
-                call()
-                torch.cuda.synchronize()
-        events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        events.sort(key=lambda e: e.time_range.start)
-        return [(e.name, float(e.time_range.end - e.time_range.start)) for e in events]
+def measure(peer: str, case: Case) -> _clock.Timing:
+    """A peer's kernel time from a cold L2. Runs in a process that has no jax backend."""
+    torch = _peers.import_torch()
+    return _peers.time_kernels(torch, _STEPS[peer](torch, case))
 
 
 def _new(torch, case: Case):
@@ -103,7 +69,7 @@ def _flashinfer_step(torch, case: Case):
     return lambda: flashinfer.append_paged_kv_cache(k, v, *arguments)
 
 
-PEERS: dict[str, Callable[[], Peer]] = {
-    "torch": lambda: Peer("torch index_put_", "torch", _torch_step),
-    "flashinfer": lambda: Peer("FlashInfer append", "flashinfer", _flashinfer_step),
+_STEPS: dict[str, Callable[[Any, Case], Callable[[], Any]]] = {
+    "torch": _torch_step,
+    "flashinfer": _flashinfer_step,
 }

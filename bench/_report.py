@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -13,12 +14,38 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 import jax
+from absl import app
 
 _NUMBER = re.compile(r"[-+]?[\d.,]+([eE][-+]?\d+)?[%x]?|-|")
+
+
+def start(argv: Sequence[str], *, as_json: bool, plot: str | None) -> Callable[[str], None]:
+    """What a command does first; returns how it says things, which with --json is on stderr.
+
+    Raises:
+      app.UsageError: there is an argument that is no flag.
+      SystemExit: a plot is asked for, and there is nothing to plot with.
+    """
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    if plot:
+        require_matplotlib()
+    return functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+
+def require_known(name: str, known: Iterable[str], given: Iterable[str]) -> None:
+    """Ends the program with a sentence if a flag's list has an unknown value.
+
+    Raises:
+      app.UsageError: with the sentence.
+    """
+    for value in given:
+        if value not in known:
+            raise app.UsageError(f"--{name} has {value!r}; wanted some of {', '.join(known)}")
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, indent: int = 0) -> str:

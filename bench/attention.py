@@ -2,30 +2,37 @@
 """What ragged paged attention costs: decodes, prefills, and both in one call.
 
     python -m bench.attention [--generations=v5e,v6e,tpu7x] [--cases=decode,prefill] [--presets=...]
+                              [--pool_dtype=float8_e4m3fn] [--peers=torch,flashinfer]
 
 Without an accelerator it compiles the shipped TPU kernel for real TPU generations, reads its final
-schedule and predicts whole calls; with one it measures the same calls there. Either way nothing is
-printed before the op agrees with the oracle.
+schedule and predicts whole calls; with one it measures the same calls there, on a GPU beside other
+libraries if asked. Either way nothing is printed before the op agrees with the oracle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from jax.experimental.pallas import tpu as pltpu
 
-from bench import _clock, _report
+from bench import _peers, _report
 from bench import _tpu_schedule as ts
-from bench._attention_cases import CASES, GPU_CASES, PRESETS, Call, Case, Runs, room_for
+from bench._attention_cases import CASES, GPU_CASES, PRESETS, SCALES, Call, Case, Runs, room_for
+from bench._attention_measure import (
+    measure,
+    measure_peers,
+    measured_text,
+    peers_text,
+    random_inputs,
+)
 from bench._attention_model import (
     Prediction,
     Writing,
@@ -71,6 +78,15 @@ _HEAD_DIM = flags.DEFINE_integer(
 )
 _WINDOW = flags.DEFINE_integer("sliding_window", None, "Sliding window, in place of the preset's.")
 _SOFT_CAP = flags.DEFINE_float("soft_cap", None, "Soft cap, in place of the preset's.")
+_POOL_DTYPE = flags.DEFINE_enum(
+    "pool_dtype", "bfloat16", ["bfloat16", *SCALES],
+    "Of the pool; q is bfloat16. 8-bit pools have a scale a tensor.",
+)
+_PEERS = flags.DEFINE_list(
+    "peers", [],
+    f"Measure these on a GPU too: {', '.join(_peers.MODULES)}; a missing one is an error.",
+    allow_override=True,
+)
 _FUSED = flags.DEFINE_bool(
     "fused", True, "Predict what write_and_attend adds to the calls, too; compiles as many again."
 )
@@ -82,8 +98,6 @@ _PLOT = flags.DEFINE_string(
 
 # Largest difference from the oracle in bfloat16 outputs of about 1: two steps of rounding.
 _TOLERANCE = 0.03
-# What a GPU's cache may hold; pools rotate until they are larger together.
-_COLD_BYTES = 2**28
 _PLOTTED: dict[str, Runs] = {
     f"64 decodes at {keys}": ((64, 1, keys),) for keys in (256, 512, 1024, 2048, 4096, 8192)
 }
@@ -109,16 +123,12 @@ tokens."""
 
 def main(argv: Sequence[str]) -> None:
     """Checks, predicts or measures, prints."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    if _PLOT.value:
-        _report.require_matplotlib()
-    say = _stderr if _JSON.value else print
+    say = _report.start(argv, as_json=_JSON.value, plot=_PLOT.value)
     on_cpu = _report.start_backends() == "cpu"
+    _peers.require(_PEERS.value, on_gpu=jax.default_backend() == "gpu")
     cases = _cases(_runs())
     plotted = _cases(_PLOTTED) if _PLOT.value else []
-    if on_cpu:
-        _require_supported([*cases, *plotted])
+    _require_supported([*cases, *plotted])
     check_against_oracle(list(_shapes().values()))
     record: dict[str, Any] = {"environment": _report.environment()}
     if on_cpu:
@@ -136,11 +146,15 @@ def main(argv: Sequence[str]) -> None:
     else:
         kind = jax.devices()[0].device_kind
         first = [case for case in cases if case.generation == cases[0].generation]
-        measured = [_measure(case) for case in first]
+        measured = [measure(case, _backend()) for case in first]
         record["measured"] = measured
-        say(_measured_text(measured, kind))
+        say(measured_text(measured, kind))
         plotted = [case for case in plotted if case.generation == cases[0].generation]
-        points = _points([(case, _measure(case)["median_us"]) for case in plotted], kind)
+        times = [(case, measure(case, _backend())["median_us"]) for case in plotted]
+        points = _points(times, kind)
+        if _PEERS.value:
+            record["peers"] = measure_peers(first, measured, _PEERS.value)
+            say(peers_text(record["peers"]))
     if _PLOT.value:
         how = "predicted" if on_cpu else "measured"
         _report.save_plot(
@@ -151,10 +165,6 @@ def main(argv: Sequence[str]) -> None:
         _report.write_json(record)
 
 
-def _stderr(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 # --- cases ------------------------------------------------------------------------------------
 
 
@@ -162,7 +172,7 @@ def _runs() -> dict[str, Runs]:
     """Case name -> its sequences, as the flags say."""
     known = CASES | GPU_CASES
     names = _CASES.value or list(GPU_CASES if jax.default_backend() == "gpu" else CASES)
-    _require_known("cases", known, names)
+    _report.require_known("cases", known, names)
     chosen = {name: known[name] for name in names}
     if _LENS.value is None:
         return chosen
@@ -178,15 +188,9 @@ def _runs() -> dict[str, Runs]:
     return (chosen if _CASES.value else {}) | {"own": tuple(own)}
 
 
-def _require_known(name: str, known, given: Sequence[str]) -> None:
-    for value in given:
-        if value not in known:
-            raise app.UsageError(f"--{name} has {value!r}; wanted some of {', '.join(known)}")
-
-
 def _shapes() -> dict[str, dict[str, Any]]:
     """Name -> heads and options, as the flags say."""
-    _require_known("presets", PRESETS, _PRESETS.value)
+    _report.require_known("presets", PRESETS, _PRESETS.value)
     given: dict[str, Any] = {
         "num_heads": _NUM_HEADS.value,
         "num_kv_heads": _KV_HEADS.value,
@@ -199,6 +203,8 @@ def _shapes() -> dict[str, dict[str, Any]]:
         if value <= 0:
             raise app.UsageError(f"--{name.replace('num_kv', 'kv')} is {value}; wanted > 0")
     shapes = {name: PRESETS[name] | given for name in _PRESETS.value}
+    if _POOL_DTYPE.value != "bfloat16":
+        shapes = {name: shape | {"pool_dtype": _POOL_DTYPE.value} for name, shape in shapes.items()}
     for shape in shapes.values():
         if shape["num_heads"] % shape["num_kv_heads"]:
             raise app.UsageError(
@@ -212,7 +218,7 @@ def _shapes() -> dict[str, dict[str, Any]]:
 
 def _cases(runs: dict[str, Runs]) -> list[Case]:
     """Such sequences for every generation, page size and shape that the flags name."""
-    _require_known("generations", tuple(ts.GENERATIONS), _GENERATIONS.value)
+    _report.require_known("generations", tuple(ts.GENERATIONS), _GENERATIONS.value)
     if not all(value.isdigit() and int(value) for value in _PAGE_SIZES.value):
         raise app.UsageError(
             f"--page_sizes has {','.join(_PAGE_SIZES.value)!r}; wanted integers >= 1"
@@ -230,11 +236,18 @@ def _cases(runs: dict[str, Runs]) -> list[Case]:
 
 def _require_supported(cases: Sequence[Case]) -> None:
     """Ends the program with the kernel's own sentence where it cannot run a case."""
+    on_cpu = jax.default_backend() == "cpu"
     for case in cases:
-        with as_if_on(case.generation):
-            reason = case.call.unsupported() or unknown(case.call)
+        with as_if_on(case.generation) if on_cpu else contextlib.nullcontext():
+            reason = case.call.unsupported(_backend()) or (unknown(case.call) if on_cpu else None)
         if reason:
-            raise app.UsageError(f"{case.name} on {case.generation}: {reason}")
+            where = case.generation if on_cpu else "this device"
+            raise app.UsageError(f"{case.name} on {where}: {reason}")
+
+
+def _backend() -> str:
+    """Whose kernels are checked and measured, or on a CPU predicted; never the oracle unasked."""
+    return "mosaic_gpu" if jax.default_backend() == "gpu" else "mosaic_tpu"
 
 
 # --- correctness ------------------------------------------------------------------------------
@@ -250,7 +263,7 @@ def check_against_oracle(shapes: Sequence[dict[str, Any]]) -> None:
       shapes: heads and options, fields of `Call`.
     """
     on_cpu = jax.default_backend() == "cpu"
-    backend = "mosaic_tpu" if on_cpu else "auto"
+    backend = _backend()
     runs = ((2, 1, 45), (1, 19, 150), (1, 1, 7)) if on_cpu else CASES["mixed"]
     page_size = 4 if on_cpu else 16
     for shape in shapes:
@@ -273,32 +286,6 @@ def check_against_oracle(shapes: Sequence[dict[str, Any]]) -> None:
                 f"ragged_paged_attention: {backend} differs from the oracle by {error:.3g}, more "
                 f"than {_TOLERANCE}; no number is printed"
             )
-
-
-def random_inputs(case: Case, seed: int) -> tuple[jax.Array, ...]:
-    """Pool, q and metadata of a case: pages in random order, ids of unused entries absurd."""
-    rng = np.random.default_rng(seed)
-    q, pool, kv_lens, table, *_ = case.call.shapes()
-    keys = jax.random.split(jax.random.key(seed), 2)
-    lens = np.array(case.lens, np.int32)
-    used = -(-lens[:, 1] // case.call.page_size)
-    pages = rng.permutation(pool.shape[0])[: used.sum()].astype(np.int32)
-    page_indices = np.full(table.shape, -(2**31) + 7, np.int32)
-    for row, ids in enumerate(np.split(pages, np.cumsum(used)[:-1])):
-        page_indices[row, : len(ids)] = ids
-    cu_q_lens = np.zeros(kv_lens.shape[0] + 1, np.int32)
-    cu_q_lens[1 : len(lens) + 1] = np.cumsum(lens[:, 0])
-    cu_q_lens[len(lens) + 1 :] = cu_q_lens[len(lens)]
-    all_lens = np.zeros(kv_lens.shape, np.int32)
-    all_lens[: len(lens)] = lens[:, 1]
-    return (
-        jax.random.normal(keys[0], pool.shape, pool.dtype),
-        jax.random.normal(keys[1], q.shape, q.dtype),
-        jnp.asarray(all_lens),
-        jnp.asarray(page_indices),
-        jnp.asarray(cu_q_lens),
-        jnp.array([len(lens)], jnp.int32),
-    )
 
 
 # --- prediction -------------------------------------------------------------------------------
@@ -350,7 +337,8 @@ def _shape_text(shape: dict[str, Any]) -> str:
     for name in ("sliding_window", "soft_cap"):
         if shape.get(name) is not None:
             words += f", {name} {shape[name]:g}"
-    return words + ", bfloat16"
+    pool_dtype = shape.get("pool_dtype")
+    return words + ", bfloat16" + (f", pool {pool_dtype}" if pool_dtype else "")
 
 
 def _writing_row(w: Writing) -> dict[str, str]:
@@ -419,64 +407,6 @@ def _points(times: Sequence[tuple[Case, float]], panel: str | None = None) -> di
         line = lines.setdefault(f"{heads}, page {case.call.page_size}", [])
         line.append((case.runs[0][2], microseconds))
     return panels
-
-
-# --- measurement ------------------------------------------------------------------------------
-
-
-def _measure(case: Case) -> dict[str, Any]:
-    """Times the platform's backend, from caches that hold nothing of the pool.
-
-    On a GPU its kernels' times, each step behind an eviction; on a TPU a loop over pools that
-    rotate, where the next step's q is this step's output, so that nothing is hoisted or reordered.
-    """
-    room = room_for([case.runs], case.call.page_size, is_exact=True)
-    case = dataclasses.replace(case, call=dataclasses.replace(case.call, **room))
-    attend = case.call.step("auto")
-    pool, q, *metadata = random_inputs(case, seed=0)
-    on_gpu = jax.default_backend() == "gpu"
-    copies = 1 if on_gpu else max(2, min(16, -(-_COLD_BYTES // pool.nbytes)))
-    states = [(pool, q), *((pool.copy(), q.copy()) for _ in range(copies - 1))]
-
-    def step(state, *metadata):
-        pool, q = state
-        return pool, attend(q, pool, *metadata)
-
-    timing = (_clock.time_kernels if on_gpu else _clock.time_step)(step, states, metadata)
-    return {
-        "case": case.name,
-        "runs": case.runs,
-        "page_size": case.call.page_size,
-        "num_heads": case.call.num_heads,
-        "num_kv_heads": case.call.num_kv_heads,
-        "head_dim": case.call.head_dim,
-        "bytes": case.num_bytes,
-        "flop": case.flop,
-        "gb_per_s": timing.gb_per_s(case.num_bytes),
-        "tflop_per_s": case.flop / timing.median_us * 1e-6,
-        **dataclasses.asdict(timing),
-    }
-
-
-def _measured_text(rows: Sequence[dict[str, Any]], device: str) -> str:
-    cells = [
-        {
-            "heads": f"{row['num_heads']}/{row['num_kv_heads']}/{row['head_dim']}",
-            "case": row["case"],
-            "page": str(row["page_size"]),
-            "MB": f"{row['bytes'] / 1e6:.2f}",
-            "us": f"{row['median_us']:.1f}",
-            "p20": f"{row['p20_us']:.1f}",
-            "p80": f"{row['p80_us']:.1f}",
-            "GB/s": f"{row['gb_per_s']:,.0f}",
-            "TFLOP/s": f"{row['tflop_per_s']:.1f}",
-        }
-        for row in rows
-    ]
-    return (
-        f"Measured on {device} ({rows[0]['method']}); operations of pairs that the mask lets see.\n"
-        f"{_report.table(cells, indent=2)}"
-    )
 
 
 if __name__ == "__main__":

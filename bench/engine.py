@@ -90,19 +90,15 @@ _PLOT = flags.DEFINE_string("plot", None, "Write a PNG to this file.", allow_ove
 
 def main(argv: Sequence[str]) -> None:
     """Runs the parts, prints."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    if _PLOT.value:
-        _report.require_matplotlib()
-    say = _stderr if _JSON.value else print
+    say = _report.start(argv, as_json=_JSON.value, plot=_PLOT.value)
     traces = _traces()
     on_cpu = _report.start_backends() == "cpu"
     parts = _PARTS.value or (["study", "share"] if on_cpu else ["real"])
-    _require_known("parts", PARTS, parts)
+    _report.require_known("parts", PARTS, parts)
     if _PLOT.value and "study" not in parts:
         raise app.UsageError("--plot draws the study; wanted study among --parts")
-    _require_known("kv_writes", KV_WRITES, _KV_WRITES.value)
-    _require_known("generations", tuple(ts.GENERATIONS), _GENERATIONS.value)
+    _report.require_known("kv_writes", KV_WRITES, _KV_WRITES.value)
+    _report.require_known("generations", tuple(ts.GENERATIONS), _GENERATIONS.value)
     record: dict[str, Any] = {"environment": _report.environment()}
     panels: dict[str, dict[str, list]] = {}
     if "study" in parts:
@@ -119,16 +115,6 @@ def main(argv: Sequence[str]) -> None:
         )
     if _JSON.value:
         _report.write_json(record)
-
-
-def _stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _require_known(name: str, known: Sequence[str], given: Sequence[str]) -> None:
-    for value in given:
-        if value not in known:
-            raise app.UsageError(f"--{name} has {value!r}; wanted some of {', '.join(known)}")
 
 
 def _sizes(name: str, given: Sequence[str], known: Sequence[int] | None = None) -> list[int]:
@@ -385,7 +371,7 @@ def _real(on_cpu: bool, say) -> dict[str, Any]:
     )
     page_sizes = _sizes("page_sizes", _page_sizes_or_16())
     forms = _KV_WRITES.value
-    _require_known("batches", ("prefill", "mixed", "decode"), _BATCHES.value)
+    _report.require_known("batches", ("prefill", "mixed", "decode"), _BATCHES.value)
     batches = [b for b in _engine_real.ALL_BATCHES if b.name.startswith(tuple(_BATCHES.value))]
     total = len(batches) * len(forms) * len(page_sizes)
     device = jax.devices()[0].device_kind
@@ -399,8 +385,9 @@ def _real(on_cpu: bool, say) -> dict[str, Any]:
     for row in _engine_real.measure(setup, batches, forms, page_sizes):
         rows.append(row)  # told at once: a run of minutes may be cut short
         cells = _real_row(row)
-        _stderr(f"{len(rows)}/{total} {cells['batch']}, page {cells['page']}, {cells['form']}:"
-                f" {cells['step ms']} ms, writes alone {cells['writes alone ms']}")
+        print(f"{len(rows)}/{total} {cells['batch']}, page {cells['page']}, {cells['form']}:"
+              f" {cells['step ms']} ms, writes alone {cells['writes alone ms']}",
+              file=sys.stderr, flush=True)  # fmt: skip
     say(
         f"\nMeasured on {device}: {name}, random weights, {setup.model.dtype}, attention by"
         f" {setup.attention}, writes by {setup.write_backend}"

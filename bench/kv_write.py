@@ -13,7 +13,6 @@ the ops agree with the oracle bit for bit.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 from absl import app, flags
 from jax.experimental.pallas import tpu as pltpu
 
-from bench import _kv_write_measure, _kv_write_peers, _model_check, _report
+from bench import _kv_write_measure, _kv_write_peers, _model_check, _peers, _report
 from bench import _tpu_schedule as ts
 from bench._kv_write_measure import random_inputs
 from bench._kv_write_model import DESCRIPTOR_NS, OPS, Case, Prediction, predict
@@ -41,7 +40,7 @@ _FORM = flags.DEFINE_enum("form", "flat", ["flat", "heads"], "k and v as [T, K*H
 _PEERS = flags.DEFINE_list(
     "peers",
     [],
-    f"Measure these on a GPU too: {', '.join(_kv_write_peers.PEERS)}; a missing one is an error.",
+    f"Measure these on a GPU too: {', '.join(_peers.MODULES)}; a missing one is an error.",
 )
 _SCATTER = flags.DEFINE_bool("scatter", True, "Measure the plain-jax scatter beside the ops.")
 _CHECK_MODEL = flags.DEFINE_bool(
@@ -66,14 +65,10 @@ what XLA runs before the kernel ("XLA passes"). Expect 80 to 90% of a bandwidth-
 
 def main(argv: Sequence[str]) -> None:
     """Checks, predicts or measures, prints."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    if _PLOT.value:
-        _report.require_matplotlib()
-    say = _stderr if _JSON.value else print
+    say = _report.start(argv, as_json=_JSON.value, plot=_PLOT.value)
     cases = _cases()
     on_cpu = _report.start_backends() == "cpu"
-    peers = _peers(on_gpu=jax.default_backend() == "gpu")
+    _peers.require(_PEERS.value, on_gpu=jax.default_backend() == "gpu")
     check_against_oracle()
     record: dict[str, Any] = {"environment": _report.environment()}
     if on_cpu:
@@ -89,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         record["measured"] = _measure(cases, say)
         points = {jax.devices()[0].device_kind: _kv_write_measure.lines(record["measured"])}
-    record |= _baselines(say, peers, on_cpu=on_cpu)
+    record |= _baselines(say, on_cpu=on_cpu)
     if _PLOT.value:
         _report.save_plot(
             _PLOT.value, points, xlabel="new tokens", ylabel="microseconds", title=_plot_title()
@@ -110,50 +105,40 @@ def _measure(cases: Sequence[Case], say: Callable[[str], None]) -> list[dict[str
     return measured
 
 
-def _baselines(
-    say: Callable[[str], None], peers: Sequence[_kv_write_peers.Peer], *, on_cpu: bool
-) -> dict[str, Any]:
+def _baselines(say: Callable[[str], None], *, on_cpu: bool) -> dict[str, Any]:
     """What moves as many bytes otherwise, measured wherever this runs."""
     cases = [_token_case(int(tokens)) for tokens in _TOKENS.value]
     found = {}
-    if _SCATTER.value:
-        found["scatter"] = [
-            _kv_write_measure.measure_scatter(case, unique)
-            for case in cases
-            for unique in ([False] if on_cpu else [False, True])
-        ]
-    if not on_cpu:
-        found["copy"] = [_kv_write_measure.measure_copy(case) for case in cases]
-    if peers:
-        found["peers"] = [
-            _kv_write_measure.as_record(case, peer.name, peer.measure(case))
-            for case in cases
-            for peer in peers
-        ]
-    titles = {
-        "scatter": "The plain-jax scatter",
-        "copy": "A plain copy of as many bytes",
-        "peers": "Other libraries",
-    }
-    for name, rows in found.items():
-        say(f"\n{titles[name]}, measured on this {jax.devices()[0].device_kind}:")
+
+    def tell(name: str, title: str, rows: list[dict[str, Any]]) -> None:
+        found[name] = rows
+        say(f"\n{title}, measured on this {jax.devices()[0].device_kind}:")
         say(_kv_write_measure.baseline_table(rows))
+
+    if _SCATTER.value:
+        promises = [False] if on_cpu else [False, True]
+        rows = [_kv_write_measure.measure_scatter(case, x) for case in cases for x in promises]
+        tell("scatter", "The plain-jax scatter", rows)
+    if not on_cpu:
+        rows = [_kv_write_measure.measure_copy(case) for case in cases]
+        tell("copy", "A plain copy of as many bytes", rows)
+    if _PEERS.value:
+        with _peers.Child() as run:
+            rows = [
+                _kv_write_measure.as_record(
+                    case, _kv_write_peers.NAMES[peer], run(_kv_write_peers.measure, peer, case)
+                )
+                for case in cases
+                for peer in _PEERS.value
+            ]
+        tell("peers", "Other libraries", rows)
     return found
-
-
-def _stderr(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def _cases() -> list[Case]:
     """The cases that the flags name; a token is written by itself, whatever the page size."""
-    for name, known, given in (
-        ("generations", tuple(ts.GENERATIONS), _GENERATIONS.value),
-        ("ops", OPS, _OPS.value),
-    ):
-        for value in given:
-            if value not in known:
-                raise app.UsageError(f"--{name} has {value!r}; wanted some of {', '.join(known)}")
+    _report.require_known("generations", ts.GENERATIONS, _GENERATIONS.value)
+    _report.require_known("ops", OPS, _OPS.value)
     sizes = {}
     for name, given in (("page_sizes", _PAGE_SIZES.value), ("tokens", _TOKENS.value)):
         if not all(value.isdigit() and int(value) for value in given):
@@ -175,20 +160,6 @@ def _token_case(num_tokens: int) -> Case:
     page_size = min(map(int, _PAGE_SIZES.value))
     return Case("token", "v6e", page_size, num_tokens, _KV_HEADS.value, _HEAD_DIM.value, _DTYPE,
                 is_flat=False)  # fmt: skip
-
-
-def _peers(*, on_gpu: bool) -> list[_kv_write_peers.Peer]:
-    """The peers that the flag names, or the end: one asked for and missing is an error."""
-    for name in _PEERS.value:
-        if name not in _kv_write_peers.PEERS:
-            known = ", ".join(_kv_write_peers.PEERS)
-            raise app.UsageError(f"--peers has {name!r}; wanted some of {known}")
-    if _PEERS.value and not on_gpu:
-        raise app.UsageError("--peers are measured on a GPU, and there is none")
-    try:
-        return [_kv_write_peers.PEERS[name]() for name in _PEERS.value]
-    except ImportError as e:
-        raise app.UsageError(f"--peers names a library that is not installed: {e}") from e
 
 
 # --- correctness ------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import jax
 import pytest
 
 from bench._attention_cases import Call, Case, room_for
-from bench.attention import random_inputs
+from bench._attention_measure import random_inputs
 
 _RUNS = {"decode": ((8, 1, 256),), "prefill": ((1, 128, 256),), "mixed": ((8, 1, 256), (1, 64, 64))}
 

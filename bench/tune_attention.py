@@ -7,27 +7,25 @@ For every generation, preset and page size it compiles the kernel with each cand
 the cases of `bench.attention`. The best has the least geometric mean of their times; of equals (to
 a hundredth) the one that keeps the core least busy, because what the model leaves out costs the
 core, and then the one that takes less VMEM. With --write it goes to `pallas_paged/tuned/`, with the
-figures that chose it; `mosaic_tpu.default_config` reads it there.
+figures that chose it; `mosaic_tpu.default_config` reads it there. A GPU's are measured on it, by
+`python -m bench.tune_attention_gpu`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import pathlib
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import app, flags
 
-from bench import _report
+from bench import _report, _tuning
 from bench import _tpu_schedule as ts
 from bench._attention_cases import CASES, PRESETS, Call, Case, room_for
 from bench._attention_model import Prediction, predict
 from bench._tpu_compile import DEVICES, as_if_on
-from pallas_paged import tuned
 from pallas_paged.ragged_paged_attention import mosaic_tpu
 
 # `allow_override`: other commands have flags of these names, and a process may import several.
@@ -47,7 +45,7 @@ _FULL = flags.DEFINE_bool("full", False, "Try the full grid (hours) and not the 
 _WRITE = flags.DEFINE_bool("write", False, "Write the best to pallas_paged/tuned/.")
 
 _OP = "ragged_paged_attention"
-_DTYPE = "bfloat16"
+_SHAPE = ("num_heads", "num_kv_heads", "head_dim", "q_dtype", "pool_dtype", "page_size")
 # Geometric means that count as equal; the model is not worth more.
 _EQUAL = 1.01
 # (keys of a block, window rows, buffers, blocks of a body)
@@ -93,15 +91,9 @@ class Trial:
 
 def main(argv: Sequence[str]) -> None:
     """Tries, prints, writes."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    for name, known, given in (
-        ("generations", tuple(ts.GENERATIONS), _GENERATIONS.value),
-        ("presets", tuple(PRESETS), _PRESETS.value),
-    ):
-        for value in given:
-            if value not in known:
-                raise app.UsageError(f"--{name} has {value!r}; wanted some of {', '.join(known)}")
+    _report.start(argv, as_json=False, plot=None)
+    _report.require_known("generations", ts.GENERATIONS, _GENERATIONS.value)
+    _report.require_known("presets", PRESETS, _PRESETS.value)
     if not all(value.isdigit() and int(value) for value in _PAGE_SIZES.value):
         raise app.UsageError(
             f"--page_sizes has {','.join(_PAGE_SIZES.value)!r}; wanted integers >= 1"
@@ -115,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"\n{generation}, {preset}, pages of {page_size}")
             print(_report.table([_row(trial, trial is best) for trial in trials], indent=2))
             if _WRITE.value:
-                write(generation, entry_of(best))
+                _tuning.write(DEVICES[generation][0], _OP, entry_of(best), _SHAPE)
 
 
 def _trials(generation: str, preset: str, page_size: int) -> Iterator[Trial]:
@@ -194,21 +186,6 @@ def entry_of(trial: Trial) -> dict[str, Any]:
         "vmem_bytes": trial.vmem_bytes,
         **{name: where[name] for name in ("jax", "libtpu", "commit", "date")},
     }
-
-
-def write(generation: str, entry: dict[str, Any]) -> None:
-    """Puts an entry into the generation's file, in place of the one for the same shape."""
-    folder = pathlib.Path(tuned.__file__).parent
-    path = folder / tuned.file_name(DEVICES[generation][0])
-    table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-    def key(entry):
-        fields = ("num_heads", "num_kv_heads", "head_dim", "q_dtype", "pool_dtype", "page_size")
-        return tuple(entry[name] for name in fields)
-
-    others = [old for old in table.get(_OP, []) if key(old) != key(entry)]
-    table[_OP] = sorted([*others, entry], key=key)
-    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,11 @@ def why_no_mosaic_gpu() -> str | None:
     return None
 
 
+def gpu_device_kind() -> str | None:
+    """What jax calls the GPU that a call is made for ("NVIDIA H100 80GB HBM3"), None elsewhere."""
+    return jax.devices()[0].device_kind if platform() == "gpu" else None
+
+
 def num_multiprocessors() -> int:
     """Multiprocessors of the GPU that a call is made for; those of an H100 elsewhere."""
     return jax.devices()[0].core_count if platform() == "gpu" else 132

@@ -6,8 +6,10 @@ what a call looks like; `make` draws its arrays; `expected` is the pool that mus
 loop in numpy that shares no code with the package.
 """
 
+import contextlib
 import dataclasses
 import zlib
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 from unittest import mock
 
@@ -495,6 +497,23 @@ def _faster_race_detector():
     )
 
 
+@contextlib.contextmanager
+def _races_raise(was_found: Callable[[], bool]) -> Iterator[None]:
+    """Makes a RaceFoundError of what an interpreter says of a race in whatever way it does."""
+    try:
+        yield
+        if not _RACES_RAISE and was_found():
+            raise RaceFoundError("see the interpreter's output")
+    except jax.errors.JaxRuntimeError as e:
+        _forget_failed_run()
+        if "RACE DETECTED" in str(e):
+            raise RaceFoundError(str(e)) from e
+        raise
+
+
+_ON_RACE: dict[str, Any] = {"on_race": "raise"} if _RACES_RAISE else {}
+
+
 def interpret(call: Any, mode: str, *, detect_races: bool = True) -> np.ndarray:
     """The result of `call()` in TPU interpret mode, with everything on that can find a bug.
 
@@ -502,62 +521,52 @@ def interpret(call: Any, mode: str, *, detect_races: bool = True) -> np.ndarray:
       RaceFoundError: the race detector found a race.
       Exception: whatever else the interpreter refuses, e.g. a read out of bounds.
     """
-    on_race = {"on_race": "raise"} if _RACES_RAISE else {}
     params = pltpu.InterpretParams(
         dma_execution_mode=mode,
         detect_races=detect_races,
         uninitialized_memory="nan",
         out_of_bounds_reads="raise",
-        **on_race,
+        **_ON_RACE,
     )
     pltpu.reset_tpu_interpret_mode_state()
     try:
         with (
+            _races_raise(_was_race_printed),
             pltpu.force_tpu_interpret_mode(params),
             _faster_race_detector(),
             # What is for a TPU alone is traced by the tests that compile for one.
             mock.patch.object(jax.lax, "platform_dependent", _on_a_cpu),
         ):
-            result = np.asarray(call())
-        if not _RACES_RAISE and _was_race_printed():
-            raise RaceFoundError("see the interpreter's output")
-        return result
-    except jax.errors.JaxRuntimeError as e:
-        _forget_failed_run()
-        if "RACE DETECTED" in str(e):
-            raise RaceFoundError(str(e)) from e
-        raise
+            return np.asarray(call())
     finally:
         pltpu.reset_tpu_interpret_mode_state()
 
 
 def run_on_gpu(call: Any, *, detect_races: bool = True) -> np.ndarray:
-    """The result of `call()` on the GPU that jax runs on, or in GPU interpret mode on a CPU.
+    """As `run_all_on_gpu`, where `call()` returns one array."""
+    return run_all_on_gpu(lambda: (call(),), detect_races=detect_races)[0]
+
+
+def run_all_on_gpu(call: Any, *, detect_races: bool = True) -> list[np.ndarray]:
+    """The results of `call()` on the GPU that jax runs on, or in GPU interpret mode on a CPU.
 
     Raises:
       RaceFoundError: the interpreter's race detector found a race.
       Exception: whatever else the interpreter refuses, e.g. a read out of bounds.
     """
     if jax.default_backend() == "gpu":
-        return np.asarray(call())
+        return [np.asarray(x) for x in call()]
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    on_race = {"on_race": "raise"} if _RACES_RAISE else {}
+    def was_found() -> bool:
+        races = gpu_callbacks._races  # None where the call ran no kernel
+        return detect_races and races is not None and races.races_found
+
+    params = plgpu.InterpretGPUParams(detect_races=detect_races, **_ON_RACE)
     gpu_callbacks.reset_gpu_interpret_mode_state()
     try:
-        with plgpu.force_gpu_interpret_mode(
-            plgpu.InterpretGPUParams(detect_races=detect_races, **on_race)
-        ):
-            result = np.asarray(call())
-        races = gpu_callbacks._races  # None where the call ran no kernel
-        if not _RACES_RAISE and detect_races and races is not None and races.races_found:
-            raise RaceFoundError("see the interpreter's output")
-        return result
-    except jax.errors.JaxRuntimeError as e:
-        _forget_failed_run()
-        if "RACE DETECTED" in str(e):
-            raise RaceFoundError(str(e)) from e
-        raise
+        with _races_raise(was_found), plgpu.force_gpu_interpret_mode(params):
+            return [np.asarray(x) for x in call()]
     finally:
         gpu_callbacks.reset_gpu_interpret_mode_state()

@@ -18,7 +18,7 @@ from pallas_paged import dispatch, layout, ragged_paged_attention
 from pallas_paged.ragged_paged_attention import mosaic_gpu, mosaic_tpu
 from pallas_paged.ragged_paged_attention.mosaic_gpu import Config
 from tests.attention_cases import ABSURD, Case, make_case, mismatch, run_oracle
-from tests.cases import run_on_gpu
+from tests.cases import run_all_on_gpu, run_on_gpu
 
 ON_GPU = jax.default_backend() == "gpu"
 needs_new_jax = pytest.mark.skipif(
@@ -118,21 +118,14 @@ def _device_calls():
 CALLS = [*INTERPRETED, *(_device_calls() if ON_GPU else [])]
 
 
-def _run(case: Case, options, config=None, *, detect_races=True):
+def run_kernels(case: Case, options, config=None, *, detect_races=True):
     """[out, log-sum-exp] of the kernels, through the public op."""
-    results: list[Any] = []
-
-    def call():
-        results.extend(
-            np.asarray(x)
-            for x in ragged_paged_attention(
-                *case.arrays, **options, return_lse=True, config=config, backend="mosaic_gpu"
-            )
-        )
-        return results[0]
-
-    run_on_gpu(call, detect_races=detect_races)
-    return results
+    return run_all_on_gpu(
+        lambda: ragged_paged_attention(
+            *case.arrays, **options, return_lse=True, config=config, backend="mosaic_gpu"
+        ),
+        detect_races=detect_races,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +139,7 @@ def few_blocks_of_threads(monkeypatch):
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.id)
 def test_kernels_are_the_oracle(call):
     case, options = call.make()
-    out, lse = _run(case, options, call.config)
+    out, lse = run_kernels(case, options, call.config)
     assert out.dtype == case.q.dtype and out.shape == case.q.shape
     found = mismatch(out, lse, *run_oracle(case, options))
     assert found is None, found
@@ -177,7 +170,7 @@ def test_traced_windows_of_none_and_of_all(window):
     else:
         wanted = run_oracle(case, options | {"causal": True})
         options["causal"] = True
-    found = mismatch(*_run(case, options), *wanted)
+    found = mismatch(*run_kernels(case, options), *wanted)
     assert found is None, found
 
 
@@ -192,7 +185,7 @@ def test_absurd_metadata_ends_in_bounds(name):
     )  # fmt: skip
     absurd = {k: np.array(v, np.int32) for k, v in ABSURD[name].items()}
     case = dataclasses.replace(case, **absurd)
-    out, _ = _run(case, {"sm_scale": 0.1, "num_kv_heads": 1}, detect_races=False)
+    out, _ = run_kernels(case, {"sm_scale": 0.1, "num_kv_heads": 1}, detect_races=False)
     assert out.shape == case.q.shape
 
 
@@ -260,7 +253,7 @@ def test_default_config_fits_shared_memory(head_dim, pool_dtype, max_seqs):
     q = jax.ShapeDtypeStruct((8, 8, head_dim), jnp.bfloat16)
     pool = jax.ShapeDtypeStruct(layout.pool_shape(9, 16, 2, head_dim, pool_dtype), pool_dtype)
     table = jax.ShapeDtypeStruct((max_seqs, 4), jnp.int32)
-    config = mosaic_gpu.default_config(head_dim, pool_dtype != "bfloat16", max_seqs)
+    config = mosaic_gpu.default_config(head_dim, pool_dtype != "bfloat16", max_seqs, 16)
     assert mosaic_gpu.unsupported(q, pool, table, 2, config) is None
 
 

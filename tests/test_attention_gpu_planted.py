@@ -9,12 +9,11 @@ import importlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from pallas_paged import dispatch
 from tests.attention_cases import make_case, mismatch, run_oracle
-from tests.cases import RaceFoundError, run_on_gpu
+from tests.cases import RaceFoundError, run_all_on_gpu
 from tests.planted import plant
 
 pytestmark = pytest.mark.skipif(
@@ -80,19 +79,15 @@ def _run(monkeypatch, name, old, new):
         pool_dtype="bfloat16", first_row=3,
     )  # fmt: skip
     options = {"sm_scale": 0.125, "num_kv_heads": 1, "sliding_window": 150}
-    results: list[np.ndarray] = []
 
     def call():
-        out, lse = kernels.ragged_paged_attention(
+        return kernels.ragged_paged_attention(
             *(jnp.asarray(x) for x in case.arrays), **options, causal=True, soft_cap=None,
             k_scale=None, v_scale=None, sinks=None, return_lse=True,
             config=kernels.Config(64, 2, 64, 2),
         )  # fmt: skip
-        results.extend((np.asarray(out), np.asarray(lse)))
-        return results[0]
 
-    run_on_gpu(call)
-    return mismatch(*results, *run_oracle(case, options))
+    return mismatch(*run_all_on_gpu(call), *run_oracle(case, options))
 
 
 @pytest.mark.parametrize("bug", BUGS)

@@ -2,8 +2,8 @@
 """The attention under shard_map over KV heads: right shard by shard, without collectives or copies.
 
 Query heads are sharded on axis 1 of q and of the output, the pool's rows on axis 2, each shard with
-the R rows that `layout.num_rows` gives for its own heads; sinks and scales by head. All with
-shard_map's own default of checking what varies over the mesh.
+the R rows that `layout.num_rows` gives for its own heads; sinks and scales by head. The GPU kernels
+are in test_sharding_gpu.py.
 """
 
 import dataclasses
@@ -57,17 +57,22 @@ def sharded(names, *, backend, num_kv_heads, config, mesh=None, **static):
     return jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=(HEADS, HEADS)), specs
 
 
-def sharded_write(*, num_kv_heads, config, mesh=None, **static):
-    """`write_and_attend` under shard_map, as `sharded`; k and v are [T, K*H]."""
+def sharded_write(*, num_kv_heads, config, mesh=None, backend="mosaic_tpu", **static):
+    """`write_and_attend` under shard_map, as `sharded`; k and v are [T, K*H].
+
+    Without shard_map's check of what varies where a GPU kernel writes.
+    """
 
     def call(*args):
         return pallas_paged.write_and_attend(
-            *args, **static, num_kv_heads=num_kv_heads, config=config, backend="mosaic_tpu",
+            *args, **static, num_kv_heads=num_kv_heads, config=config, backend=backend,
             return_lse=True,
         )
 
     specs = (HEADS, HEADS, HEADS, POOL, *[EVERYWHERE] * NUM_METADATA)
-    return jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=(HEADS, POOL, HEADS)), specs
+    checks = {"check_vma": backend != "mosaic_gpu"}
+    out_specs = (HEADS, POOL, HEADS)
+    return jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=out_specs, **checks), specs
 
 
 # ---- On 4 virtual CPU devices
@@ -116,7 +121,7 @@ def run_sharded(shards, setup, backend):
     names = [name for name in ARRAYS if name in options]
     fn, specs = sharded(
         names, backend=backend, mesh=mesh, num_kv_heads=setup.num_kv_heads,
-        config=Config(*setup.config), sm_scale=options["sm_scale"],
+        config=_config(setup, backend), sm_scale=options["sm_scale"],
     )
     q, pool, *metadata = zip(*(case.arrays for case, _ in shards), strict=True)
     arrays = [np.concatenate(q, axis=1), np.concatenate(pool, axis=2), *(x[0] for x in metadata)]
@@ -127,6 +132,10 @@ def run_sharded(shards, setup, backend):
         jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)
     ]
     return jax.jit(fn)(*placed)
+
+
+def _config(setup, backend):
+    return None if backend == "mosaic_gpu" else Config(*setup.config)
 
 
 def check_shards(result, shards, setup):
@@ -166,25 +175,35 @@ def test_write_and_attend():
     """Each shard writes its own heads' rows, and no other's: the pool is compared bit for bit."""
     setup = SETUPS[0]
     shards = shards_of(setup, num_interpreted_shards())
-    options = shards[0][1]
-    writes = [make_write(case, is_flat=True) for case, _ in shards]
+    writes = writes_of(shards)
+    results = interpret_all(lambda: run_sharded_write(shards, writes, setup), "on_wait")
+    check_written_shards(results, shards, writes, setup)
+
+
+def writes_of(shards):
+    """Each shard's new tokens, taken out of its pool."""
+    return [make_write(case, is_flat=True) for case, _ in shards]
+
+
+def run_sharded_write(shards, writes, setup, backend="mosaic_tpu"):
+    """(out, pool, log-sum-exp) of one call on all shards."""
     mesh = mesh_of(len(shards))
     fn, specs = sharded_write(
-        num_kv_heads=setup.num_kv_heads, config=Config(*setup.config), mesh=mesh,
-        sm_scale=options["sm_scale"],
+        num_kv_heads=setup.num_kv_heads, config=_config(setup, backend), mesh=mesh,
+        backend=backend, sm_scale=shards[0][1]["sm_scale"],
     )
     q, k, v, pool, *metadata = zip(*(write.arrays for write in writes), strict=True)
     arrays = [*(np.concatenate(x, axis=1) for x in (q, k, v)), np.concatenate(pool, axis=2)]
     arrays += [x[0] for x in metadata]
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)
+    ]
+    return jax.jit(fn)(*placed)
 
-    def run():
-        placed = [
-            jax.device_put(x, NamedSharding(mesh, spec))
-            for x, spec in zip(arrays, specs, strict=True)
-        ]
-        return jax.jit(fn)(*placed)
 
-    out, kv_pages, lse = interpret_all(run, "on_wait")
+def check_written_shards(results, shards, writes, setup):
+    """Raises AssertionError unless each shard did what the oracle does of it alone."""
+    out, kv_pages, lse = (np.asarray(x) for x in results)
     num_rows = kv_pages.shape[2] // len(shards)
     for shard, write in enumerate(writes):
         heads = slice(shard * setup.num_heads, (shard + 1) * setup.num_heads)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -18,12 +19,12 @@ from absl import app, flags
 from absl.testing import flagsaver
 from jax.experimental.pallas import tpu as pltpu
 
+from bench import _attention_cases, _clock, _peers, attention, tune_attention
 from bench import _attention_model as model
 from bench import _attention_roles as roles
 from bench import _attention_walk as walk
 from bench import _tpu_schedule as ts
-from bench import attention, tune_attention
-from bench._attention_cases import CASES, PRESETS, Call, Case, room_for
+from bench._attention_cases import CASES, PRESETS, SCALES, Call, Case, room_for
 from bench._attention_walk import DECODE, END, FILL, FULL, PREFILL, SEVERAL, SINGLE
 from bench._tpu_compile import COMPILE_ENV, DEVICES, TOPOLOGIES, as_if_on, mesh_of
 from pallas_paged import dispatch, tuned
@@ -397,6 +398,8 @@ def test_the_gate_stops_a_wrong_op(monkeypatch):
         ({"lens": "9:4"}, "--lens has '9:4'; wanted .COUNTx.NEW:ALL with 1 <= NEW <= ALL"),
         ({"num_heads": "12"}, "--num_heads is 12; wanted a multiple of the 8 KV heads"),
         ({"kv_heads": "-1"}, "--kv_heads is -1; wanted > 0"),
+        ({"peers": "cuda"}, "--peers has 'cuda'; wanted some of torch, flashinfer"),
+        pytest.param({"peers": "torch"}, "--peers are measured on a GPU", id="peers_elsewhere"),
         ({"lens": "400x1:16,1:9000"}, "a page table of 225763 entries does not fit SMEM"),
     ],
 )
@@ -411,6 +414,71 @@ def test_own_lengths_and_heads_take_the_place_of_the_cases():
     assert {case.runs for case in cases} == {((3, 1, 64), (1, 8, 100))}
     assert {case.call.num_kv_heads for case in cases} == {4}
     assert {case.call.table_width for case in cases} == {7}
+
+
+@pytest.mark.parametrize("pool_dtype", ["float8_e4m3fn", "float8_e5m2", "int8"])
+def test_a_pool_of_8_bits_has_values_that_its_scale_makes_normal(pool_dtype):
+    with _flags(pool_dtype=pool_dtype, lens="2x1:100", kv_heads="2", num_heads="4"):
+        [shape] = attention._shapes().values()
+        [case] = attention._cases(attention._runs())
+        attention.check_against_oracle([shape])
+    assert case.num_bytes == 200 * 512 + 2 * 2 * 4 * 128 * 2  # a byte a value of K and V
+    pool, q, *_ = attention.random_inputs(case, seed=0)
+    assert pool.dtype == pool_dtype and q.dtype == jnp.bfloat16
+    values = pool.astype(jnp.float32) * SCALES[pool_dtype][0]
+    assert abs(values.std() - 1) < 0.05 and abs(values.mean()) < 0.05
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """What `main` does on a GPU, with the oracle in the kernels' place and times made up."""
+    step, times = Call.step, itertools.count(2)
+
+    def time_kernels(step, states, inputs, **_):
+        out = jax.jit(step, donate_argnums=0)(*states, *inputs)
+        assert out.shape == inputs[0].shape and bool(jnp.any(out != 0))
+        return _clock.Timing(float(next(times)), 1.0, 9.0, 20, _clock.KERNEL_TIME)
+
+    class Child:
+        def __enter__(self):
+            return lambda function, name, case: (
+                "no cuDNN here" if "cuDNN" in name else _clock.Timing(4.0, 3.0, 5.0, 20, "")
+            )
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "why_no_mosaic_gpu", lambda: None)
+    monkeypatch.setattr(Call, "step", lambda call, backend: step(call, "oracle"))
+    monkeypatch.setattr(_clock, "time_kernels", time_kernels)
+    monkeypatch.setattr(_peers, "Child", Child)
+    monkeypatch.setitem(_peers.MODULES, "torch", ("json",))
+    monkeypatch.setitem(_attention_cases.CASES, "mixed", ((2, 1, 45), (1, 19, 150)))
+
+
+def test_a_gpu_is_measured_beside_its_peers(as_on_a_gpu, capsys):
+    with _flags(lens="3x1:64", page_sizes="16,32", kv_heads="1", num_heads="2", peers="torch",
+                json="true", pool_dtype="float8_e4m3fn"):  # fmt: skip
+        attention.main(["attention"])
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert [row["median_us"] for row in record["measured"]] == [2.0, 3.0]
+    assert {row["pool_dtype"] for row in record["measured"]} == {"float8_e4m3fn"}
+    flash, refused = record["peers"][:2]
+    assert flash["ours_us"] == 2.0 and flash["ours_over"] == 0.5 and flash["page_size"] == 16
+    assert flash["tflop_per_s"] == pytest.approx(record["measured"][0]["tflop_per_s"] / 2)
+    assert refused == {
+        "peer": "torch cuDNN", "ours_us": 2.0, "case": "own", "refusal": "no cuDNN here"
+    }  # fmt: skip
+    assert "torch cuDNN, own: no cuDNN here" in err and "0.50x" in err
+    assert len(record["peers"]) == 4
+
+
+def test_what_the_gpu_kernels_cannot_run_is_a_sentence(as_on_a_gpu):
+    with _flags(lens="3x1:64", pool_dtype="int8"):
+        with pytest.raises(app.UsageError, match="own on this device: the pool is int8 and q"):
+            attention.main(["attention"])
 
 
 def test_the_command_refuses_without_a_traceback():

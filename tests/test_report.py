@@ -210,11 +210,19 @@ def test_counts_are_checked(name):
         _clock.time_loop(lambda s: s, states, **values)
 
 
+def _events(*names_and_times):
+    return [_clock.Event(name, time) for name, time in names_and_times]
+
+
+def _is_a_or_b(event):
+    return event.name in "ab"
+
+
 def test_kernels_are_added_up_by_step():
     """Each eviction, of one kernel or more, opens a step; what ran before the first is dropped."""
-    events = [("warm", 9.0), ("a", 50.0), ("b", 1.0), ("write", 2.0), ("copy", 1.0)]
-    events += [("a", 50.0), ("b", 1.0), ("write", 5.0), ("a", 50.0), ("write", 4.0)]
-    timing = _clock.summarise_kernels(events, frozenset("ab"), 3)
+    events = _events(("warm", 9.0), ("a", 50.0), ("b", 1.0), ("write", 2.0), ("copy", 1.0))
+    events += _events(("a", 50.0), ("b", 1.0), ("write", 5.0), ("a", 50.0), ("write", 4.0))
+    timing = _clock.summarise_kernels(events, _is_a_or_b, 3)
     assert (timing.median_us, timing.repeats) == (4.0, 3)
     assert timing.method == "kernel time, cold L2"
 
@@ -226,9 +234,71 @@ def test_kernels_are_added_up_by_step():
 )
 def test_steps_that_were_not_recorded_are_an_error(events, repeats):
     with pytest.raises(RuntimeError, match=f"steps of {repeats}"):
-        _clock.summarise_kernels(events, frozenset("a"), repeats)
+        _clock.summarise_kernels(_events(*events), _is_a_or_b, repeats)
 
 
-def test_without_a_gpu_nothing_is_recorded():
+# As a GPU's profile is: two kernels of one name, of two programs, out of order and 2 us apart.
+_PROFILE = """
+planes { name: "/device:GPU:0"
+  event_metadata { key: 1 value { id: 1 name: "wrapped_reduce" } }
+  event_metadata { key: 2 value { id: 2 name: "decode_64_3_0" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_module" } }
+  stat_metadata { key: 2 value { id: 2 name: "jit__evict_l2" } }
+  stat_metadata { key: 3 value { id: 3 name: "jit_step" } }
+  stat_metadata { key: 4 value { id: 4 name: "correlation_id" } }
+  lines { id: 13 name: "Stream #13(Compute)" timestamp_ns: 1000
+    events { metadata_id: 2 offset_ps: 95000000 duration_ps: 2500000
+      stats { metadata_id: 4 uint64_value: 7 } stats { metadata_id: 1 ref_value: 3 } }
+    events { metadata_id: 1 offset_ps: 1000000 duration_ps: 80000000
+      stats { metadata_id: 4 uint64_value: 5 } stats { metadata_id: 1 ref_value: 2 } }
+    events { metadata_id: 1 offset_ps: 93000000 duration_ps: 1500000
+      stats { metadata_id: 1 ref_value: 3 } } }
+  lines { id: 14 name: "Stream #14(MemcpyD2D)" timestamp_ns: 1000
+    events { metadata_id: 2 offset_ps: 99000000 duration_ps: 1000000 } }
+  lines { id: 1 name: "XLA Modules" timestamp_ns: 1000
+    events { metadata_id: 2 offset_ps: 1 duration_ps: 9000000 } } }
+planes { name: "/host:CPU"
+  event_metadata { key: 1 value { id: 1 name: "Stream" } }
+  lines { name: "Stream #1" events { metadata_id: 1 duration_ps: 1000000 } } }
+"""
+
+
+def _profile_events():
+    return _clock.gpu_events(jax.profiler.ProfileData.from_text_proto(_PROFILE))
+
+
+# jaxlib's own: its iterators have no __module__.
+@pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")
+def test_a_profile_is_read_in_order_with_its_programs():
+    assert _profile_events() == [
+        _clock.Event("wrapped_reduce", 80.0, "jit__evict_l2"),
+        _clock.Event("wrapped_reduce", 1.5, "jit_step"),
+        _clock.Event("decode_64_3_0", 2.5, "jit_step"),
+        _clock.Event("decode_64_3_0", 1.0, None),
+    ]
+
+
+@pytest.mark.parametrize("module", ["jit__evict_l2", None], ids=["told", "not_told"])
+def test_steps_are_told_from_evictions(monkeypatch, module):
+    """By the program where that is recorded, else by a recording a step; names are the same."""
+    evictions, recordings = [], []
+
+    def record_kernels(call):
+        before = len(evictions)
+        call()
+        recordings.append(len(evictions) - before)
+        step = _clock.Event("reduce", 3.0, module and "jit_step")
+        return [_clock.Event("reduce", 80.0, module), step] * recordings[-1] or [step]
+
+    monkeypatch.setattr(_clock, "_eviction", lambda: lambda: evictions.append(1))
+    monkeypatch.setattr(_clock, "record_kernels", record_kernels)
+    timing = _clock.time_kernels(lambda s: s + 1, [jnp.zeros(4), jnp.ones(4)], repeats=5)
+    assert timing == _clock.Timing(3.0, 3.0, 3.0, 5, "kernel time, cold L2")
+    assert recordings == ([5] if module else [5, *[0] * 5])
+    assert len(evictions) == (5 if module else 10)
+
+
+def test_without_a_gpu_nothing_is_recorded(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     with pytest.raises(RuntimeError, match="default device is a cpu; want a GPU"):
         _clock.record_kernels(lambda: jax.block_until_ready(jnp.ones(8) + 1))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pallas_paged import checks, dispatch, layout
 from pallas_paged.dispatch import Backend
 from pallas_paged.kv_write import api as kv_write
+from pallas_paged.kv_write import mosaic_gpu as mosaic_gpu_write
 from pallas_paged.ragged_paged_attention import mosaic_gpu, mosaic_tpu, oracle
 
 Config = mosaic_tpu.Config | mosaic_gpu.Config
@@ -173,7 +174,9 @@ def write_and_attend(
     )
     _check_metadata(op, kv_lens, page_indices, cu_q_lens, num_seqs)
     _check_options(op, q, sliding_window, soft_cap, sinks, config)
-    chosen = _choose(op, backend, q, kv_pages, page_indices, num_kv_heads, mask_value, config)
+    chosen = _choose(
+        op, backend, q, kv_pages, page_indices, num_kv_heads, mask_value, config, writes=True
+    )
     out, lse, kv_pages = _write_and_attend(
         q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window,
         k_scale, v_scale, sinks, causal=causal, soft_cap=soft_cap, mask_value=mask_value,
@@ -182,11 +185,15 @@ def write_and_attend(
     return (out, kv_pages, lse) if return_lse else (out, kv_pages)
 
 
-def _choose(op, backend, q, kv_pages, page_indices, num_kv_heads, mask_value, config):
+def _choose(
+    op, backend, q, kv_pages, page_indices, num_kv_heads, mask_value, config, *, writes=False
+):
     reasons: dict[str, str | None] = {"oracle": None}
     for name, kernels in (("mosaic_tpu", mosaic_tpu), ("mosaic_gpu", mosaic_gpu)):
         if config is None or isinstance(config, kernels.Config):
             reason = kernels.unsupported(q, kv_pages, page_indices, num_kv_heads, config)
+            if reason is None and writes and name == "mosaic_gpu":
+                reason = mosaic_gpu_write.unsupported_pool(kv_pages)
         else:
             reason = f"its block sizes are a {kernels.__name__}.Config, and config is {config!r}"
         if mask_value is not None and mask_value > _LEAVES_OUT:

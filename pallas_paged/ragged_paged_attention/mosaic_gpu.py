@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_paged import dispatch, layout
+from pallas_paged import dispatch, layout, tuned
 from pallas_paged.ragged_paged_attention import mosaic_gpu_decode as decode
 from pallas_paged.ragged_paged_attention import mosaic_gpu_prefill as prefill
 from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
@@ -30,7 +30,7 @@ from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
 
 _HEAD_DIMS = (64, 128, 256)
 # Shared memory that one block of threads may have, less what barriers take.
-_SHARED_BYTES = 227 * 1024 - 1024
+SHARED_BYTES = 227 * 1024 - 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,23 @@ class Config:
                 )
 
 
-def default_config(head_dim: int, is_quantized: bool, max_seqs: int) -> Config:
+def default_config(
+    head_dim: int, is_quantized: bool, max_seqs: int, page_size: int
+) -> Config:
+    """What was found for the device (`pallas_paged.tuned`), else what `formula` gives."""
+    found = tuned.find(
+        dispatch.gpu_device_kind(), "ragged_paged_attention", page_size=page_size,
+        head_dim=head_dim, is_quantized=is_quantized, has_few_seqs=has_few_seqs(max_seqs),
+    )  # fmt: skip
+    return Config(**found) if found else formula(head_dim, is_quantized, max_seqs)
+
+
+def has_few_seqs(max_seqs: int) -> bool:
+    """Whether so few sequences are decoded at most that each is better split less."""
+    return max_seqs < 32
+
+
+def formula(head_dim: int, is_quantized: bool, max_seqs: int) -> Config:
     """As many blocks as shared memory has room for.
 
     Two blocks of threads decode on a multiprocessor where many sequences begin and end, so that
@@ -86,7 +102,7 @@ def default_config(head_dim: int, is_quantized: bool, max_seqs: int) -> Config:
     if head_dim == 256:
         return Config(prefill_keys, prefill_slots, 64, 3)
     decode_slots = {64: 6, 128: 3}[head_dim]
-    if max_seqs < 32:
+    if has_few_seqs(max_seqs):
         return Config(prefill_keys, prefill_slots, 128, decode_slots)
     return Config(prefill_keys, prefill_slots, 64, decode_slots, decode_blocks_per_sm=2)
 
@@ -149,17 +165,18 @@ def unsupported(q, kv_pages, page_indices, num_kv_heads: int, config: Config | N
             "and blocks are counted in int32"
         )
     if config is not None:
-        shape = _shape(q, kv_pages, page_indices, num_kv_heads)
+        shape = shape_of(q, kv_pages, page_indices, num_kv_heads)
         for name, needed in zip(("prefill", "decode"), shared_bytes(shape, config), strict=True):
-            if needed > _SHARED_BYTES:
+            if needed > SHARED_BYTES:
                 return (
                     f"config's {name} blocks take {needed} bytes of shared memory, and a "
-                    f"multiprocessor has {_SHARED_BYTES} for them: fewer slots or keys"
+                    f"multiprocessor has {SHARED_BYTES} for them: fewer slots or keys"
                 )
     return None
 
 
-def _shape(q, kv_pages, page_indices, num_kv_heads, **options) -> Shape:
+def shape_of(q, kv_pages, page_indices, num_kv_heads, **options) -> Shape:
+    """The static description of a call."""
     options = {
         "causal": True, "soft_cap": None, "has_window": False, "return_lse": False,
         "is_interpreted": False,
@@ -180,12 +197,12 @@ def ragged_paged_attention(
     num_tokens = q.shape[0]
     if num_tokens == 0:
         return q, jnp.zeros(q.shape[:2], jnp.float32)
-    shape = _shape(
+    shape = shape_of(
         q, kv_pages, page_indices, num_kv_heads, causal=causal, soft_cap=soft_cap,
         has_window=sliding_window is not None, return_lse=return_lse,
     )  # fmt: skip
     config = config or default_config(
-        shape.head_dim, shape.is_quantized, page_indices.shape[0]
+        shape.head_dim, shape.is_quantized, page_indices.shape[0], shape.page_size
     )
     num_sms = dispatch.num_multiprocessors()
 

@@ -316,7 +316,7 @@ def _store(segment: Segment, rows: Rows, mean, log2_sum, results: Results, sched
         where = (segment.row, rows.head, 0, count, shape.group, shape.is_interpreted)
         gpu_rows.store(mean.astype(shape.q_dtype), results.out, *where)
         if results.lse is not None:
-            gpu_rows.store_column(attention.natural_log(log2_sum), results.lse, *where)
+            gpu_rows.store(attention.natural_log(log2_sum), results.lse, *where)
 
     @pl.when(jnp.logical_not(is_whole))
     def _():

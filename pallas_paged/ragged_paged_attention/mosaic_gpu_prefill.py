@@ -322,4 +322,4 @@ def _store(tile: Tile, row, mean, log2_sum, out, lse, shape: Shape):
     where = (row, tile.head, tile.begin - row, tile.end - row, 1, shape.is_interpreted)
     gpu_rows.store(mean.astype(shape.q_dtype), out, *where)
     if lse is not None:
-        gpu_rows.store_column(attention.natural_log(log2_sum), lse, *where)
+        gpu_rows.store(attention.natural_log(log2_sum), lse, *where)

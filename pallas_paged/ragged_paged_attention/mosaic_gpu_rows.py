@@ -26,8 +26,8 @@ def store(value, ref, first_row, first_head, begin, end, group: int, is_interpre
     """`ref[first_row + r // group, first_head + r % group] = value[r]` for `begin <= r < end`.
 
     Args:
-      value: [64, H] in the layout of a product's result.
-      ref: [rows, heads, H] in device memory, of the same dtype.
+      value: [64, H] in the layout of a product's result, or one value a row, [64].
+      ref: [rows, heads, H] or [rows, heads] in device memory, of the same dtype.
       first_row, first_head, begin, end: int32 scalars.
       group: heads to a row of the batch.
       is_interpreted: whether Pallas interprets the kernel.
@@ -39,14 +39,20 @@ def store(value, ref, first_row, first_head, begin, end, group: int, is_interpre
         _each_row(value.shape[0], begin, end, store_row)
         return
 
-    @plgpu.inline_mgpu(arg_types=(_REF, _TILE, _SCALAR, _SCALAR, _SCALAR, _SCALAR))
-    def run(_, out, tile, *scalars):
+    is_column = value.ndim == 1
+    layout = _COLUMN if is_column else _TILE
+
+    @plgpu.inline_mgpu(arg_types=(_REF, layout, _SCALAR, _SCALAR, _SCALAR, _SCALAR))
+    def run(_, out, rows, *scalars):
         row, head, begin, end = map(_index, scalars)
-        for i, registers in _by_row(tile):
+        for i, mine in _column_rows(rows) if is_column else _by_row(rows):
             with mgpu.when(_is_between(i, begin, end)):
                 target = _target(i, row, head, group)
-                for j, register in registers:
-                    vector.store(tile.registers[register], out, [*target, j])
+                if is_column:
+                    memref.store(_element(mine), out, target)
+                else:
+                    for j, register in mine:
+                        vector.store(rows.registers[register], out, [*target, j])
 
     run(ref, value, first_row, first_head, begin, end)
 
@@ -85,27 +91,6 @@ def load(ref, first_row, first_head, end, group: int, shape, is_interpreted: boo
         return mgpu.FragmentedArray(_registers=registers, _layout=tile.layout, _is_signed=None)
 
     return run(ref, first_row, first_head, end)
-
-
-def store_column(
-    value, ref, first_row, first_head, begin, end, group: int, is_interpreted: bool
-) -> None:
-    """`store` of one value a row: value f32[64], ref f32[rows, heads]."""
-    if is_interpreted:
-        def store_row(r, _):
-            ref[first_row + r // group, first_head + r % group] = value[r]
-
-        _each_row(value.shape[0], begin, end, store_row)
-        return
-
-    @plgpu.inline_mgpu(arg_types=(_REF, _COLUMN, _SCALAR, _SCALAR, _SCALAR, _SCALAR))
-    def run(_, out, column, *scalars):
-        row, head, begin, end = map(_index, scalars)
-        for i, register in _column_rows(column):
-            with mgpu.when(_is_between(i, begin, end)):
-                memref.store(_element(register), out, _target(i, row, head, group))
-
-    run(ref, value, first_row, first_head, begin, end)
 
 
 def load_per_head(ref, first_head, group: int, num_rows: int, is_interpreted: bool) -> jax.Array:

@@ -3,7 +3,8 @@
 
 A file is `{op: [entry, ...]}`. An entry has the shape that it is for, `config`, and what chose it:
 predicted or measured figures, the versions of jax and libtpu, commit and date. The commands that
-write them: `python -m bench.tune_attention --write`.
+write them: `python -m bench.tune_attention --write` for TPUs, on a GPU
+`python -m bench.tune_attention_gpu --write`.
 """
 
 import functools

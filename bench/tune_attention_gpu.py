@@ -1,0 +1,267 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Find the GPU attention's block sizes: measure the likely ones on this GPU and keep the best.
+
+    python -m bench.tune_attention_gpu [--head_dims=128,64,256] [--max_minutes=4] [--write]
+
+For each head dimension, with a pool of q's dtype and with a quantised one, it searches the prefill
+kernel's sizes, the decode kernel's for few sequences and those for many: at most eight candidates
+each, first what the formula gives. Each candidate must agree with the oracle. The best has the
+least geometric mean of its cases' times; the formula's stays where nothing is faster by more than a
+hundredth. With --write the best go to `pallas_paged/tuned/`, with the times that chose them;
+`mosaic_gpu.default_config` reads them there. When the time is over no other search begins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from bench import _clock, _report, _tuning
+from bench._attention_cases import SCALES, Call, Case, Runs, room_for
+from bench._attention_measure import random_inputs, step_on_gpu
+from pallas_paged.ragged_paged_attention import mosaic_gpu
+
+# `allow_override`: other commands have flags of these names, and a process may import several.
+_HEAD_DIMS = flags.DEFINE_list("head_dims", ["128", "64", "256"], "Head dimensions.")
+_POOL_DTYPES = flags.DEFINE_list(
+    "pool_dtypes", ["bfloat16", "float8_e4m3fn"], "Pools; one of 8 bits stands for all that are."
+)
+_PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Tokens in a page.", allow_override=True)
+_MAX_MINUTES = flags.DEFINE_float("max_minutes", 4.0, "No search begins after this.")
+_WRITE = flags.DEFINE_bool(
+    "write", False, "Write the best to pallas_paged/tuned/.", allow_override=True
+)
+
+_OP = "ragged_paged_attention"
+_SHAPE = ("head_dim", "is_quantized", "has_few_seqs", "page_size")
+# Means that count as equal: what two runs of one program differ by.
+_EQUAL = 1.01
+_TOLERANCE = 0.03  # see bench.attention
+_REPEATS = 10
+
+# What each search measures; all cases of one have equally many new tokens, so that they share a
+# program.
+SEARCHES: dict[str, dict[str, Runs]] = {
+    "prefill": {"prefill": ((2, 2048, 2048),), "chunked": ((8, 512, 8192),)},
+    "decode, few": {"16 x 4,096": ((16, 1, 4096),), "1 x 32,768": ((1, 1, 32768),)},
+    "decode, many": {"64 x 4,096": ((64, 1, 4096),), "256 x 1,024": ((256, 1, 1024),)},
+}
+# (query heads, KV heads) of the models that have heads of a dimension.
+_HEADS = {64: (32, 8), 128: (32, 8), 256: (16, 8)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A candidate's times, or why it has none.
+
+    Attributes:
+      config: the candidate.
+      times_us: case -> median.
+      refusal: first line of the sentence.
+    """
+
+    config: mosaic_gpu.Config
+    times_us: dict[str, float] = dataclasses.field(default_factory=dict)
+    refusal: str = ""
+
+    @property
+    def mean_us(self) -> float:
+        """Geometric mean of the cases' times."""
+        return statistics.geometric_mean(self.times_us.values())
+
+
+def main(argv: Sequence[str]) -> None:
+    """Searches, prints, writes."""
+    _report.start(argv, as_json=False, plot=None)
+    _report.require_known("head_dims", tuple(map(str, _HEADS)), _HEAD_DIMS.value)
+    _report.require_known("pool_dtypes", ("bfloat16", *SCALES), _POOL_DTYPES.value)
+    if _report.start_backends() != "gpu":
+        raise app.UsageError(
+            "the GPU's block sizes are measured on a GPU, and there is none; a TPU's: "
+            "python -m bench.tune_attention"
+        )
+    end = time.monotonic() + 60 * _MAX_MINUTES.value
+    kind = jax.devices()[0].device_kind
+    print(f"Measured on {kind}, pages of {_PAGE_SIZE.value}; kernel time, cold L2, microseconds.")
+    for head_dim, pool_dtype in itertools.product(map(int, _HEAD_DIMS.value), _POOL_DTYPES.value):
+        for entry in _tune(call_of(head_dim, pool_dtype), end):
+            if _WRITE.value:
+                _tuning.write(kind, _OP, entry, _SHAPE)
+
+
+def call_of(head_dim: int, pool_dtype: str) -> Call:
+    """The call that stands for all of a head dimension and kind of pool."""
+    heads, kv_heads = _HEADS[head_dim]
+    return Call(
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, page_size=_PAGE_SIZE.value,
+        pool_dtype=None if pool_dtype == "bfloat16" else pool_dtype,
+    )  # fmt: skip
+
+
+def _tune(call: Call, end: float) -> Iterator[dict[str, Any]]:
+    """The entries of a head dimension and kind of pool: for few sequences, and for many."""
+    prefill: Trial | None = None
+    for name, cases in SEARCHES.items():
+        title = f"head_dim {call.head_dim}, pool {call.pool_dtype or call.dtype}, {name}"
+        if time.monotonic() > end:
+            print(f"\n{title}: not tried, --max_minutes are over")
+            continue
+        trials = list(_trials(call, name, cases, prefill.config if prefill else None))
+        best = choose(trials)
+        print(f"\n{title}")
+        print(_report.table([_row(trial, cases, trial is best) for trial in trials], indent=2))
+        if name == "prefill":
+            prefill = best
+        else:
+            times = (prefill.times_us if prefill else {}) | best.times_us
+            yield entry_of(call, name == "decode, few", best.config, times)
+
+
+def _trials(
+    call: Call, name: str, runs: dict[str, Runs], prefill: mosaic_gpu.Config | None
+) -> Iterator[Trial]:
+    room = room_for(list(runs.values()), call.page_size, is_exact=True)
+    call = dataclasses.replace(call, **room)
+    cases = [Case(case, "", lens, call) for case, lens in runs.items()]
+    inputs = [random_inputs(case, seed=0) for case in cases]
+    oracle = jax.jit(call.step("oracle"))
+    wanted = [oracle(q, pool, *metadata) for pool, q, *metadata in inputs]
+    configs = candidates(call, name, prefill)
+    with _report.Progress(len(configs), f"{name}:") as progress:
+        for config in configs:
+            yield _try(call, config, cases, inputs, wanted)
+            progress.step(_sizes(config, name))
+
+
+def _try(call: Call, config, cases, inputs, wanted) -> Trial:
+    """Checks and times one candidate."""
+    step = step_on_gpu(dataclasses.replace(call, config=config).step("mosaic_gpu"))
+    run = jax.jit(step, donate_argnums=0)  # the program that is timed, compiled once
+    times = {}
+    try:
+        for case, (pool, q, *metadata), want in zip(cases, inputs, wanted, strict=True):
+            got = run(jnp.zeros_like(q), q, pool, *metadata)
+            error = np.abs(np.asarray(want, np.float32) - np.asarray(got, np.float32)).max()
+            if not error <= _TOLERANCE:
+                raise ValueError(f"differs from the oracle by {error:.3g}")
+            timing = _clock.time_kernels(step, [got], (q, pool, *metadata), repeats=_REPEATS)
+            times[case.name] = timing.median_us
+    except (RuntimeError, ValueError) as e:
+        return Trial(config, refusal=str(e).splitlines()[0])
+    return Trial(config, times)
+
+
+def candidates(
+    call: Call, name: str, prefill: mosaic_gpu.Config | None
+) -> list[mosaic_gpu.Config]:
+    """What a search tries, the formula's first: rings as long as shared memory allows, and shorter.
+
+    Args:
+      call: with room for the search's lengths.
+      name: a key of SEARCHES.
+      prefill: whose prefill kernel decodes are measured with; None for the formula's.
+    """
+    is_quantized = call.pool_dtype is not None
+    base = mosaic_gpu.formula(call.head_dim, is_quantized, call.max_seqs)
+    kernel = name.split(",")[0]
+    if prefill is not None:
+        names = [f.name for f in dataclasses.fields(prefill) if f.name.startswith("prefill")]
+        base = dataclasses.replace(base, **{name: getattr(prefill, name) for name in names})
+
+    def make(keys: int, slots: int, raw_slots: int, blocks: int) -> mosaic_gpu.Config:
+        sizes: dict[str, int] = {
+            f"{kernel}_block_keys": keys, f"{kernel}_slots": slots,
+            f"{kernel}_raw_slots": raw_slots,
+        }  # fmt: skip
+        if kernel == "decode":
+            sizes["decode_blocks_per_sm"] = blocks
+        return dataclasses.replace(base, **sizes)
+
+    def most(sizes: Sequence[mosaic_gpu.Config]) -> list[mosaic_gpu.Config]:
+        return [config for config in sizes if fits(call, config)][-1:]
+
+    found = [base]
+    # Registers for three warpgroups are those of a multiprocessor.
+    blocks_per_sm = (1, 2) if kernel == "decode" and not is_quantized else (1,)
+    for keys, blocks in itertools.product((64, 128), blocks_per_sm):
+        if is_quantized:
+            raws = [[make(keys, slots, n, blocks) for n in range(1, 17)] for slots in (2, 3)]
+            longest = [config for sizes in raws for config in most(sizes)]
+            found += longest + [config for sizes in raws[:1] for config in most(sizes[:4])]
+        else:
+            longest = most([make(keys, n, 2, blocks) for n in range(2, 13)])
+            shorter = [
+                make(keys, getattr(config, f"{kernel}_slots") - 1, 2, blocks)
+                for config in longest
+                if getattr(config, f"{kernel}_slots") > 2
+            ]
+            found += longest + shorter
+    return list(dict.fromkeys(found))[:8]
+
+
+def fits(call: Call, config: mosaic_gpu.Config) -> bool:
+    """Whether shared memory has room for a config's blocks, all that share a multiprocessor."""
+    blocks = config.decode_blocks_per_sm
+    if dataclasses.replace(call, config=config).unsupported("mosaic_gpu"):
+        return False
+    needed = mosaic_gpu.shared_bytes(mosaic_gpu.shape_of(*call.arrays(), call.num_kv_heads), config)
+    return blocks * needed[1] <= mosaic_gpu.SHARED_BYTES - 1024 * (blocks - 1)
+
+
+def choose(trials: Sequence[Trial]) -> Trial:
+    """The best trial: see the module.
+
+    Raises:
+      ValueError: no candidate has times.
+    """
+    done = [trial for trial in trials if trial.times_us]
+    if not done:
+        raise ValueError(f"no candidate ran: {[trial.refusal for trial in trials]}")
+    best = min(done, key=lambda trial: trial.mean_us)
+    return done[0] if done[0].mean_us <= best.mean_us * _EQUAL else best
+
+
+def entry_of(
+    call: Call, has_few_seqs: bool, config: mosaic_gpu.Config, times_us: dict[str, float]
+) -> dict[str, Any]:
+    """An entry of `pallas_paged.tuned`."""
+    where = _report.environment()
+    return {
+        "head_dim": call.head_dim,
+        "is_quantized": call.pool_dtype is not None,
+        "has_few_seqs": has_few_seqs,
+        "page_size": call.page_size,
+        "config": dataclasses.asdict(config),
+        "num_heads": call.num_heads,
+        "num_kv_heads": call.num_kv_heads,
+        "measured_us": {case: round(time, 2) for case, time in times_us.items()},
+        **{name: where[name] for name in ("device_kind", "jax", "commit", "date")},
+    }
+
+
+def _row(trial: Trial, cases: dict[str, Runs], is_best: bool) -> dict[str, str]:
+    name = "prefill" if "prefill" in cases else "decode"
+    row = {"keys:slots:raw:blocks": _sizes(trial.config, name), **dict.fromkeys(cases, "-")}
+    row |= {case: f"{time:.1f}" for case, time in trial.times_us.items()}
+    row["mean"] = f"{trial.mean_us:.1f}" if trial.times_us else "-"
+    return row | {"": "best" if is_best else trial.refusal}
+
+
+def _sizes(config: mosaic_gpu.Config, name: str) -> str:
+    kernel = name.split(",")[0]
+    sizes = [getattr(config, f"{kernel}_{what}") for what in ("block_keys", "slots", "raw_slots")]
+    blocks = config.decode_blocks_per_sm if kernel == "decode" else 1
+    return ":".join(map(str, [*sizes, blocks]))
+
+
+if __name__ == "__main__":
+    app.run(main)
