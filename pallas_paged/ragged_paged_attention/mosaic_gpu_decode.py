@@ -284,7 +284,12 @@ def _each_segment(inputs, shape: Shape, body):
         )  # fmt: skip
         return place + segment.count, seq, body(segment, step)
 
-    start = begin, search(schedule, BLOCKS, max_seqs, begin, shape.num_kv_heads), jnp.int32(0)
+    first = lax.cond(
+        begin < end,
+        lambda: search(schedule, BLOCKS, max_seqs, begin, shape.num_kv_heads),
+        lambda: jnp.int32(0),
+    )
+    start = begin, first, jnp.int32(0)
     return lax.while_loop(lambda state: state[0] < end, one, start)[2]
 
 

@@ -299,7 +299,13 @@ def _each_tile(inputs, shape: Shape, body):
 
     # Decodes may stand before the first tile, too many to walk by; later ones are few at a time.
     block = lax.axis_index("block")
-    start = block, search(schedule, TILES, max_seqs, block // shape.num_heads, 1), jnp.int32(0)
+    # Where there is none, as in most steps of an engine, nobody waits for the search.
+    first = lax.cond(
+        num_seq_tiles > 0,
+        lambda: search(schedule, TILES, max_seqs, block // shape.num_heads, 1),
+        lambda: jnp.int32(0),
+    )
+    start = block, first, jnp.int32(0)
     return lax.while_loop(lambda state: state[0] < total, one, start)[2]
 
 
