@@ -383,15 +383,27 @@ BUGS = {
     # --- new tokens
     "new_tokens_one_row_late": (
         "mosaic_tpu_new",
-        "row = rem(i, per_page) * piece + a - i * piece",
-        "row = rem(i, per_page) * piece + a - i * piece + 1",
+        "rem(i, per_page) * piece + row",
+        "rem(i, per_page) * piece + row + 1",
         NEW_PREFILL, "eager", "pool",
     ),
     "last_page_of_a_chunk_not_sent": (
         "mosaic_tpu_new",
-        "jnp.where(first < end, ceil_div(end, piece), 0)",
-        "jnp.where(first < end, div(end, piece), 0)",
+        "is_wanted = (end_piece > first_piece) & (end_piece * piece < end)",
+        "is_wanted = end < 0",
+        NEW_WINDOWS, "eager", "pool",
+    ),
+    "first_page_of_a_chunk_not_sent": (
+        "mosaic_tpu_new",
+        "num_tokens, first < end, refs.state[SENT]",
+        "num_tokens, first > end, refs.state[SENT]",
         NEW_PREFILL, "eager", "pool",
+    ),
+    "last_whole_page_of_a_chunk_not_sent": (
+        "mosaic_tpu_new",
+        "at < end_piece, num_sent",
+        "at + 1 < end_piece, num_sent",
+        NEW_WINDOWS, "eager", "pool",
     ),
     "page_of_two_windows_sent_before_it_is_full": (
         "mosaic_tpu_new",
@@ -407,26 +419,26 @@ BUGS = {
     ),
     "new_token_of_a_decode_not_put": (
         "mosaic_tpu_new",
-        "refs.slots[target, words, 0, :] = refs.slots[source + c * walk.new_rows, words, 0, :]",
+        "rows.copy_token(target, plan.source + c * walk.new_rows, walk.heads.num_words)",
         "pass",
         NEW_DECODES, "eager", "numbers",
     ),
     "new_token_of_a_decode_put_one_row_late": (
         "mosaic_tpu_new",
-        "place.row + c * place.lane_tile_rows + unit.position - first",
-        "place.row + c * place.lane_tile_rows + unit.position - first + 1",
+        "place.row + c * place.lane_tile_rows + plan.row",
+        "place.row + c * place.lane_tile_rows + plan.row + 1",
         NEW_DECODES, "eager", "numbers",
     ),
     "new_token_of_a_decode_from_the_first_lane_tile": (
         "mosaic_tpu_new",
-        "= refs.slots[source + c * walk.new_rows, words, 0, :]",
-        "= refs.slots[source, words, 0, :]",
+        "copy_token(target, plan.source + c * walk.new_rows,",
+        "copy_token(target, plan.source,",
         Call(WIDE, "new decodes", writes=True), "eager", "numbers",
     ),
     "new_token_of_a_decode_not_sent": (
         "mosaic_tpu_new",
-        "num_sent = _send(walk, refs, unit.seq, page, row, source, 1)",
-        "num_sent = 0",
+        "plan.source, 1, plan.is_put)",
+        "plan.source, 1, jnp.bool_(False))",
         NEW_DECODES, "eager", "pool",
     ),
     "old_tokens_of_the_first_page_not_brought": (
