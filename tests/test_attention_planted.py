@@ -69,13 +69,15 @@ class Call:
     sm_scale: float = 0.1
     writes: bool = False  # whether the call writes its new tokens, too
     table_part: int | None = None  # of a streamed page table
+    has_lse: bool = True  # whether the log-sum-exp is asked for
 
     @property
     def id(self):
         """A readable name."""
         parts = [self.setup.id, self.lens]
         parts += ["write"] if self.writes else []
-        return "-".join(parts + (["streamed"] if self.table_part else []))
+        parts += ["streamed"] if self.table_part else []
+        return "-".join(parts + ([] if self.has_lse else ["no_lse"]))
 
     def case(self):
         """The call's arrays; the first row has no sequence."""
@@ -97,6 +99,7 @@ CAPPED = dataclasses.replace(PLAIN, soft_cap=1.0)
 SCALED = Setup(2, 2, 128, 32, "float32", "int8", scale="head")
 NARROW = Setup(2, 1, 32, 32)  # K and V in one row
 BF16 = Setup(2, 2, 128, 32, "bfloat16", "bfloat16")
+CHUNKS = dataclasses.replace(BF16, config=(384, 128, 2))  # a block is two products of a prefill
 PADDED = Setup(2, 1, 96, 32)  # lanes behind K hold NaN
 PARTS = Setup(2, 1, 128, 192)  # a page in two pieces: parts of 96
 SEVERAL = dataclasses.replace(PLAIN, config=(128, 128, 4, 2))  # blocks to a body
@@ -111,7 +114,9 @@ NEW, NEW_SHORT, NEW_DECODES, NEW_PREFILL, NEW_WINDOWS = (
     for lens in ("new", "new short", "new decodes", "new prefill", "new windows")
 )
 STREAMED = Call(PLAIN, "decodes", table_part=8)
+PAIRS = Call(BF16, "one prefill", has_lse=False)  # masks weights in pairs
 CONTROLS = (
+    PAIRS,
     LONG, DECODES, PREFILLS, SHARED, HOLES, STREAMED, NEW, NEW_SHORT,
     Call(WIDE, "new decodes", writes=True), Call(SCALED, "new decodes", writes=True),
     Call(SINKS, "one prefill"), Call(SINKS, "decodes"), Call(CAPPED, "one decode"),
@@ -356,6 +361,24 @@ BUGS = {
         "    if True:",
         Call(NARROW, "one decode"), "eager", "numbers",
     ),
+    "weight_masked_by_the_other_of_its_pair": (
+        "mosaic_tpu_attend",
+        "seen_keys(score, key + i, position,",
+        "seen_keys(score, key + 1 - i, position,",
+        PAIRS, "eager", "numbers",
+    ),
+    "pairs_of_the_first_keys_masked_alone": (
+        "mosaic_tpu_attend",
+        "key = start + 2 * lax",
+        "key = 2 * lax",
+        dataclasses.replace(PAIRS, setup=CHUNKS, lens="long"), "eager", "numbers",
+    ),
+    "rest_of_a_weight_subtracted": (
+        "mosaic_tpu_attend",
+        "weights - first], axis=0)",
+        "first - weights], axis=0)",
+        Call(BF16, "one decode"), "eager", "numbers",
+    ),
     "odd_tokens_before_even": (
         "mosaic_tpu_operands",
         "even, odd = load(word, lane_tile, 0), load(word, lane_tile, 1)",
@@ -555,7 +578,7 @@ def _symptom(module, call, mode):
             lambda operands, arrays: [
                 x
                 for x in op(
-                    *operands, **arrays, return_lse=True,
+                    *operands, **arrays, return_lse=call.has_lse,
                     config=module.Config(*call.setup.config), **static,
                 )
                 if x is not None
@@ -566,12 +589,13 @@ def _symptom(module, call, mode):
 
     try:
         with counted_slots(case.kv_pages) as (_, writes):
-            out, lse, *kv_pages = interpret_all(run, mode)
+            out, *more = interpret_all(run, mode)
     except RaceFoundError:
         return "race"
     except jax.errors.JaxRuntimeError as e:
         assert "interpret_pallas_call.py" in str(e), e  # it ran, and the interpreter refused
         return "error"
+    lse, *kv_pages = more if call.has_lse else (None, *more)
     if call.lens.startswith("absurd"):
         if not call.writes:
             return None
