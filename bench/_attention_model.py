@@ -323,7 +323,7 @@ def _part(role: parts.Role) -> str:
         return "prefill bodies"
     if "pieces" in event or "fetch" in event:
         return "DMA loops"
-    if event.startswith(("put", "make", "send")):
+    if event.startswith(("make", "send")):
         return "new tokens"
     if event.startswith(("find", "skip", "slow")):
         return "finding units"
@@ -378,11 +378,15 @@ def _check(case, blocks, tree, roles, runs, counts) -> int:
     wanted *= case.call.heads.lane_tiles
     per_body = _blocks_of_bodies(blocks)
     taken = sum(counts[place, "body"] * number for place, number in per_body.items())
+    # A body of decodes sends new tokens among the DMAs, one for each decode that it may end.
+    puts = {FULL: blocks.full_parts, SEVERAL: blocks.blocks_per_body, SINGLE: 1}
     sent, scheduled, predicated = 0, 0.0, 0
     for node in tree.walk():
         role = roles[node.path]
         if "pieces" in role[1] or role == (walk.FILL, "body") or node.own.slots.get("MATMUL"):
-            scheduled += node.own.dma_issues * runs[node.path]
+            is_put = case.call.writes and role[1] == "body"
+            of_puts = puts.get(role[0], 0) * case.call.heads.lane_tiles * is_put
+            scheduled += (node.own.dma_issues - of_puts) * runs[node.path]
     for place, number in (per_body | {walk.FILL: 1}).items():
         pieces = sum(counts[place, f"pieces{b}"] for b in range(number))
         sent += pieces * case.call.heads.lane_tiles

@@ -20,6 +20,7 @@ DECODES = (END, "decodes")  # the bodies that are a decode's
 MIXED = (END, "mixed")  # those of them that are not of full blocks
 NEVER = (END, "never")
 Role = tuple[str, str]
+_MOST_DELAY_SLOTS = max(g.branch_delay_slots for g in ts.GENERATIONS.values())
 Roles = dict[tuple[int, ...], Role]
 
 
@@ -43,8 +44,8 @@ def _loop(node: ts.Node) -> ts.Node | None:
     """The loop that a node is, or that it only guards."""
     if node.kind == "loop":
         return node
-    # On a v4 the delay slots of the loop's branch are the region's own.
-    is_guard = node.own.bundles <= 2 and len(node.children) == 1
+    # The delay slots of the loop's branch may be the region's own.
+    is_guard = node.own.bundles <= _MOST_DELAY_SLOTS and len(node.children) == 1
     return node.children[0] if is_guard and node.children[0].kind == "loop" else None
 
 
@@ -63,13 +64,11 @@ def _form(node: ts.Node) -> str:
     if own.slots.get("MATMUL"):
         return "products"
     moves = own.vector_loads and own.vector_stores
-    if not inside and moves and own.dma_issues and not own.dma_waits:
-        return "put"
     if inside == ["rows"] and moves and not own.dma_issues:
         return "make"
     if not own.dma_issues and not own.vector_stores:
-        if inside in (["put"], ["again"]):  # on a condition of their own
-            return inside[0]
+        if inside == ["again"]:  # on a condition of its own
+            return "again"
         if own.dma_waits:
             return {"pieces": "again", "find": "next"}.get(" ".join(inside), "")
         if inside == ["search"]:
@@ -204,11 +203,8 @@ def _first(node: ts.Node) -> Roles:
 
 
 def _decode(node: ts.Node, place: str, children: Sequence[ts.Node]) -> Roles:
-    """A body of decodes: its children put new tokens, find and fetch blocks."""
+    """A body of decodes: its children find and fetch blocks."""
     forms = [_form(child) for child in children]
-    puts, children = children[: forms.count("put")], children[forms.count("put") :]
-    _expect(node, forms[: len(puts)], ["put"] * len(puts))
-    forms = forms[len(puts) :]
     pieces = ["pieces"] * forms.count("pieces")
     found = {node.path: (place, "body")}
     if place == SINGLE:
@@ -226,11 +222,6 @@ def _decode(node: ts.Node, place: str, children: Sequence[ts.Node]) -> Roles:
             for one in fetch.children:
                 found |= _find(one, place, b)
                 b += 1
-    number = max(1, sum(event.startswith("find") and event[4:].isdigit() for _, event in
-                        found.values()))  # of blocks
-    for i, put in enumerate(puts):  # a put after each decode's last block
-        event = f"put{(i + 1) * number // len(puts) - 1}"
-        found |= dict.fromkeys((one.path for one in put.walk()), (place, event))
     for b, loop in enumerate(loops):
         found |= _looped(loop, (place, f"fetch{b}"), (place, f"pieces{b}"))
     return found

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from pallas_paged.ragged_paged_attention import mosaic_tpu, mosaic_tpu_refs
+from pallas_paged.ragged_paged_attention import mosaic_tpu, mosaic_tpu_new, mosaic_tpu_refs
 from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import ROW_TILE
 
 # The bodies: many full blocks of a decode (or of two), many blocks of any decodes, one block of a
@@ -109,8 +109,8 @@ def trips(
       went block by block), these also with "_1" of a second part; "find<b>", "skip<b>" and
       "skip_trips<b>" of the b-th block fetched, "fetch<b>" and "pieces<b>"; of a prefill "last",
       and "masked", "masked_fetch" and "masked_pieces" and the same with "unmasked". Where the call
-      writes, "put<b>" of a body's b-th block, the last of its decode; of a prefill's window "make"
-      and "make_trips" (its row tiles but the first), "send" and "send_trips" (pages, or parts).
+      writes, of a prefill's window "make" and "make_trips" (its row tiles but the first), "send"
+      and "send_trips" (whole pages, or parts, but the first; some a trip).
     """
     return _Walk(lens, blocks, sliding_window, writes).run()
 
@@ -211,10 +211,6 @@ class _Walk:
                 if self.writes:
                     self.make(unit)
         self.count(place, "body")
-        if self.writes and place != PREFILL:
-            for b, (i, taken_block) in enumerate(taken):
-                is_over = taken_block + 1 == self.units[i].num_blocks(self.blocks.pieces)
-                self.count(place, f"put{b}", is_over)
         num_pieces = self.next_fetches(place, len(taken))
         self.taken += len(taken)
         if self.taken > self.fetched:
@@ -238,8 +234,9 @@ class _Walk:
         end = unit.position + unit.end - unit.row
         end = end if unit.is_last else end // piece * piece
         if first < end:
-            self.count(PREFILL, "send")
-            self.count(PREFILL, "send_trips", _cdiv(end, piece) - first // piece)
+            num_whole = max(0, end // piece - first // piece - 1)
+            self.count(PREFILL, "send", num_whole > 0)
+            self.count(PREFILL, "send_trips", _cdiv(num_whole, mosaic_tpu_new._PIECES_TOGETHER))
 
     def decode(self, unit: _Unit, block: int, taken: list[tuple[int, int]]) -> str:
         """Which body takes a decode's next block; adds the blocks behind it that it takes."""

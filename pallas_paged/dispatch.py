@@ -33,6 +33,11 @@ def tpu_generation() -> int | None:
     return pltpu.get_tpu_info().generation if pltpu.is_tpu_device() else None
 
 
+def tpu_vmem_bytes() -> int | None:
+    """VMEM of a core of the TPU that a call is traced for, None elsewhere."""
+    return pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else None
+
+
 def tpu_device_kind() -> str | None:
     """What jax calls the TPU that a call is traced for ("TPU v6 lite"), None elsewhere."""
     if not pltpu.is_tpu_device():

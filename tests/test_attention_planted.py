@@ -69,13 +69,15 @@ class Call:
     sm_scale: float = 0.1
     writes: bool = False  # whether the call writes its new tokens, too
     table_part: int | None = None  # of a streamed page table
+    has_lse: bool = True  # whether the log-sum-exp is asked for
 
     @property
     def id(self):
         """A readable name."""
         parts = [self.setup.id, self.lens]
         parts += ["write"] if self.writes else []
-        return "-".join(parts + (["streamed"] if self.table_part else []))
+        parts += ["streamed"] if self.table_part else []
+        return "-".join(parts + ([] if self.has_lse else ["no_lse"]))
 
     def case(self):
         """The call's arrays; the first row has no sequence."""
@@ -97,6 +99,7 @@ CAPPED = dataclasses.replace(PLAIN, soft_cap=1.0)
 SCALED = Setup(2, 2, 128, 32, "float32", "int8", scale="head")
 NARROW = Setup(2, 1, 32, 32)  # K and V in one row
 BF16 = Setup(2, 2, 128, 32, "bfloat16", "bfloat16")
+CHUNKS = dataclasses.replace(BF16, config=(384, 128, 2))  # a block is two products of a prefill
 PADDED = Setup(2, 1, 96, 32)  # lanes behind K hold NaN
 PARTS = Setup(2, 1, 128, 192)  # a page in two pieces: parts of 96
 SEVERAL = dataclasses.replace(PLAIN, config=(128, 128, 4, 2))  # blocks to a body
@@ -111,7 +114,9 @@ NEW, NEW_SHORT, NEW_DECODES, NEW_PREFILL, NEW_WINDOWS = (
     for lens in ("new", "new short", "new decodes", "new prefill", "new windows")
 )
 STREAMED = Call(PLAIN, "decodes", table_part=8)
+PAIRS = Call(BF16, "one prefill", has_lse=False)  # masks weights in pairs
 CONTROLS = (
+    PAIRS,
     LONG, DECODES, PREFILLS, SHARED, HOLES, STREAMED, NEW, NEW_SHORT,
     Call(WIDE, "new decodes", writes=True), Call(SCALED, "new decodes", writes=True),
     Call(SINKS, "one prefill"), Call(SINKS, "decodes"), Call(CAPPED, "one decode"),
@@ -356,6 +361,24 @@ BUGS = {
         "    if True:",
         Call(NARROW, "one decode"), "eager", "numbers",
     ),
+    "weight_masked_by_the_other_of_its_pair": (
+        "mosaic_tpu_attend",
+        "seen_keys(score, key + i, position,",
+        "seen_keys(score, key + 1 - i, position,",
+        PAIRS, "eager", "numbers",
+    ),
+    "pairs_of_the_first_keys_masked_alone": (
+        "mosaic_tpu_attend",
+        "key = start + 2 * lax",
+        "key = 2 * lax",
+        dataclasses.replace(PAIRS, setup=CHUNKS, lens="long"), "eager", "numbers",
+    ),
+    "rest_of_a_weight_subtracted": (
+        "mosaic_tpu_attend",
+        "weights - first], axis=0)",
+        "first - weights], axis=0)",
+        Call(BF16, "one decode"), "eager", "numbers",
+    ),
     "odd_tokens_before_even": (
         "mosaic_tpu_operands",
         "even, odd = load(word, lane_tile, 0), load(word, lane_tile, 1)",
@@ -383,15 +406,27 @@ BUGS = {
     # --- new tokens
     "new_tokens_one_row_late": (
         "mosaic_tpu_new",
-        "row = rem(i, per_page) * piece + a - i * piece",
-        "row = rem(i, per_page) * piece + a - i * piece + 1",
+        "rem(i, per_page) * piece + row",
+        "rem(i, per_page) * piece + row + 1",
         NEW_PREFILL, "eager", "pool",
     ),
     "last_page_of_a_chunk_not_sent": (
         "mosaic_tpu_new",
-        "jnp.where(first < end, ceil_div(end, piece), 0)",
-        "jnp.where(first < end, div(end, piece), 0)",
+        "is_wanted = (end_piece > first_piece) & (end_piece * piece < end)",
+        "is_wanted = end < 0",
+        NEW_WINDOWS, "eager", "pool",
+    ),
+    "first_page_of_a_chunk_not_sent": (
+        "mosaic_tpu_new",
+        "num_tokens, first < end, refs.state[SENT]",
+        "num_tokens, first > end, refs.state[SENT]",
         NEW_PREFILL, "eager", "pool",
+    ),
+    "last_whole_page_of_a_chunk_not_sent": (
+        "mosaic_tpu_new",
+        "at < end_piece, num_sent",
+        "at + 1 < end_piece, num_sent",
+        NEW_WINDOWS, "eager", "pool",
     ),
     "page_of_two_windows_sent_before_it_is_full": (
         "mosaic_tpu_new",
@@ -407,26 +442,26 @@ BUGS = {
     ),
     "new_token_of_a_decode_not_put": (
         "mosaic_tpu_new",
-        "refs.slots[target, words, 0, :] = refs.slots[source + c * walk.new_rows, words, 0, :]",
+        "rows.copy_token(target, plan.source + c * walk.new_rows, walk.heads.num_words)",
         "pass",
         NEW_DECODES, "eager", "numbers",
     ),
     "new_token_of_a_decode_put_one_row_late": (
         "mosaic_tpu_new",
-        "place.row + c * place.lane_tile_rows + unit.position - first",
-        "place.row + c * place.lane_tile_rows + unit.position - first + 1",
+        "place.row + c * place.lane_tile_rows + plan.row",
+        "place.row + c * place.lane_tile_rows + plan.row + 1",
         NEW_DECODES, "eager", "numbers",
     ),
     "new_token_of_a_decode_from_the_first_lane_tile": (
         "mosaic_tpu_new",
-        "= refs.slots[source + c * walk.new_rows, words, 0, :]",
-        "= refs.slots[source, words, 0, :]",
+        "copy_token(target, plan.source + c * walk.new_rows,",
+        "copy_token(target, plan.source,",
         Call(WIDE, "new decodes", writes=True), "eager", "numbers",
     ),
     "new_token_of_a_decode_not_sent": (
         "mosaic_tpu_new",
-        "num_sent = _send(walk, refs, unit.seq, page, row, source, 1)",
-        "num_sent = 0",
+        "plan.source, 1, plan.is_put)",
+        "plan.source, 1, jnp.bool_(False))",
         NEW_DECODES, "eager", "pool",
     ),
     "old_tokens_of_the_first_page_not_brought": (
@@ -543,7 +578,7 @@ def _symptom(module, call, mode):
             lambda operands, arrays: [
                 x
                 for x in op(
-                    *operands, **arrays, return_lse=True,
+                    *operands, **arrays, return_lse=call.has_lse,
                     config=module.Config(*call.setup.config), **static,
                 )
                 if x is not None
@@ -553,12 +588,13 @@ def _symptom(module, call, mode):
 
     try:
         with counted_slots(case.kv_pages) as (_, writes):
-            out, lse, *kv_pages = interpret_all(run, mode)
+            out, *more = interpret_all(run, mode)
     except RaceFoundError:
         return "race"
     except jax.errors.JaxRuntimeError as e:
         assert "interpret_pallas_call.py" in str(e), e  # it ran, and the interpreter refused
         return "error"
+    lse, *kv_pages = more if call.has_lse else (None, *more)
     if call.lens.startswith("absurd"):
         if not call.writes:
             return None

@@ -30,13 +30,17 @@ from pallas_paged.ragged_paged_attention import mosaic_tpu_attend as attend
 from pallas_paged.ragged_paged_attention import mosaic_tpu_table as page_table
 from pallas_paged.ragged_paged_attention.mosaic_tpu_attend import Score
 from pallas_paged.ragged_paged_attention.mosaic_tpu_operands import Heads
-from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import ROW_TILE, STATE_SIZE, Walk
+from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
+    ROW_TILE,
+    STATE_SIZE,
+    Walk,
+    new_rows,
+)
 from pallas_paged.ragged_paged_attention.mosaic_tpu_walk import kernel
 
 # What the kernel leaves of a generation's VMEM to the compiler and to XLA's prefetches.
 _VMEM_SHARE = 0.75
-_VMEM_BYTES = {4: 16 * 2**20, 5: 64 * 2**20, 6: 128 * 2**20, 7: 64 * 2**20}
-_SMALLEST_VMEM = 16 * 2**20
+_SMALLEST_VMEM = 16 * 2**20  # a v4's, for calls that are traced for no TPU
 # Keys of heads in the largest body of a decode, about 4,000 bundles.
 _MAX_BODY = 16_384
 # Page table entries that SMEM (1 MiB) holds beside the other metadata; longer tables are streamed,
@@ -119,7 +123,7 @@ def fits(heads: Heads, config: Config, num_new_tokens: int = 0) -> bool:
 
 
 def _vmem_capacity() -> int:
-    return _VMEM_BYTES.get(dispatch.tpu_generation() or 0, _SMALLEST_VMEM)
+    return dispatch.tpu_vmem_bytes() or _SMALLEST_VMEM
 
 
 def vmem_bytes(
@@ -138,9 +142,10 @@ def vmem_bytes(
     body = 3 * config.block_keys * rows * 4  # scores, weights and the mask of one head
     new = 0
     if num_new_tokens:
-        # With a page, at most a block of keys, before them; and the windows of k and v, of which
-        # [T, K, H] pads the heads to whole tiles.
-        new = (_round_up(num_new_tokens, config.block_keys) + 2 * config.block_keys) * slot
+        # With the part of a page, at most a block of keys, that may be before them; and the windows
+        # of k and v, of which [T, K, H] pads the heads to whole tiles.
+        tokens = _round_up(num_new_tokens, ROW_TILE)
+        new = new_rows(tokens, config.block_keys, config.block_keys, window) * slot
         new += 2 * window * _round_up(heads.num_kv_heads, 16) * heads.lanes * 4
     return ring + windows + prefill + decode + lse + body + new
 

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_paged import layout
-from pallas_paged.ragged_paged_attention.mosaic_tpu_operands import Heads, keys, values
+from pallas_paged.ragged_paged_attention.mosaic_tpu_operands import HIGH, LOW, Heads, keys, values
 
 _LOG2_E = math.log2(math.e)
 _SUBLANES = 8
@@ -192,7 +193,7 @@ def decode(
                 total += sum(
                     p[:, c : c + layout.LANES] for c in range(0, num_keys, layout.LANES)
                 )
-                weights_of_step[row] = p.astype(heads.compute_dtype)
+                weights_of_step[row] = _parts(p, heads.compute_dtype)
             after[row] = _State(top, total, acc * _wide(rescale, heads.lane_tiles))
         return weights, after
 
@@ -202,9 +203,10 @@ def decode(
         v = values(heads, step.load, head, None if is_full else is_token)
         for row, mask in _head_rows(heads, head):
             acc = state[row].acc
-            o = acc + jnp.dot(
+            o = jnp.dot(
                 weights[row], v, precision=heads.precision, preferred_element_type=jnp.float32
             )
+            o = acc + sum(o[part : part + _SUBLANES] for part in range(0, o.shape[0], _SUBLANES))
             state[row] = state[row]._replace(acc=_select(mask, o, acc))
 
     def finish(step, state):
@@ -247,6 +249,16 @@ def decode(
     for row in rows:
         for ref, x in zip((m_ref, l_ref, acc_ref), state[row], strict=True):
             ref[pl_rows(row)] = x
+
+
+def _parts(weights, dtype):
+    """Eight rows of float32 weights as the matrix unit takes them: in bfloat16 as two parts, whose
+    products it sums in float32. The second fills the half of a register that eight rows leave."""
+    if dtype == jnp.float32:
+        return weights
+    bits = lax.bitcast_convert_type(weights, jnp.uint32)
+    first = lax.bitcast_convert_type(bits & jnp.uint32(HIGH), jnp.float32)
+    return jnp.concatenate([first, weights - first], axis=0).astype(dtype)
 
 
 def _joined(heads: Heads, steps: Sequence[Step], num_keys: int) -> list[list[Step]]:
@@ -349,6 +361,20 @@ def prefill(
     # Rows of ones below V: the matrix unit sums the weights too, as it rounded them.
     ones = jnp.ones((2 * _SUBLANES, num_keys), heads.compute_dtype)
 
+    # A mask of pairs of weights is half as large as one of scores, and all heads share it. The
+    # log-sum-exp is of weights that are not rounded.
+    masks_pairs = is_masked and heads.compute_dtype == jnp.bfloat16 and not score.return_lse
+
+    @functools.cache
+    def seen_pairs(start, number):
+        """Which weights of keys from `start` on count: uint32[keys / 2, tokens], a half a key."""
+        shape = (number // 2, q_ref.shape[0])
+        position = first_position + lax.broadcasted_iota(jnp.int32, (1, shape[1]), 1)
+        key = start + 2 * lax.broadcasted_iota(jnp.int32, shape, 0)
+        low, high = (seen_keys(score, key + i, position, first, end, window) for i in range(2))
+        zero = jnp.uint32(0)
+        return jnp.where(low, jnp.uint32(LOW), zero) | jnp.where(high, jnp.uint32(HIGH), zero)
+
     @functools.cache
     def keys_of(head):
         return keys(heads, load, head)
@@ -369,11 +395,17 @@ def prefill(
                 precision=heads.precision, preferred_element_type=jnp.float32,
             )  # [keys, rows]
             s = scores(score, s, scale)
-            if is_masked:
+            if is_masked and not masks_pairs:
                 key = start + lax.broadcasted_iota(jnp.int32, s.shape, 0)
                 seen = seen_keys(score, key, first_position + token, first, end, window)
                 s = jnp.where(seen, s, -jnp.inf)
-            weights.append(jnp.exp2(s - shift))
+            p = jnp.exp2(s - shift)
+            if masks_pairs:
+                mask = seen_pairs(start, p.shape[0])
+                mask = jnp.concatenate([mask] * (p.shape[1] // mask.shape[1]), axis=1)
+                pairs = pltpu.bitcast(p.astype(jnp.bfloat16), jnp.uint32)
+                p = pltpu.bitcast(pairs & mask, jnp.bfloat16)
+            weights.append(p)
         if score.return_lse:  # which is of the weights as they are
             parts = sum(jnp.sum(p.reshape(-1, _SUBLANES, p.shape[1]), axis=0) for p in weights)
             exact = l_ref[head, 8:, at]

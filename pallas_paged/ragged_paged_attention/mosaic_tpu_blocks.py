@@ -328,13 +328,13 @@ def _runs(walk: Walk, step: int) -> range:
 def load(
     walk: Walk, refs: Refs, place: Place, issue, word: int, lane_tile: int, parity: int | None
 ):
-    """Words of a block; see operands' `keys`. Calls `issue` before each run of rows."""
+    """Words of a block; see operands' `keys`. Calls `issue` behind each run of rows."""
     first, step = (0, 1) if parity is None else (parity, 2)
     row = place.row + lane_tile * place.lane_tile_rows + first
     rows = Rows(refs.slots, walk.is_interpreted)
     runs = []
     for start in _runs(walk, step):
-        issue()
         num_rows = min(_LOAD_ROWS, (walk.block - start) // step)
         runs.append(rows.load(row + start, num_rows, word, step))
+        issue()
     return lax.bitcast_convert_type(jnp.concatenate(runs, axis=0), jnp.uint32)

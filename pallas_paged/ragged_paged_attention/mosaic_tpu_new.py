@@ -9,7 +9,8 @@ parts of one that are fetched), a page that a later unit fills with that unit.
 """
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -33,6 +34,9 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
     rem,
 )
 from pallas_paged.ragged_paged_attention.mosaic_tpu_units import rows_of
+
+# Whole pieces of a prefill that are sent in one trip of a loop.
+_PIECES_TOGETHER = 4
 
 
 def row_of(walk: Walk, token):
@@ -113,25 +117,59 @@ def make_of_decodes(walk: Walk, refs: Refs, num_rows):
 # ---- A decode
 
 
-def put_decode(walk: Walk, refs: Refs, unit: Unit, first, place):
-    """Puts a decode's new token into its last block, and sends it to its page.
+class Put(NamedTuple):
+    """A decode's new token: from where it is put into which row of its last block."""
+
+    unit: Unit
+    source: Any
+    row: Any
+    is_put: Any
+
+
+def plan_put(walk: Walk, refs: Refs, unit: Unit, first, is_last) -> Put:
+    """What `put` and `send_puts` do for a block of a decode: nothing unless it is the last one.
 
     Args:
       unit: the decode.
       first: position of the block's first key.
-      place: where the block is; all of it has come, and none of its page is still being read.
+      is_last: whether it is the decode's last block.
     """
+    source = row_of(walk, unit.row - refs.state[WINDOW])
+    return Put(unit, source, unit.position - first, is_last & (unit.position < walk.capacity))
 
-    @pl.when(unit.position < walk.capacity)
-    def _put():
-        source = row_of(walk, unit.row - refs.state[WINDOW])
-        words = pl.ds(0, walk.heads.num_words)
-        for c in range(walk.heads.lane_tiles):
-            target = place.row + c * place.lane_tile_rows + unit.position - first
-            refs.slots[target, words, 0, :] = refs.slots[source + c * walk.new_rows, words, 0, :]
-        page, row = div(unit.position, walk.page_size), rem(unit.position, walk.page_size)
-        num_sent = _send(walk, refs, unit.seq, page, row, source, 1)
-        refs.state[SENT] = refs.state[SENT] + num_sent
+
+def put(walk: Walk, refs: Refs, plan: Put, place):
+    """Puts a decode's new token into its last block, at `place`; all of it has come.
+
+    Other blocks' go where nobody looks: a copy costs a body less than a branch around it.
+    """
+    spare = row_of(walk, -LEAD)
+    rows = Rows(refs.slots, walk.is_interpreted)
+    for c in range(walk.heads.lane_tiles):
+        target = place.row + c * place.lane_tile_rows + plan.row
+        target = jnp.where(plan.is_put, target, spare + c * walk.new_rows)
+        rows.copy_token(target, plan.source + c * walk.new_rows, walk.heads.num_words)
+
+
+def send_puts(walk: Walk, refs: Refs, plans: Sequence[Put]):
+    """A generator that sends the tokens that were put to their pages, of which nothing is still
+    being read: a little at a step, for what stands between two steps to hide what it waits for."""
+    yield
+    for plan in plans:
+        yield
+        position = plan.unit.position
+        place = plan.unit.seq, div(position, walk.page_size), rem(position, walk.page_size)
+        if walk.table_part:  # of which only what is wanted may be read
+
+            @pl.when(plan.is_put)
+            def _at_once(place=place, plan=plan):
+                send = _plan_send(walk, refs, *place, plan.source, 1, jnp.bool_(True))
+                refs.state[SENT] = refs.state[SENT] + _start(walk, refs, send)
+
+            continue
+        send = _plan_send(walk, refs, *place, plan.source, 1, plan.is_put)
+        yield
+        refs.state[SENT] = refs.state[SENT] + _start(walk, refs, send)
 
 
 # ---- A prefill
@@ -229,16 +267,30 @@ def _send_pages(walk: Walk, refs: Refs, unit: Unit, first, end):
     # More tokens than the page table has room for are absurd: none is written.
     first = jnp.where(unit.position + stop - unit.row <= walk.capacity, first, end)
 
-    def send_piece(i, num_sent):
-        a, b = jnp.maximum(first, i * piece), jnp.minimum(end, (i + 1) * piece)
-        source = row_of(walk, a - unit.old_end * piece)
-        row = rem(i, per_page) * piece + a - i * piece
-        page = div(i, per_page)
-        return num_sent + _send(walk, refs, unit.seq, page, row, source, b - a)
+    def send(i, row, num_tokens, is_wanted, num_sent):
+        """Sends tokens of piece i, from its row `row` on."""
+        source = row_of(walk, (i - unit.old_end) * piece + row)
+        page, row = div(i, per_page), rem(i, per_page) * piece + row
+        planned = _plan_send(walk, refs, unit.seq, page, row, source, num_tokens, is_wanted)
+        return num_sent + _start(walk, refs, planned)
 
-    num_pieces = jnp.where(first < end, ceil_div(end, piece), 0)
-    num_sent = lax.fori_loop(div(first, piece), num_pieces, send_piece, refs.state[SENT])
-    refs.state[SENT] = num_sent
+    first_piece, end_piece = div(first, piece), div(end, piece)
+
+    def send_whole(i, num_sent):
+        for j in range(together):
+            at = first_piece + 1 + i * together + j
+            num_sent = send(at, 0, piece, at < end_piece, num_sent)
+        return num_sent
+
+    # Those of a streamed table may not be there together.
+    together = 1 if walk.table_part else _PIECES_TOGETHER
+    row = first - first_piece * piece
+    num_tokens = jnp.minimum(end - first, piece - row)
+    num_sent = send(first_piece, row, num_tokens, first < end, refs.state[SENT])
+    num_whole = jnp.maximum(end_piece - first_piece - 1, 0)
+    num_sent = lax.fori_loop(0, ceil_div(num_whole, together), send_whole, num_sent)
+    is_wanted = (end_piece > first_piece) & (end_piece * piece < end)
+    refs.state[SENT] = send(end_piece, 0, end - end_piece * piece, is_wanted, num_sent)
 
 
 # ---- To the pool
@@ -252,23 +304,39 @@ def _entry_of(walk, refs, seq, page):
     return at
 
 
-def _send(walk, refs, seq, page, row, source, num_tokens):
-    """Sends slots to a page of a sequence, from its row `row` on; returns how many: an id outside
-    the pool is skipped."""
-    page_id = table.entry(walk, refs, _entry_of(walk, refs, seq, page))
-    is_inside = page_id.astype(jnp.uint32) < jnp.uint32(walk.num_pages)
+class _Send(NamedTuple):
+    """Slots to send: to which page's row, from where, how many, and whether they are sent."""
 
-    @pl.when(is_inside)
-    def _start():
-        target = pl.ds(page_id * walk.page_size + row, num_tokens)
+    page_id: Any
+    row: Any
+    source: Any
+    num_tokens: Any
+    is_sent: Any
+
+
+def _plan_send(walk, refs, seq, page, row, source, num_tokens, is_wanted) -> _Send:
+    """What it takes to send slots to a page of a sequence, from its row `row` on; an id outside the
+    pool is skipped."""
+    at = _entry_of(walk, refs, seq, page)
+    page_id = table.entry(walk, refs, jnp.where(is_wanted, at, 0))
+    is_inside = page_id.astype(jnp.uint32) < jnp.uint32(walk.num_pages)
+    return _Send(page_id, row, source, num_tokens, is_wanted & is_inside)
+
+
+def _start(walk, refs, send: _Send):
+    """Starts to send; returns how many tokens."""
+
+    @pl.when(send.is_sent)
+    def _dma():
+        target = pl.ds(send.page_id * walk.page_size + send.row, send.num_tokens)
         for c in range(walk.heads.lane_tiles):
             pltpu.make_async_copy(
                 refs.slots.at[
-                    pl.ds(source + c * walk.new_rows, num_tokens),
+                    pl.ds(send.source + c * walk.new_rows, send.num_tokens),
                     pl.ds(0, walk.heads.num_words), 0,
                 ],
                 refs.pool.at[target, :, pl.ds(c * layout.LANES, layout.LANES)],
                 refs.sent_sem.at[0],
             ).start()
 
-    return jnp.where(is_inside, num_tokens, 0)
+    return jnp.where(send.is_sent, send.num_tokens, 0)

@@ -15,7 +15,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_paged import layout
 
-_LOW, _HIGH = 0xFFFF, 0xFFFF0000
+# Halves of a 32-bit word: the first of a pair of bfloat16 values, and the second.
+LOW, HIGH = 0xFFFF, 0xFFFF0000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +119,8 @@ def values(heads: Heads, load, head: int, is_token) -> jax.Array:
     elif heads.compute_dtype == jnp.float32:
         mask = jnp.where(is_token(None), jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
     else:
-        mask = jnp.where(is_token(0), jnp.uint32(_LOW), jnp.uint32(0))
-        mask |= jnp.where(is_token(1), jnp.uint32(_HIGH), jnp.uint32(0))
+        mask = jnp.where(is_token(0), jnp.uint32(LOW), jnp.uint32(0))
+        mask |= jnp.where(is_token(1), jnp.uint32(HIGH), jnp.uint32(0))
     row = heads.rows(head)[1]
     return jnp.concatenate(
         [_operand(heads, load, row, c, mask) for c in range(heads.lane_tiles)], axis=1
@@ -143,10 +144,10 @@ def _operand(heads, load, row, lane_tile, mask):
         return lax.bitcast_convert_type(bits if mask is None else bits & mask, jnp.float32)
     even, odd = load(word, lane_tile, 0), load(word, lane_tile, 1)
     if heads.pool_dtype == jnp.bfloat16 and place == 0:
-        pairs = (even & _LOW) | (odd << 16)
+        pairs = (even & LOW) | (odd << 16)
     else:
         even, odd = (_float_bits(x, place, heads.pool_dtype) for x in (even, odd))
-        pairs = (even >> 16) | (odd & jnp.uint32(_HIGH))
+        pairs = (even >> 16) | (odd & jnp.uint32(HIGH))
     return pltpu.bitcast(pairs if mask is None else pairs & mask, jnp.bfloat16)
 
 
@@ -155,7 +156,7 @@ def _float_bits(words, place, dtype):
     if dtype == jnp.float32:
         return words
     if dtype == jnp.bfloat16:
-        return words & jnp.uint32(_HIGH) if place else words << 16
+        return words & jnp.uint32(HIGH) if place else words << 16
     byte = (words >> (8 * place)) & 0xFF if place < 3 else words >> 24
     if dtype == jnp.int8:
         signed = lax.bitcast_convert_type(byte << 24, jnp.int32) >> 24

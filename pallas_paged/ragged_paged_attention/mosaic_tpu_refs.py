@@ -146,8 +146,13 @@ class Walk:
         """Rows behind the ring, for each lane tile: the new tokens of a sequence, of a window."""
         if self.new is None:
             return 0
-        tokens = max(self.num_tokens + self.piece - 1, self.window)
-        return LEAD + -(-tokens // self.block) * self.block + ROW_TILE
+        return new_rows(self.num_tokens, self.piece, self.block, self.window)
+
+
+def new_rows(num_tokens: int, piece: int, block: int, window: int) -> int:
+    """Rows that the new tokens of a call take in VMEM: whole blocks, and what lies around them."""
+    tokens = max(num_tokens + piece - 1, window)
+    return LEAD + -(-tokens // block) * block + ROW_TILE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +266,14 @@ class Rows:
             self.ref[pl.ds(first, x.shape[0]), row, 0, :] = x
         else:
             self._flat[self._strided(first, x.shape[0], row, 1), :] = x
+
+    def copy_token(self, target, source, num_rows: int):
+        """Copies the first rows of a token to another's place."""
+        if self.is_interpreted:
+            self.ref[target, :num_rows, 0, :] = self.ref[source, :num_rows, 0, :]
+            return
+        target, source = (pl.ds(at * self.ref.shape[1], num_rows) for at in (target, source))
+        self._flat[target, :] = self._flat[source, :]
 
     @property
     def _flat(self):

@@ -4,6 +4,8 @@
 Whatever the metadata says, rows are inside the batch and keys inside the page table.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -40,8 +42,9 @@ def window_len(walk: Walk, refs: Refs):
     return jnp.clip(refs.window_len[0], 1, MAX_LEN) if walk.score.has_window else None
 
 
-def unit_at(walk: Walk, refs: Refs, seq, row) -> tuple[Unit, object]:
-    """The unit that begins at a row, and the end of its pieces in the pool."""
+def unit_at(walk: Walk, refs: Refs, seq, row) -> tuple[Unit, Any, Any]:
+    """The unit that begins at a row, but for its numbers of blocks, the end of its pieces, and
+    whether its sequence ends before or with it."""
     start, stop = rows_of(walk, refs, seq)
     kv_len = jnp.clip(refs.kv_lens[seq], 0, MAX_LEN)
     num_keys = jnp.minimum(kv_len, walk.capacity)
@@ -57,29 +60,30 @@ def unit_at(walk: Walk, refs: Refs, seq, row) -> tuple[Unit, object]:
     is_decode = stop - start == 1
     unit = Unit(seq, row, end, position, first_piece, key_end, None, is_decode)
     if walk.new is None:
-        return unit, end_piece
+        return unit, end_piece, end >= stop
     # A decode's only new token is put into its last block; a prefill's stay where they were made.
     old_end = div(jnp.clip(kv_len - (stop - start), 0, walk.capacity), walk.piece)
-    old_end = jnp.where(is_decode, MAX_LEN // walk.piece, old_end)
-    end_in_pool = jnp.minimum(end_piece, old_end)
-    num_in_pool = jnp.maximum(end_in_pool - first_piece, 0)
+    unit = unit._replace(old_end=jnp.where(is_decode, MAX_LEN // walk.piece, old_end))
+    return unit, end_piece, end >= stop
+
+
+def _with_blocks(walk: Walk, unit: Unit, end_piece) -> tuple[Unit, Any]:
+    """The unit with its numbers of blocks, and the end of its pieces in the pool."""
+    if walk.new is None:
+        num_blocks = ceil_div(end_piece - unit.first_piece, walk.pieces_per_block)
+        return unit._replace(num_blocks=num_blocks), end_piece
+    end_in_pool = jnp.minimum(end_piece, unit.old_end)
+    num_in_pool, first_new = end_in_pool, jnp.int32(0)
+    if walk.score.has_window:
+        num_in_pool = jnp.maximum(end_in_pool - unit.first_piece, 0)
+        first_new = div(jnp.maximum(unit.first_piece - unit.old_end, 0) * walk.piece, walk.block)
     num_pool_blocks = ceil_div(num_in_pool, walk.pieces_per_block)
-    first_new = div(jnp.maximum(first_piece - old_end, 0) * walk.piece, walk.block)
-    num_new = jnp.maximum(key_end - old_end * walk.piece, 0)
-    num_new = ceil_div(num_new, walk.block) - first_new
+    num_new = ceil_div(jnp.maximum(unit.key_end - unit.old_end * walk.piece, 0), walk.block)
     unit = unit._replace(
-        num_blocks=num_pool_blocks + jnp.maximum(num_new, 0), old_end=old_end,
+        num_blocks=num_pool_blocks + jnp.maximum(num_new - first_new, 0),
         num_pool_blocks=num_pool_blocks, first_new=first_new,
     )
     return unit, end_in_pool
-
-
-def _after(walk: Walk, refs: Refs, seq, end):
-    """Where the search goes on behind a unit: (sequence, row)."""
-    following = jnp.minimum(seq + 1, walk.max_seqs - 1)
-    is_over = end >= rows_of(walk, refs, seq)[1]
-    next_row = rows_of(walk, refs, following)[0]
-    return jnp.where(is_over, seq + 1, seq), jnp.where(is_over, next_row, end)
 
 
 def find_unit(walk: Walk, refs: Refs):
@@ -93,36 +97,35 @@ def find_unit(walk: Walk, refs: Refs):
     end_seq = num_seqs(walk, refs)
 
     def candidate(seq, row):
-        unit, end_in_pool = unit_at(walk, refs, jnp.minimum(seq, walk.max_seqs - 1), row)
-        return unit._replace(seq=seq), end_in_pool
+        unit, end_piece, is_last = unit_at(walk, refs, jnp.minimum(seq, walk.max_seqs - 1), row)
+        return unit._replace(seq=seq), end_piece, is_last
 
-    def has_keys(unit, end_in_pool):
-        return unit.first_piece < end_in_pool if walk.new is None else unit.num_blocks > 0
+    def behind(unit, is_last):
+        """Where the search goes on. A sequence begins where the one before it ends."""
+        return jnp.where(is_last, unit.seq + 1, unit.seq), jnp.maximum(unit.row, unit.end)
 
     def is_empty(found):
-        unit, end_in_pool = found
-        has_work = (unit.row < unit.end) & has_keys(unit, end_in_pool)
+        unit, end_piece, _ = found
+        has_work = (unit.row < unit.end) & (unit.first_piece < end_piece)
         return (unit.seq < end_seq) & ~has_work
 
     def skip(found):
-        unit, _ = found
-        return candidate(*_after(walk, refs, unit.seq, jnp.maximum(unit.row, unit.end)))
+        unit, _, is_last = found
+        return candidate(*behind(unit, is_last))
 
     found = candidate(state[AHEAD_SEQ], state[AHEAD_ROW])
-    unit, end_in_pool = lax.while_loop(is_empty, skip, found)
+    # Blocks are counted behind the search, where they are on no branch's way.
+    unit, end_piece, is_last = lax.while_loop(is_empty, skip, found)
     is_found = unit.seq < end_seq
+    unit, end_in_pool = _with_blocks(walk, unit, end_piece)
     state[AHEAD_SEQ] = unit.seq
 
     @pl.when(is_found)
     def _found():
-        state[AHEAD_SEQ], state[AHEAD_ROW] = _after(walk, refs, unit.seq, unit.end)
+        state[AHEAD_SEQ], state[AHEAD_ROW] = behind(unit, is_last)
         at = rem(state[FOUND], walk.max_units)
         state[FOUND] = state[FOUND] + 1
-        kept = unit
-        if walk.new is None:
-            num_pieces = end_in_pool - unit.first_piece
-            kept = unit._replace(num_blocks=ceil_div(num_pieces, walk.pieces_per_block))
-        for i, value in enumerate(kept[: walk.num_kept]):
+        for i, value in enumerate(unit[: walk.num_kept]):
             refs.units[at, i] = jnp.asarray(value, jnp.int32)
 
     table = jnp.where(is_found, unit.seq * walk.table_width, 0)

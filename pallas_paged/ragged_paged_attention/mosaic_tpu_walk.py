@@ -126,9 +126,8 @@ def _decode(walk: Walk, refs: Refs, index, unit: Unit, block):
     def full_part(at: _Taken):
         """Many full blocks of a decode, which need no masks; and whether they are there."""
         taken = [at._replace(block=at.block + b) for b in range(many // parts)]
-        start, _ = blocks.block_of(walk, at.unit, taken[0].block)
-        _, end = blocks.block_of(walk, at.unit, taken[-1].block)
-        return taken, end - start == len(taken) * tokens
+        first, _ = blocks.block_of(walk, at.unit, at.block)
+        return taken, at.unit.key_end - first >= len(taken) * tokens
 
     def is_near(at: _Taken):
         """Whether a unit is known, and a decode whose row is in the window."""
@@ -172,20 +171,31 @@ def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, num_
       num_known: how many at a time are known to be of one decode.
     """
     heads, state = walk.heads, refs.state
-    places = blocks.take_blocks(walk, refs, [(at.unit, at.block) for at in taken], is_full)
 
     def is_last_known(b):
         return (b + 1) % num_known == 0
 
+    # What waits for numbers from SMEM comes before what waits for blocks.
+    puts = {}
     for b, at in enumerate(taken):
         if walk.new is not None and is_last_known(b):
             first, _ = blocks.block_of(walk, at.unit, at.block)
-            pl.when(at.block + 1 == at.unit.num_blocks)(
-                functools.partial(new.put_decode, walk, refs, at.unit, first, places[b])
-            )
+            is_last = at.block + 1 == at.unit.num_blocks
+            puts[b] = new.plan_put(walk, refs, at.unit, first, is_last)
+    places = blocks.take_blocks(walk, refs, [(at.unit, at.block) for at in taken], is_full)
+    for b, put in puts.items():
+        new.put(walk, refs, put, places[b])
+    sends = new.send_puts(walk, refs, list(puts.values()))
+    if walk.table_part:  # before another part of the table comes for the fetches
+        _finish(sends)
     fetches = blocks.next_fetches(walk, refs, len(taken))
 
-    issue = blocks.issues(walk, refs, fetches, len(taken) * blocks.num_points(walk))
+    start_some = blocks.issues(walk, refs, fetches, len(taken) * blocks.num_points(walk))
+
+    def issue():
+        start_some()
+        next(sends, None)
+
     steps: list[attend.Step] = []
     for b, at in enumerate(taken):
         is_new = b % num_known == 0
@@ -211,8 +221,15 @@ def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, num_
         is_full=is_full,
         m_ref=refs.decode_m, l_ref=refs.decode_l, acc_ref=refs.decode_acc,
     )
+    _finish(sends)
     state[WINDOW_END] = taken[-1].unit.end
     return _behind(walk, refs, taken[-1])
+
+
+def _finish(steps):
+    """Does what is left of a generator's."""
+    for _ in steps:
+        pass
 
 
 def _query(walk: Walk, refs: Refs, row, head_row, lane_tile):
