@@ -33,9 +33,9 @@ from tests.planted import plant
 package = importlib.import_module("pallas_paged.ragged_paged_attention")
 # In the order in which they import each other.
 _MODULES = (
-    "mosaic_tpu_operands", "mosaic_tpu_attend", "mosaic_tpu_refs", "mosaic_tpu_units",
-    "mosaic_tpu_table", "mosaic_tpu_new", "mosaic_tpu_blocks", "mosaic_tpu_windows",
-    "mosaic_tpu_walk", "mosaic_tpu",
+    "mosaic_tpu_operands", "mosaic_tpu_score", "mosaic_tpu_decode", "mosaic_tpu_prefill",
+    "mosaic_tpu_refs", "mosaic_tpu_units", "mosaic_tpu_table", "mosaic_tpu_new",
+    "mosaic_tpu_blocks", "mosaic_tpu_windows", "mosaic_tpu_walk", "mosaic_tpu",
 )  # fmt: skip
 
 _LENS = {
@@ -148,25 +148,25 @@ BUGS = {
     ),
     # --- what counts
     "causal_edge_one_late": (
-        "mosaic_tpu_attend",
+        "mosaic_tpu_score",
         "jnp.minimum(stop, query_position + 1)",
         "jnp.minimum(stop, query_position + 2)",
         PREFILL, "eager", "numbers",
     ),
     "causal_edge_one_early": (
-        "mosaic_tpu_attend",
+        "mosaic_tpu_score",
         "jnp.minimum(stop, query_position + 1)",
         "jnp.minimum(stop, query_position)",
         PREFILL, "eager", "numbers",
     ),
     "window_one_too_wide": (
-        "mosaic_tpu_attend",
+        "mosaic_tpu_score",
         "seen &= key > query_position - window - first",
         "seen &= key >= query_position - window - first",
         Call(PLAIN, "decodes", window=20), "eager", "numbers",
     ),
     "window_one_too_narrow": (
-        "mosaic_tpu_attend",
+        "mosaic_tpu_score",
         "seen &= key > query_position - window - first",
         "seen &= key > query_position - window - first + 1",
         Call(PLAIN, "decodes", window=20), "on_wait", "numbers",
@@ -265,25 +265,25 @@ BUGS = {
     ),
     # --- softmax
     "decode_not_rescaled": (
-        "mosaic_tpu_attend",
+        "mosaic_tpu_decode",
         "acc * _wide(rescale, heads.lane_tiles)",
         "acc",
         Call(PLAIN, "decodes", sm_scale=0.4), "eager", "numbers",
     ),
     "decode_sum_not_rescaled": (
-        "mosaic_tpu_attend",
+        "mosaic_tpu_decode",
         "total = total * rescale",
         "total = total",
         Call(PLAIN, "decodes", sm_scale=0.4), "eager", "numbers",
     ),
     "prefill_not_rescaled": (
-        "mosaic_tpu_attend",
+        "mosaic_tpu_prefill",
         "acc_ref[head, :, at] = acc_ref[head, :, at] * rescale + ",
         "acc_ref[head, :, at] = acc_ref[head, :, at] + ",
         PREFILLS, "eager", "numbers",
     ),
     "prefill_sum_not_rescaled": (
-        "mosaic_tpu_attend",
+        "mosaic_tpu_prefill",
         "l_ref[head, :1, at] = l_ref[head, :1, at] * rescale + ",
         "l_ref[head, :1, at] = l_ref[head, :1, at] + ",
         PREFILLS, "eager", "numbers",
@@ -295,37 +295,37 @@ BUGS = {
         Call(PLAIN, "one prefill", sm_scale=5.0), "eager", "numbers",
     ),
     "repeat_from_the_wrong_shift": (
-        "mosaic_tpu_attend",
+        "mosaic_tpu_prefill",
         "jnp.maximum(shift_ref[head, :1, at], largest)",
         "largest",
         Call(PLAIN, "one prefill", sm_scale=5.0), "eager", "numbers",
     ),
     "sinks_not_in_the_sum_of_decodes": (
-        "mosaic_tpu_attend",
+        "mosaic_tpu_decode",
         "total * rescale + jnp.exp2(sink - top), acc * rescale",
         "total * rescale, acc * rescale",
         Call(SINKS, "decodes"), "eager", "numbers",
     ),
     "sinks_not_in_the_sum_of_prefills": (
-        "mosaic_tpu_attend",
+        "mosaic_tpu_prefill",
         "(x * rescale + jnp.exp2(sink - top) for x in (total, weight))",
         "(x * rescale for x in (total, weight))",
         Call(SINKS, "one prefill"), "eager", "numbers",
     ),
     "log_sum_exp_of_decodes_in_the_base_2": (
-        "mosaic_tpu_attend",
-        "(m + jnp.log2(total)) / _LOG2_E",
+        "mosaic_tpu_decode",
+        "(m + jnp.log2(total)) / LOG2_E",
         "(m + jnp.log2(total))",
         DECODES, "eager", "numbers",
     ),
     "log_sum_exp_of_prefills_in_the_base_2": (
-        "mosaic_tpu_attend",
-        "(shift + jnp.log2(weight)) / _LOG2_E",
+        "mosaic_tpu_prefill",
+        "(shift + jnp.log2(weight)) / LOG2_E",
         "(shift + jnp.log2(weight))",
         PREFILL, "eager", "numbers",
     ),
     "soft_cap_in_the_wrong_place": (
-        "mosaic_tpu_attend",
+        "mosaic_tpu_score",
         "jnp.tanh(product * (scale / score.soft_cap))",
         "jnp.tanh(product / score.soft_cap) * scale",
         Call(CAPPED, "one decode"), "eager", "numbers",
@@ -344,7 +344,7 @@ BUGS = {
         Call(BF16, "one decode"), "eager", "numbers",
     ),
     "values_masked_one_early": (
-        "mosaic_tpu_attend",
+        "mosaic_tpu_score",
         "return first + slot * step + offset < end",
         "return first + slot * step + offset < end - 1",
         DECODES, "eager", "numbers",
@@ -362,19 +362,19 @@ BUGS = {
         Call(NARROW, "one decode"), "eager", "numbers",
     ),
     "weight_masked_by_the_other_of_its_pair": (
-        "mosaic_tpu_attend",
+        "mosaic_tpu_prefill",
         "seen_keys(score, key + i, position,",
         "seen_keys(score, key + 1 - i, position,",
         PAIRS, "eager", "numbers",
     ),
     "pairs_of_the_first_keys_masked_alone": (
-        "mosaic_tpu_attend",
+        "mosaic_tpu_prefill",
         "key = start + 2 * lax",
         "key = 2 * lax",
         dataclasses.replace(PAIRS, setup=CHUNKS, lens="long"), "eager", "numbers",
     ),
     "rest_of_a_weight_subtracted": (
-        "mosaic_tpu_attend",
+        "mosaic_tpu_decode",
         "weights - first], axis=0)",
         "first - weights], axis=0)",
         Call(BF16, "one decode"), "eager", "numbers",

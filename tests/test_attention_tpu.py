@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_paged.ragged_paged_attention import mosaic_tpu_attend
+from pallas_paged.ragged_paged_attention import mosaic_tpu_decode
 from pallas_paged.ragged_paged_attention.api import ragged_paged_attention
 from pallas_paged.ragged_paged_attention.mosaic_tpu import Config
 from tests import cases
@@ -278,7 +278,7 @@ def test_positions_past_16_bits(window):
 def test_a_decode_of_more_products_than_one_softmax_takes():
     """Bodies of three full blocks of 2,048 keys, then what is left, one by one."""
     config = (2048, 128, 6, 3)
-    assert config[0] * config[3] > mosaic_tpu_attend._JOINT_KEYS
+    assert config[0] * config[3] > mosaic_tpu_decode._JOINT_KEYS
     case = _long_case([(1, 14_400), (1, 6_144)])
     options = {"num_kv_heads": 1, "sm_scale": 0.1, "return_lse": True}
     check(case, options, "eager", config)

@@ -26,9 +26,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_paged import dispatch, layout, tuned
 from pallas_paged.kv_write import oracle as write_oracle
 from pallas_paged.kv_write.mosaic_tpu_interleave import Slots
-from pallas_paged.ragged_paged_attention import mosaic_tpu_attend as attend
+from pallas_paged.ragged_paged_attention import mosaic_tpu_decode as decodes
 from pallas_paged.ragged_paged_attention import mosaic_tpu_table as page_table
-from pallas_paged.ragged_paged_attention.mosaic_tpu_attend import Score
 from pallas_paged.ragged_paged_attention.mosaic_tpu_operands import Heads
 from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
     ROW_TILE,
@@ -36,6 +35,7 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
     Walk,
     new_rows,
 )
+from pallas_paged.ragged_paged_attention.mosaic_tpu_score import Score
 from pallas_paged.ragged_paged_attention.mosaic_tpu_walk import kernel
 
 # What the kernel leaves of a generation's VMEM to the compiler and to XLA's prefetches.
@@ -135,9 +135,9 @@ def vmem_bytes(
     slot = heads.pitch * heads.lanes * 4
     ring = (config.num_buffers + 1) * config.block_keys * slot
     windows = 3 * window * width * heads.q_dtype.itemsize
-    windows += 2 * window * attend.row_pitch(heads.num_heads) * heads.lanes * 4
+    windows += 2 * window * decodes.row_pitch(heads.num_heads) * heads.lanes * 4
     prefill = heads.num_kv_heads * rows * (heads.lanes + 24) * 4
-    decode = attend.decode_rows(heads.num_heads) * (heads.lanes + 2 * layout.LANES) * 4
+    decode = decodes.decode_rows(heads.num_heads) * (heads.lanes + 2 * layout.LANES) * 4
     lse = 2 * window * _round_up(heads.num_heads, layout.LANES) * 4 if return_lse else 0
     body = 3 * config.block_keys * rows * 4  # scores, weights and the mask of one head
     new = 0
@@ -286,7 +286,7 @@ def _attend(
     if score.has_window:
         metadata.append(jnp.asarray(sliding_window, jnp.int32).reshape(1))
     if score.has_sinks:
-        column = jnp.pad(sinks, (0, attend.decode_rows(num_heads) - num_heads))
+        column = jnp.pad(sinks, (0, decodes.decode_rows(num_heads) - num_heads))
         metadata += [sinks, jnp.broadcast_to(column[:, None], (column.shape[0], layout.LANES))]
     if new is not None and layout.is_quantized(heads.pool_dtype):
         scales = (write_oracle.inverse_scale(x, heads.num_kv_heads) for x in (k_scale, v_scale))
@@ -352,8 +352,8 @@ def _launch(walk: Walk, metadata, tensors, pool):
     """
     heads, window, has_new = walk.heads, walk.window, walk.new is not None
     q = tensors[0]
-    decode_rows = attend.decode_rows(heads.num_heads)
-    head_rows = heads.lane_tiles * window, attend.row_pitch(heads.num_heads), 1, layout.LANES
+    decode_rows = decodes.decode_rows(heads.num_heads)
+    head_rows = heads.lane_tiles * window, decodes.row_pitch(heads.num_heads), 1, layout.LANES
     prefill_rows = window * heads.group
     lse_lanes = _round_up(heads.num_heads, layout.LANES)
     word = jnp.float32 if heads.pool_dtype == jnp.float32 else jnp.uint32

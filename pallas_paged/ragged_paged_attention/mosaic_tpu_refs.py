@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 
 from pallas_paged import layout
 from pallas_paged.kv_write.mosaic_tpu_interleave import Slots
-from pallas_paged.ragged_paged_attention.mosaic_tpu_attend import Score
 from pallas_paged.ragged_paged_attention.mosaic_tpu_operands import Heads
+from pallas_paged.ragged_paged_attention.mosaic_tpu_score import Score
 
 # Rows of q and of the output that a DMA's offset and size are multiples of: a bfloat16 tile.
 ROW_TILE = 16
@@ -177,10 +177,10 @@ class Refs:
     out_vmem: Any  # q's dtype [2, window, N*C]: one being computed, one on its way
     q_heads: Any  # float32[lane tiles * window, row pitch, 1, 128]: heads of decodes
     out_heads: Any
-    decode_m: Any  # see attend.decode
+    decode_m: Any  # see mosaic_tpu_decode.attend
     decode_l: Any
     decode_acc: Any
-    prefill_shift: Any  # see attend.prefill
+    prefill_shift: Any  # see mosaic_tpu_prefill.attend
     prefill_l: Any
     prefill_acc: Any
     ring_sems: Any  # of each buffer

@@ -3,9 +3,9 @@
 
 A *unit* is the rows of one sequence that are computed together: the row of a decode, or a run of a
 prefill's rows. Units are found in order (mosaic_tpu_units) as their blocks of keys are fetched
-(mosaic_tpu_blocks), some ahead of the one that is computed (mosaic_tpu_attend); their queries and
-results are in windows of the batch (mosaic_tpu_windows). Where the call writes new keys and values,
-they are made, used and sent on the way (mosaic_tpu_new).
+(mosaic_tpu_blocks), some ahead of the one that is computed (mosaic_tpu_decode, mosaic_tpu_prefill);
+their queries and results are in windows of the batch (mosaic_tpu_windows). Where the call writes
+new keys and values, they are made, used and sent on the way (mosaic_tpu_new).
 """
 
 import functools
@@ -16,9 +16,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_paged import layout
-from pallas_paged.ragged_paged_attention import mosaic_tpu_attend as attend
 from pallas_paged.ragged_paged_attention import mosaic_tpu_blocks as blocks
+from pallas_paged.ragged_paged_attention import mosaic_tpu_decode as decodes
 from pallas_paged.ragged_paged_attention import mosaic_tpu_new as new
+from pallas_paged.ragged_paged_attention import mosaic_tpu_prefill as prefills
 from pallas_paged.ragged_paged_attention import mosaic_tpu_table as page_table
 from pallas_paged.ragged_paged_attention import mosaic_tpu_units as units
 from pallas_paged.ragged_paged_attention import mosaic_tpu_windows as windows
@@ -196,14 +197,14 @@ def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, num_
         start_some()
         next(sends, None)
 
-    steps: list[attend.Step] = []
+    steps: list[decodes.Step] = []
     for b, at in enumerate(taken):
         is_new = b % num_known == 0
         if is_new:
             row = at.unit.row - state[WINDOW]
         first, end = blocks.block_of(walk, at.unit, at.block)
         steps.append(
-            attend.Step(
+            decodes.Step(
                 load=functools.partial(blocks.load, walk, refs, places[b], issue),
                 first=first, end=end, position=at.unit.position,
                 is_first=at.block == 0 if is_new else False,
@@ -214,7 +215,7 @@ def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, num_
             )
         )
     scales, window, sm_scale = _factors(walk, refs)
-    attend.decode(
+    decodes.attend(
         heads, walk.score, refs.sinks_vmem, scales, window, sm_scale,
         steps=steps,
         num_keys=walk.block,
@@ -247,7 +248,7 @@ def _store_decode_lse(walk: Walk, refs: Refs, row, lse):
     lse_vmem, parity = refs.lse_vmem, refs.state[PARITY]
     registers = pl.ds(pl.multiple_of(row & -8, 8), 8)
     is_row = lax.broadcasted_iota(jnp.int32, (8, 1), 0) == (row & 7)
-    values = attend.as_row(lse, lse_vmem.shape[2])
+    values = decodes.as_row(lse, lse_vmem.shape[2])
     lse_vmem[parity, registers] = jnp.where(is_row, values, lse_vmem[parity, registers])
 
 
@@ -284,7 +285,7 @@ def _prefill(walk: Walk, refs: Refs, unit: Unit, block, is_again):
 
     def take(is_masked):
         issue = blocks.issues(walk, refs, [fetch], blocks.num_points(walk))
-        attend.prefill(
+        prefills.attend(
             walk.heads, walk.score, refs.q_vmem,
             functools.partial(blocks.load, walk, refs, place, issue), scales, window, sm_scale,
             is_masked=is_masked,
@@ -313,7 +314,7 @@ def _start_prefill(walk: Walk, refs: Refs, unit: Unit):
     if walk.new is not None:
         new.wait_old_tail(walk, refs, num_tokens)
         new.make_of_prefill(walk, refs, unit)
-    attend.start_prefill(**_state_of_prefill(refs))
+    prefills.start(**_state_of_prefill(refs))
 
 
 def _window_rows(walk: Walk, refs: Refs, shape, dim):
@@ -328,7 +329,7 @@ def _is_sound(walk: Walk, refs: Refs, unit: Unit):
     counts = (row >= unit.row) & (row < unit.end)
     if walk.score.causal:
         counts &= unit.position + row - unit.row >= 0
-    return attend.is_sound(walk.heads, counts, refs.prefill_l, refs.prefill_acc)
+    return prefills.is_sound(walk.heads, counts, refs.prefill_l, refs.prefill_acc)
 
 
 def _find_shifts(walk: Walk, refs: Refs, unit: Unit):
@@ -342,7 +343,7 @@ def _find_shifts(walk: Walk, refs: Refs, unit: Unit):
         first, end = blocks.prefill_block_of(walk, unit, block)
         buffer = blocks.bring_again(walk, refs, unit, block)
         place = blocks.prefill_place(walk, unit, block, buffer)
-        attend.find_shifts(
+        prefills.find_shifts(
             walk.heads, walk.score, refs.q_vmem,
             functools.partial(blocks.load, walk, refs, place, lambda: None),
             scales, window, sm_scale,
@@ -350,7 +351,7 @@ def _find_shifts(walk: Walk, refs: Refs, unit: Unit):
             first=first, end=end, num_keys=walk.block, shift_ref=shift_ref,
         )
 
-    attend.start_again(**_state_of_prefill(refs))
+    prefills.start_again(**_state_of_prefill(refs))
 
 
 def _finish_prefill(walk: Walk, refs: Refs, unit: Unit):
@@ -361,7 +362,7 @@ def _finish_prefill(walk: Walk, refs: Refs, unit: Unit):
     scales, _, _ = _factors(walk, refs)
     lse_columns = []
     for head in range(heads.num_kv_heads):
-        out, lse = attend.finish_prefill(
+        out, lse = prefills.finish(
             heads, walk.score, head, lambda n: refs.sinks[n], scales, **_state_of_prefill(refs)
         )
         for g in range(heads.group):
