@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import platform
 import sys
 
 if "jax" in sys.modules:
@@ -28,6 +29,10 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
         "xla_llvm_disable_expensive_passes": "true",
         "xla_cpu_parallel_codegen_split_count": "1",
     }
+    if platform.machine() == "x86_64":
+        # Unoptimised programs round with newer processors' own bfloat16 instructions, which take
+        # subnormal numbers for 0.
+        _FLAGS["xla_cpu_max_isa"] = "AVX2"
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # gone since
         _FLAGS["xla_cpu_use_fusion_emitters"] = "false"
 _given = os.environ.get("XLA_FLAGS", "")
