@@ -5,7 +5,6 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
-import platform
 import sys
 
 if "jax" in sys.modules:
@@ -21,20 +20,15 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu warns 
 # Threads of XLA's CPU client: interpreted devices hold one each while they wait for one another.
 os.environ.setdefault("NPROC", "16")
 _FLAGS = {"xla_force_host_platform_device_count": "4"}
-if os.environ["JAX_PLATFORMS"] == "cpu":
-    # Most programs here run once, and with these the CPU's compile in half the time. The schedules
-    # of TPUs are the same with and without.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # Most programs here run once, and with these that jaxlib's CPU compiles them in half the time,
+    # later ones in no less. The schedules of TPUs are the same with and without.
     _FLAGS |= {
         "xla_backend_optimization_level": "0",
         "xla_llvm_disable_expensive_passes": "true",
         "xla_cpu_parallel_codegen_split_count": "1",
+        "xla_cpu_use_fusion_emitters": "false",
     }
-    if platform.machine() == "x86_64":
-        # Unoptimised programs round with newer processors' own bfloat16 instructions, which take
-        # subnormal numbers for 0.
-        _FLAGS["xla_cpu_max_isa"] = "AVX2"
-    if importlib.metadata.version("jaxlib").startswith("0.10."):  # gone since
-        _FLAGS["xla_cpu_use_fusion_emitters"] = "false"
 _given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join(
     [_given, *(f"--{flag}={value}" for flag, value in _FLAGS.items() if flag not in _given)]
