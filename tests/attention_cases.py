@@ -18,7 +18,7 @@ import numpy as np
 from pallas_paged import layout
 from pallas_paged.ragged_paged_attention.api import ragged_paged_attention, write_and_attend
 from pallas_paged.ragged_paged_attention.mosaic_tpu import Config
-from tests.cases import INT_MAX, INT_MIN, difference, interpret
+from tests.cases import FAST_COMPILE, INT_MAX, INT_MIN, difference, interpret
 
 NASTY_IDS = (2_147_480_000, -1, -(2**31), 10_000)
 
@@ -270,7 +270,7 @@ def _jitted(op, config, static):
     def call(arrays, dynamic):
         return op(*arrays, **dynamic, **dict(static), config=config, backend="mosaic_tpu")
 
-    return jax.jit(call)
+    return jax.jit(call, compiler_options=FAST_COMPILE)
 
 
 def run_oracle(case: Case, options: dict[str, Any]) -> list[jax.Array]:

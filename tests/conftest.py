@@ -1,7 +1,6 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """What the process must know before jax is imported: a CPU with 4 devices and a quiet libtpu."""
 
-import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -19,20 +18,10 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # a second process would die on 
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu warns that it is unset
 # Threads of XLA's CPU client: interpreted devices hold one each while they wait for one another.
 os.environ.setdefault("NPROC", "16")
-_FLAGS = {"xla_force_host_platform_device_count": "4"}
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # Most programs here run once, and with these that jaxlib's CPU compiles them in half the time,
-    # later ones in no less. The schedules of TPUs are the same with and without.
-    _FLAGS |= {
-        "xla_backend_optimization_level": "0",
-        "xla_llvm_disable_expensive_passes": "true",
-        "xla_cpu_parallel_codegen_split_count": "1",
-        "xla_cpu_use_fusion_emitters": "false",
-    }
-_given = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join(
-    [_given, *(f"--{flag}={value}" for flag, value in _FLAGS.items() if flag not in _given)]
-).strip()
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = " ".join(
+        [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4"]
+    ).strip()
 
 # Test files import `tests.cases`; `python -m pytest` has the root on its path, `pytest` has not.
 _ROOT = str(pathlib.Path(__file__).resolve().parent.parent)

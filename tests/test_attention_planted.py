@@ -26,7 +26,7 @@ from tests.attention_cases import (
     run_oracle,
     write_mismatch,
 )
-from tests.cases import RaceFoundError, difference
+from tests.cases import FAST_COMPILE, RaceFoundError, difference
 from tests.planted import plant
 
 # The package; as an attribute of pallas_paged its name is the op's.
@@ -583,6 +583,7 @@ def _symptom(module, call, mode):
                 )
                 if x is not None
             ],
+            compiler_options=FAST_COMPILE,
         )
         return jitted(operands, arrays | {"sm_scale": options["sm_scale"]})
 

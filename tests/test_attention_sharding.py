@@ -131,11 +131,17 @@ def run_sharded(shards, setup, backend):
     placed = [
         jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)
     ]
-    return jax.jit(fn)(*placed)
+    return _compiled_fast(fn)(*placed)
 
 
 def _config(setup, backend):
     return None if backend == "mosaic_gpu" else Config(*setup.config)
+
+
+def _compiled_fast(fn):
+    """On a CPU, whose options these are."""
+    on_cpu = jax.default_backend() == "cpu"
+    return jax.jit(fn, compiler_options=cases.FAST_COMPILE if on_cpu else None)
 
 
 def check_shards(result, shards, setup):
@@ -198,7 +204,7 @@ def run_sharded_write(shards, writes, setup, backend="mosaic_tpu"):
     placed = [
         jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)
     ]
-    return jax.jit(fn)(*placed)
+    return _compiled_fast(fn)(*placed)
 
 
 def check_written_shards(results, shards, writes, setup):

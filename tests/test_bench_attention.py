@@ -35,6 +35,7 @@ from pallas_paged.ragged_paged_attention import (
     mosaic_tpu_walk,
     oracle,
 )
+from tests.cases import FAST_COMPILE
 
 _ONE = walk.Blocks(block=128, window=128, ring=3, blocks_per_body=1, page_size=16, piece=16)
 _TWO = dataclasses.replace(_ONE, ring=4, blocks_per_body=2)
@@ -201,7 +202,7 @@ def test_the_walk_is_the_kernels(monkeypatch):
     case = Case("own", "v6e", runs, call)
     pool, q, *metadata = attention.random_inputs(case, seed=0)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
-        step = jax.jit(call.step("mosaic_tpu"))
+        step = jax.jit(call.step("mosaic_tpu"), compiler_options=FAST_COMPILE)
         jax.block_until_ready(step(q, pool, *metadata))
     jax.effects_barrier()
     counts = walk.trips(case.lens, walk.blocks_of(call.config, 16))
