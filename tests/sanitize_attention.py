@@ -14,8 +14,7 @@ import sys
 
 from tests import sanitizing
 from tests.attention_cases import by_loops, mismatch
-from tests.test_attention_gpu import SCALES, SMALL, Call, run_kernels
-from tests.test_attention_gpu import _options as options_of
+from tests.test_attention_gpu import SCALES, SMALL, Call, options_of, run_kernels
 
 # Each with rows and a sequence without work.
 DECODES = ((1, 300), (3, 0), (1, 5), (2, 130))

@@ -71,20 +71,20 @@ class Call:
         return "-".join(filter(None, parts))
 
 
-def _options(**options):
+def options_of(**options):
     return tuple(options.items())
 
 
-SCALES = _options(k_scale=0.5, v_scale=np.array([0.7, 1.3], np.float32))
+SCALES = options_of(k_scale=0.5, v_scale=np.array([0.7, 1.3], np.float32))
 SMALL = Config(64, 2, 64, 2)
 # What the interpreter does on a CPU: each form of the kernels once, in seconds.
 INTERPRETED = [
     Call(),
-    Call(heads=(3, 3), head_dim=64, page_size=24, options=_options(sliding_window=40)),
+    Call(heads=(3, 3), head_dim=64, page_size=24, options=options_of(sliding_window=40)),
     Call(heads=(2, 1), head_dim=256, page_size=8, dtype="float16",
-         options=_options(soft_cap=5.0, sinks=True)),
+         options=options_of(soft_cap=5.0, sinks=True)),
     Call(pool_dtype="float8_e4m3fn", options=SCALES, config=SMALL),
-    Call(heads=(5, 1), page_size=136, options=_options(causal=False, sliding_window=77),
+    Call(heads=(5, 1), page_size=136, options=options_of(causal=False, sliding_window=77),
          config=SMALL),
 ]  # fmt: skip
 
@@ -95,9 +95,9 @@ def _device_calls():
     pages = itertools.cycle([16, 64, 128, 8, 24, 256, 40])
     dims = itertools.cycle([128, 64, 256])
     features = [
-        (), _options(sliding_window=1), _options(sliding_window=300), _options(soft_cap=20.0),
-        _options(causal=False), _options(sinks=True), _options(soft_cap=3.0, sliding_window=64),
-        _options(sinks=True, sliding_window=100, causal=False),
+        (), options_of(sliding_window=1), options_of(sliding_window=300), options_of(soft_cap=20.0),
+        options_of(causal=False), options_of(sinks=True),
+        options_of(soft_cap=3.0, sliding_window=64), options_of(sinks=True, sliding_window=100, causal=False),
     ]  # fmt: skip
     for seed, (lens, feature) in enumerate(itertools.product((LONG, DECODES), features)):
         dtype = FLOATS[seed % 2]
@@ -148,7 +148,7 @@ def test_kernels_are_the_oracle(call):
 @needs_new_jax
 def test_traced_window_and_no_lse():
     """A window that is an array does what the int does; without the log-sum-exp nothing changes."""
-    case, options = Call(options=_options(sliding_window=40)).make()
+    case, options = Call(options=options_of(sliding_window=40)).make()
     wanted, _ = run_oracle(case, options)
     options["sliding_window"] = jnp.int32(40)
     out = run_on_gpu(
@@ -162,7 +162,7 @@ def test_traced_window_and_no_lse():
 @pytest.mark.parametrize("window", [0, 2**31 - 1])
 def test_traced_windows_of_none_and_of_all(window):
     """Neither what no block holds nor what overflows: a window of 0 shows nothing to anybody."""
-    call = Call(((1, 64), (30, 128)), (2, 1), 64, options=_options(causal=False), config=SMALL)
+    call = Call(((1, 64), (30, 128)), (2, 1), 64, options=options_of(causal=False), config=SMALL)
     case, options = call.make()
     options["sliding_window"] = jnp.int32(window)
     if window:
@@ -279,7 +279,7 @@ def test_refuses_by_sentence(name):
         )
 
 
-@pytest.mark.skipif(jax.__version_info__ >= (0, 11, 2), reason="of older versions")
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11, 2), reason="this jax is new enough")
 def test_old_jax():
     case, options = Call(lens=((1, 5),)).make()
     with pytest.raises(NotImplementedError, match="update jax"):

@@ -19,7 +19,9 @@ from reference_engine.weights import load_params
 torch = pytest.importorskip(
     "torch", reason="the test extra brings torch for Python 3.11 alone: elsewhere it is gigabytes"
 )
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip(
+    "transformers", reason="the test extra brings it, as torch, for Python 3.11 alone"
+)
 torch.set_num_threads(1)  # the models are tiny
 
 SIZES = {

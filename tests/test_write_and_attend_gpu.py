@@ -15,8 +15,16 @@ import pytest
 from pallas_paged import dispatch, layout, write_and_attend
 from tests.attention_cases import make_write, write_mismatch
 from tests.cases import run_all_on_gpu
-from tests.test_attention_gpu import DECODES, LONG, ON_GPU, SCALES, SMALL, Call, needs_new_jax
-from tests.test_attention_gpu import _options as options_of
+from tests.test_attention_gpu import (
+    DECODES,
+    LONG,
+    ON_GPU,
+    SCALES,
+    SMALL,
+    Call,
+    needs_new_jax,
+    options_of,
+)
 from tests.test_sharding import moved_pools
 
 # Chunks that begin and end inside pages and at their ends, a decode that opens a page, holes.
