@@ -97,7 +97,8 @@ def _device_calls():
     features = [
         (), options_of(sliding_window=1), options_of(sliding_window=300), options_of(soft_cap=20.0),
         options_of(causal=False), options_of(sinks=True),
-        options_of(soft_cap=3.0, sliding_window=64), options_of(sinks=True, sliding_window=100, causal=False),
+        options_of(soft_cap=3.0, sliding_window=64),
+        options_of(sinks=True, sliding_window=100, causal=False),
     ]  # fmt: skip
     for seed, (lens, feature) in enumerate(itertools.product((LONG, DECODES), features)):
         dtype = FLOATS[seed % 2]
