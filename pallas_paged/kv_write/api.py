@@ -3,7 +3,8 @@
 
 Every op takes the pool, donates it, and returns it updated in place. An entry that is out of range
 anywhere (its page or slot outside the pool, -1 included, or its source outside the batch) is
-skipped whole; nothing is clamped. Two entries for one slot: either may win (`validate` refuses).
+skipped whole; nothing is clamped. Two entries for one slot: either may win, on a GPU each in a part
+(`validate` refuses).
 """
 
 import functools

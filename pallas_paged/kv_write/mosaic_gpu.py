@@ -170,8 +170,9 @@ def _shape(kv_pages, k, num_kv_heads, config) -> _Shape:
     )
     tokens = min(config.block_tokens, max(1, _BLOCK_BYTES // (heads * row_bytes)), k.shape[0])
     if converts:
+        # A thread's values are moved as one vector, and vectors have powers of two of them.
         smallest = _WARPGROUP // min(head_dim, _WARPGROUP)
-        tokens = -(-tokens // smallest) * smallest
+        tokens = max(smallest, 1 << tokens.bit_length() - 1)
     return _Shape(
         num_tokens=k.shape[0],
         num_kv_heads=num_kv_heads,
