@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -45,6 +46,9 @@ _EXTRA = (Batch("decode: 64 at 2,048", 64, 2048, ()),
 ALL_BATCHES = tuple(sorted((*BATCHES[1:4], *_EXTRA), key=lambda batch: sum(
     end - start for start, end in batch.chunks)))
 
+# Long enough for the time of a dispatch not to matter.
+_LONG_US = 250_000.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
@@ -54,7 +58,8 @@ class Setup:
       model: its shape.
       shrink: batches and lengths are divided by this, for machines without an accelerator.
       attention, write_backend: see EngineConfig.
-      steps, repeats: steps dispatched together, and how often.
+      steps, repeats: steps dispatched together, at most and as many as fill `_LONG_US`, and how
+        often.
     """
 
     model: ModelConfig
@@ -266,13 +271,15 @@ def _time_writes(
 def _time(
     step: Callable[[jax.Array], jax.Array], kv_pages: jax.Array, setup: Setup
 ) -> tuple[_clock.Timing, jax.Array]:
-    for _ in range(2):  # compiles
-        kv_pages = jax.block_until_ready(step(kv_pages))
-    samples = []
-    for _ in range(setup.repeats):
+    def run(steps: int) -> float:
+        nonlocal kv_pages
         began = time.perf_counter()
-        for _ in range(setup.steps):
+        for _ in range(steps):
             kv_pages = step(kv_pages)
         jax.block_until_ready(kv_pages)
-        samples.append((time.perf_counter() - began) / setup.steps * 1e6)
+        return (time.perf_counter() - began) / steps * 1e6
+
+    run(1)  # compiles
+    steps = min(setup.steps, max(1, math.ceil(_LONG_US / run(1))))
+    samples = [run(steps) for _ in range(setup.repeats)]
     return _clock.summarise(samples, "dispatched together"), kv_pages

@@ -177,30 +177,31 @@ def candidates(
         names = [f.name for f in dataclasses.fields(prefill) if f.name.startswith("prefill")]
         base = dataclasses.replace(base, **{name: getattr(prefill, name) for name in names})
 
-    def make(keys: int, slots: int, raw_slots: int, blocks: int) -> mosaic_gpu.Config:
+    def make(keys: int, slots: int, raw_slots: int, pipelines: int) -> mosaic_gpu.Config:
         sizes: dict[str, int] = {
             f"{kernel}_block_keys": keys, f"{kernel}_slots": slots,
             f"{kernel}_raw_slots": raw_slots,
         }  # fmt: skip
         if kernel == "decode":
-            sizes["decode_blocks_per_sm"] = blocks
+            sizes["decode_pipelines"] = pipelines
         return dataclasses.replace(base, **sizes)
 
     def most(sizes: Sequence[mosaic_gpu.Config]) -> list[mosaic_gpu.Config]:
         return [config for config in sizes if fits(call, config)][-1:]
 
     found = [base]
-    # Registers for three warpgroups are those of a multiprocessor.
-    blocks_per_sm = (1, 2) if kernel == "decode" and not is_quantized else (1,)
-    for keys, blocks in itertools.product((64, 128), blocks_per_sm):
+    for keys, pipelines in itertools.product((64, 128), (1, 2) if kernel == "decode" else (1,)):
         if is_quantized:
-            raws = [[make(keys, slots, n, blocks) for n in range(1, 17)] for slots in (2, 3)]
+            slots_tried = (2, 3, 4)
+            raws = [
+                [make(keys, slots, n, pipelines) for n in range(1, 17)] for slots in slots_tried
+            ]
             longest = [config for sizes in raws for config in most(sizes)]
             found += longest + [config for sizes in raws[:1] for config in most(sizes[:4])]
         else:
-            longest = most([make(keys, n, 2, blocks) for n in range(2, 13)])
+            longest = most([make(keys, n, 2, pipelines) for n in range(2, 13)])
             shorter = [
-                make(keys, getattr(config, f"{kernel}_slots") - 1, 2, blocks)
+                make(keys, getattr(config, f"{kernel}_slots") - 1, 2, pipelines)
                 for config in longest
                 if getattr(config, f"{kernel}_slots") > 2
             ]
@@ -209,12 +210,8 @@ def candidates(
 
 
 def fits(call: Call, config: mosaic_gpu.Config) -> bool:
-    """Whether shared memory has room for a config's blocks, all that share a multiprocessor."""
-    blocks = config.decode_blocks_per_sm
-    if dataclasses.replace(call, config=config).unsupported("mosaic_gpu"):
-        return False
-    needed = mosaic_gpu.shared_bytes(mosaic_gpu.shape_of(*call.arrays(), call.num_kv_heads), config)
-    return blocks * needed[1] <= mosaic_gpu.SHARED_BYTES - 1024 * (blocks - 1)
+    """Whether shared memory has room for a config's blocks."""
+    return not dataclasses.replace(call, config=config).unsupported("mosaic_gpu")
 
 
 def choose(trials: Sequence[Trial]) -> Trial:
@@ -250,7 +247,7 @@ def entry_of(
 
 def _row(trial: Trial, cases: dict[str, Runs], is_best: bool) -> dict[str, str]:
     name = "prefill" if "prefill" in cases else "decode"
-    row = {"keys:slots:raw:blocks": _sizes(trial.config, name), **dict.fromkeys(cases, "-")}
+    row = {"keys:slots:raw:pipelines": _sizes(trial.config, name), **dict.fromkeys(cases, "-")}
     row |= {case: f"{time:.1f}" for case, time in trial.times_us.items()}
     row["mean"] = f"{trial.mean_us:.1f}" if trial.times_us else "-"
     return row | {"": "best" if is_best else trial.refusal}
@@ -259,8 +256,8 @@ def _row(trial: Trial, cases: dict[str, Runs], is_best: bool) -> dict[str, str]:
 def _sizes(config: mosaic_gpu.Config, name: str) -> str:
     kernel = name.split(",")[0]
     sizes = [getattr(config, f"{kernel}_{what}") for what in ("block_keys", "slots", "raw_slots")]
-    blocks = config.decode_blocks_per_sm if kernel == "decode" else 1
-    return ":".join(map(str, [*sizes, blocks]))
+    pipelines = config.decode_pipelines if kernel == "decode" else 1
+    return ":".join(map(str, [*sizes, pipelines]))
 
 
 if __name__ == "__main__":

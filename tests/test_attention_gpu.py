@@ -80,10 +80,12 @@ SMALL = Config(64, 2, 64, 2)
 # What the interpreter does on a CPU: each form of the kernels once, in seconds.
 INTERPRETED = [
     Call(),
-    Call(heads=(3, 3), head_dim=64, page_size=24, options=options_of(sliding_window=40)),
+    Call(heads=(3, 3), head_dim=64, page_size=24, options=options_of(sliding_window=40),
+         config=Config(64, 2, 64, 2, decode_pipelines=2)),
     Call(heads=(2, 1), head_dim=256, page_size=8, dtype="float16",
          options=options_of(soft_cap=5.0, sinks=True)),
-    Call(pool_dtype="float8_e4m3fn", options=SCALES, config=SMALL),
+    # A slot of the decode kernel held for two blocks.
+    Call(pool_dtype="float8_e4m3fn", options=SCALES, config=Config(64, 2, 64, 3)),
     Call(heads=(5, 1), page_size=136, options=options_of(causal=False, sliding_window=77),
          config=SMALL),
 ]  # fmt: skip
@@ -265,6 +267,10 @@ REFUSED = {
     "page_size": (dict(page_size=12), "page_size is 12"),
     "group": (dict(heads=(65, 1)), "65 query heads read one KV head"),
     "shared memory": (dict(config=Config(128, 9, 64, 2)), "config's prefill blocks take"),
+    "registers": (
+        dict(pool_dtype="float8_e4m3fn", config=Config(128, 2, 64, 2, 2, 2, 2)),
+        "config has 2 decode pipelines, and where a pool is converted",
+    ),
     "another backend's config": (dict(config=mosaic_tpu.Config(128, 128)), "config is"),
 }
 
@@ -290,7 +296,7 @@ def test_old_jax():
 @pytest.mark.parametrize(
     "fields, name",
     [((96, 3, 64, 3), "prefill_block_keys"), ((128, 1, 64, 3), "prefill_slots"),
-     ((128, 3, 64, 3, 0), "prefill_raw_slots"), ((128, 3, 64, 3, 2, 2, 0), "decode_blocks_per_sm")],
+     ((128, 3, 64, 3, 0), "prefill_raw_slots"), ((128, 3, 64, 3, 2, 2, 0), "decode_pipelines")],
 )  # fmt: skip
 def test_config_checks_itself(fields, name):
     with pytest.raises(ValueError, match=name):

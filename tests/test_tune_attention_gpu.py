@@ -194,8 +194,8 @@ def test_every_tuned_entry_is_read(monkeypatch):
 
 
 @needs_new_jax
-def test_a_config_whose_blocks_share_a_multiprocessor_must_fit_together():
+def test_a_config_whose_pipelines_share_a_multiprocessor_must_fit_together():
     call = tune.call_of(128, "bfloat16")
     config = mosaic_gpu.Config(128, 3, 128, 2)
     assert tune.fits(call, config)
-    assert not tune.fits(call, dataclasses.replace(config, decode_blocks_per_sm=2))
+    assert not tune.fits(call, dataclasses.replace(config, decode_pipelines=2))

@@ -42,7 +42,8 @@ class Config:
       prefill_slots, decode_slots: blocks in shared memory: those being computed, the others on
         their way.
       prefill_raw_slots, decode_raw_slots: blocks of a quantised pool on their way.
-      decode_blocks_per_sm: blocks of threads of the decode kernel that share a multiprocessor.
+      decode_pipelines: pipelines of the decode kernel that share a multiprocessor, 1 or 2, and 1
+        for a quantised pool; the slots are each one's.
     """
 
     prefill_block_keys: int
@@ -51,13 +52,15 @@ class Config:
     decode_slots: int
     prefill_raw_slots: int = 2
     decode_raw_slots: int = 2
-    decode_blocks_per_sm: int = 1
+    decode_pipelines: int = 1
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name.endswith("block_keys"):
                 is_right, wanted = value in (64, 128), "64 or 128"
+            elif field.name == "decode_pipelines":
+                is_right, wanted = value in (1, 2), "1 or 2"
             else:
                 is_right, wanted = isinstance(value, int) and value >= 1, "an int >= 1"
                 if field.name == "prefill_slots" or field.name == "decode_slots":
@@ -87,15 +90,15 @@ def has_few_seqs(max_seqs: int) -> bool:
 def formula(head_dim: int, is_quantized: bool, max_seqs: int) -> Config:
     """As many blocks as shared memory has room for.
 
-    Two blocks of threads decode on a multiprocessor where many sequences begin and end, so that
-    one's latencies hide behind the other's pages; one where few do, which splits heads less.
+    Two pipelines decode on a multiprocessor where many sequences begin and end, so that one's
+    latencies hide behind the other's pages; one where few do, which splits heads less.
     """
     prefill_keys = 64 if head_dim == 256 else 128
     if is_quantized:
-        decode_raw_slots = {64: 12, 128: 8, 256: 2}[head_dim]
         prefill_slots = {64: 4, 128: 2, 256: 2}[head_dim]
+        decode_slots, decode_raw_slots = {64: (4, 8), 128: (4, 4), 256: (2, 2)}[head_dim]
         return Config(
-            prefill_keys, prefill_slots, 64, 2, prefill_raw_slots=2,
+            prefill_keys, prefill_slots, 64, decode_slots, prefill_raw_slots=2,
             decode_raw_slots=decode_raw_slots,
         )  # fmt: skip
     prefill_slots = {64: 6, 128: 3, 256: 2}[head_dim]
@@ -104,7 +107,7 @@ def formula(head_dim: int, is_quantized: bool, max_seqs: int) -> Config:
     decode_slots = {64: 6, 128: 3}[head_dim]
     if has_few_seqs(max_seqs):
         return Config(prefill_keys, prefill_slots, 128, decode_slots)
-    return Config(prefill_keys, prefill_slots, 64, decode_slots, decode_blocks_per_sm=2)
+    return Config(prefill_keys, prefill_slots, 64, decode_slots, decode_pipelines=2)
 
 
 def shared_bytes(shape: Shape, config: Config) -> tuple[int, int]:
@@ -118,7 +121,8 @@ def shared_bytes(shape: Shape, config: Config) -> tuple[int, int]:
     return (
         prefill.num_consumers(shape) * queries
         + ring(config.prefill_block_keys, config.prefill_slots, config.prefill_raw_slots),
-        queries + ring(config.decode_block_keys, config.decode_slots, config.decode_raw_slots),
+        config.decode_pipelines
+        * (queries + ring(config.decode_block_keys, config.decode_slots, config.decode_raw_slots)),
     )
 
 
@@ -166,6 +170,11 @@ def unsupported(q, kv_pages, page_indices, num_kv_heads: int, config: Config | N
         )
     if config is not None:
         shape = shape_of(q, kv_pages, page_indices, num_kv_heads)
+        if shape.is_quantized and config.decode_pipelines > 1:
+            return (
+                f"config has {config.decode_pipelines} decode pipelines, and where a pool is "
+                "converted there are registers for one"
+            )
         for name, needed in zip(("prefill", "decode"), shared_bytes(shape, config), strict=True):
             if needed > SHARED_BYTES:
                 return (
@@ -240,8 +249,7 @@ def ragged_paged_attention(
 def _launch(shape: Shape, config: Config, num_sms: int, is_interpreted: bool, operands):
     """The two kernels; the first leaves holes for the second, which updates the output in place."""
     shape = dataclasses.replace(shape, is_interpreted=is_interpreted)
-    num_blocks = num_sms * config.decode_blocks_per_sm
-    out, lse, means, sums, merges = decode.decode(shape, config, num_blocks, operands)
+    out, lse, means, sums, merges = decode.decode(shape, config, num_sms, operands)
     parts = {"means": means.reshape(len(means), -1), "sums": sums.reshape(len(sums), -1)}
     out_ref, lse_ref = jax.new_ref(out), None if lse is None else jax.new_ref(lse)
     prefill.prefill(shape, config, num_sms, operands | parts | {"merges": merges}, out_ref, lse_ref)

@@ -39,6 +39,7 @@ class Ring:
       empty: a barrier a slot, at which all that read it arrive.
       cleared: a barrier at which all readers meet where one clears for all; None for one reader.
       num_slots: of the ring.
+      first: its first slot, a traced scalar where several rings share the arrays.
     """
 
     smem: Any
@@ -46,10 +47,11 @@ class Ring:
     empty: Any
     cleared: Any
     num_slots: int
+    first: Any = 0
 
     def slot(self, step) -> jax.Array:
         """The slot of the step-th block that goes through the ring."""
-        return lax.rem(step, self.num_slots)
+        return self.first + lax.rem(step, self.num_slots)
 
     def keys(self, slot, head_dim: int):
         """[block, H] of a slot: transposed, an operand of the matrix unit."""
@@ -62,7 +64,7 @@ class Ring:
     def release_all(self) -> None:
         """What a reader does first: every slot is empty."""
         for slot in range(self.num_slots):
-            plgpu.barrier_arrive(self.empty.at[slot])
+            plgpu.barrier_arrive(self.empty.at[self.first + slot])
 
     def drain(self, step) -> None:
         """What a writer does last: waits until all slots are empty again."""
@@ -70,7 +72,10 @@ class Ring:
             plgpu.barrier_wait(self.empty.at[self.slot(step + i)])
 
 
-def scratch(shape: Shape, block: int, num_slots: int, num_raw_slots: int, num_readers: int):
+def scratch(
+    shape: Shape, block: int, num_slots: int, num_raw_slots: int, num_readers: int,
+    num_converters: int,
+):
     """The types of the two rings' scratch: of q's dtype, and of the pool's where that differs."""
     pieces = block // shape.piece(block)
 
@@ -88,13 +93,18 @@ def scratch(shape: Shape, block: int, num_slots: int, num_raw_slots: int, num_re
     box = min(shape.kv_dim, _MAX_BOX)
     num_boxes = shape.kv_dim // box
     raw = (num_boxes, block, box), shape.pool_dtype, (), num_raw_slots
-    return ring(*ready, 1, num_readers), ring(*raw, pieces * num_boxes, 1)
+    return ring(*ready, num_converters, num_readers), ring(*raw, pieces * num_boxes, num_converters)
 
 
-def rings(scoped, num_slots: int, num_raw_slots: int) -> tuple[Ring, Ring | None]:
-    """The ring that is attended to, and the one of raw blocks of a quantised pool."""
-    ready, raw = scoped
-    return Ring(**ready, num_slots=num_slots), raw and Ring(**raw, num_slots=num_raw_slots)
+def rings(
+    scoped, num_slots: int, num_raw_slots: int, pipeline: Any = 0
+) -> tuple[Ring, Ring | None]:
+    """A pipeline's ring that is attended to, and the one of raw blocks of a quantised pool."""
+    ready, raw = (
+        scope and Ring(**scope, num_slots=count, first=pipeline * count)
+        for scope, count in zip(scoped, (num_slots, num_raw_slots), strict=True)
+    )
+    return ready, raw
 
 
 def fetch(ring: Ring, step, kv_hbm, table, seq, kv_head, first, begin, end, block, shape: Shape):
@@ -222,35 +232,39 @@ def _zero_rows(values, begin, end, shape: Shape) -> None:
     run(values, jnp.asarray(begin, jnp.int32), jnp.asarray(end, jnp.int32))
 
 
-def convert(raw: Ring, ready: Ring, step, shape: Shape) -> None:
-    """Turns the step-th block of a quantised pool into q's dtype, exactly; no scales here."""
+def convert(raw: Ring, ready: Ring, step, part: int, num_parts: int, shape: Shape) -> None:
+    """Turns the step-th block of a quantised pool into q's dtype, exactly; no scales here.
+
+    Of `num_parts` warpgroups that do this together the `part`-th takes its rows.
+    """
     source, target = raw.slot(step), ready.slot(step)
     plgpu.barrier_wait(raw.full.at[source])
     plgpu.barrier_wait(ready.empty.at[target])
+    count = ready.smem.shape[1] // num_parts
+    rows = pl.ds(part * count, count)
     if shape.is_interpreted:
-        values = raw.smem[source].swapaxes(0, 1).reshape(ready.smem.shape[1:])
-        ready.smem[target] = values.astype(shape.q_dtype)
+        values = raw.smem[source, :, rows].swapaxes(0, 1).reshape(count, shape.kv_dim)
+        ready.smem[target, rows] = values.astype(shape.q_dtype)
     else:
-        _convert_block(raw.smem.at[source], ready.smem.at[target], shape)
+        _convert_rows(raw.smem.at[source, :, rows], ready.smem.at[target, rows], shape)
     plgpu.commit_smem()
     plgpu.barrier_arrive(raw.empty.at[source])
     plgpu.barrier_arrive(ready.full.at[target])
 
 
-def _convert_block(source, target, shape: Shape) -> None:
+def _convert_rows(source, target, shape: Shape) -> None:
     """8 values at a time: a load of 8 bytes and a store of 16, where the swizzle has them."""
     width = 8
-    _, block, box = source.shape
+    _, rows, box = source.shape
     at_once = 8  # so that their loads and conversions overlap
-    steps = block * shape.kv_dim // (WARPGROUP * width * at_once)
+    steps = rows * shape.kv_dim // (WARPGROUP * width * at_once)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(tiling(shape.q_dtype))))
-    def run(_, raw, tiles):  # raw [2H / box, block, box], tiles [block / 8, 2H / 64, 8, 64]
+    def run(_, raw, tiles):  # raw [2H / box, rows, box], tiles [rows / 8, 2H / 64, 8, 64]
         def const(x):
             return arith.constant(ir.IndexType.get(), x)
 
         chunks, eight = const(shape.kv_dim // width), const(8)
-        narrow_type = ir.VectorType.get((width,), ir.MemRefType(raw.type).element_type)
         thread = arith.remui(gpu.thread_id(gpu.Dimension.x), const(WARPGROUP))
 
         def load(item):
@@ -258,9 +272,9 @@ def _convert_block(source, target, shape: Shape) -> None:
             chunks_of_box = const(box // width)
             column = arith.muli(arith.remui(chunk, chunks_of_box), const(width))
             place = [arith.divui(chunk, chunks_of_box), row, column]
-            return row, chunk, vector.load(narrow_type, raw, place)
+            return row, chunk, _load_8_bytes(raw, place)
 
-        def store(row, chunk, narrow):
+        def store(row, chunk, words):
             # A tile's row is 8 chunks of 16 bytes; chunk c of row r lies at c ^ r.
             in_tile = arith.remui(row, eight)
             place = arith.xori(arith.remui(chunk, eight), in_tile)
@@ -268,7 +282,7 @@ def _convert_block(source, target, shape: Shape) -> None:
                 arith.divui(row, eight), arith.divui(chunk, eight), in_tile,
                 arith.muli(place, const(width)),
             ]  # fmt: skip
-            _store_16_bytes(_widen(narrow, shape), tiles, target)
+            _store_16_bytes(_widen(words, shape), tiles, target)
 
         loop = scf.ForOp(const(0), const(steps), const(1))
         with ir.InsertionPoint(loop.body):
@@ -282,23 +296,26 @@ def _convert_block(source, target, shape: Shape) -> None:
     run(source, target)
 
 
+def _load_8_bytes(ref, indices):
+    """Two words from an element of a ref that lies at a multiple of 8 bytes."""
+    source = mgpu.utils.memref_ptr(mgpu.utils.memref_slice(ref, tuple(indices)))
+    words = ir.VectorType.get((2,), ir.IntegerType.get_signless(32))
+    return llvm.load(words, source, alignment=8)
+
+
 def _store_16_bytes(words, ref, indices) -> None:
     """Stores four words at an element of a ref that lies at a multiple of 16 bytes.
 
-    A store that does not say so is split into one of 2 bytes for each value.
+    A store that does not say so is split into one of 2 bytes for each value, and a load into bytes.
     """
     target = mgpu.utils.memref_ptr(mgpu.utils.memref_slice(ref, tuple(indices)))
     llvm.store(words, target, alignment=16)
 
 
-def _widen(narrow, shape: Shape):
-    """8 values of the pool's dtype as q's, two in each of four words."""
-    i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
-    words = vector.bitcast(
-        ir.VectorType.get((2,), i32), vector.bitcast(ir.VectorType.get((8,), i8), narrow)
-    )
+def _widen(words, shape: Shape):
+    """Two words of 8-bit values as q's dtype, two values in each of four words."""
     pairs = [pair for n in range(2) for pair in _convert_four(_extract(words, n), shape)]
-    return vector.from_elements(ir.VectorType.get((4,), i32), pairs)
+    return vector.from_elements(ir.VectorType.get((4,), ir.IntegerType.get_signless(32)), pairs)
 
 
 def _extract(words, n: int):

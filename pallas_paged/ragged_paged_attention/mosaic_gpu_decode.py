@@ -1,12 +1,13 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """Decode attention on Hopper: the keys of all sequences in one line, cut evenly over the chip.
 
-The pipeline: as many blocks of threads as fit the chip, each with an equal share of the line of
-(sequence, KV head, block of keys), whatever the sequences' lengths (the split of Stream-K, Osama et
-al., 2023). One warpgroup produces pages, one consumes; with a quantised pool a third converts in
-between. The query heads of a KV head and the new tokens of a short sequence share the 64 rows of
-the matrix unit. Where a share begins or ends inside a sequence's head its result is a part; the
-next kernel merges parts by their log-sum-exp.
+The pipelines: one block of threads a multiprocessor, with one or two pipelines in it, each with an
+equal share of the line of (sequence, KV head, block of keys), whatever the sequences' lengths (the
+split of Stream-K, Osama et al., 2023). One warpgroup of a pipeline produces pages, one consumes;
+with a quantised pool two more convert in between, half a block each. Two pipelines know nothing of each other: one
+works while the other waits. The query heads of a KV head and the new tokens of a short sequence
+share the 64 rows of the matrix unit. Where a share begins or ends inside a sequence's head its
+result is a part; the next kernel merges parts by their log-sum-exp.
 """
 
 import dataclasses
@@ -38,16 +39,23 @@ from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
     tiling,
 )
 
-# Registers of a thread, by whether there is a converter. 64 Ki are for all threads of a
-# multiprocessor: 240 + 40 and 240 + 40 + 104 times 128 are under the half and all of them.
-_CONSUMER_REGISTERS = {False: 216, True: 240}
-_PRODUCER_REGISTERS = 40
-_CONVERTER_REGISTERS = 104
+@dataclasses.dataclass(frozen=True)
+class Registers:
+    """Registers of a thread of each role."""
+
+    consumer: int
+    producer: int
+    converter: int = 0
+
+
+# Of two pipelines, and of one that converts: at most 512 threads, which begin with 128 registers
+# each and share those. A lone pipeline without converters has all it can use from the start.
+_REGISTERS = {False: Registers(216, 40), True: Registers(240, 40, 104)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """The part of a sequence's KV head that a block of threads attends to; traced scalars.
+    """The part of a sequence's KV head that a pipeline attends to; traced scalars.
 
     Attributes:
       seq, kv_head: whose keys.
@@ -102,22 +110,24 @@ def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]
     Args:
       shape: the static description.
       config: block sizes.
-      num_blocks: blocks of threads, all of which run at once.
+      num_blocks: blocks of threads, all of which run at once, `config.decode_pipelines` shares each.
       operands: name -> array, as `_kernel` lists them; what is not given is left out.
 
     Returns:
-      out [T, N, H], lse f32[T, N] or None, both with holes; the parts, two a block of threads:
-      means f32[2 * num_blocks + 1, 64, H] and the log2 of their sums over all lanes, of the same
-      shape; and what there is to merge, int32[num_blocks, 4], one head a block of threads: its
-      parts, first row of the batch, tokens and KV head.
+      out [T, N, H], lse f32[T, N] or None, both with holes; the parts, two a share:
+      means f32[2 * shares + 1, 64, H] and the log2 of their sums over all lanes, of the same
+      shape; and what there is to merge, int32[shares, 4], one head a share: its parts, first row of
+      the batch, tokens and KV head.
     """
     names = tuple(operands)
     num_tokens = operands["q"].shape[0]
+    num_pipelines = config.decode_pipelines
+    num_shares = num_blocks * num_pipelines
     # One more than are used: the merge reads whole multiples of 128, past the end of a part.
     parts = jax.ShapeDtypeStruct(
-        (2 * num_blocks + 1, WARPGROUP_ROWS, shape.head_dim), jnp.float32
+        (2 * num_shares + 1, WARPGROUP_ROWS, shape.head_dim), jnp.float32
     )
-    merges = jax.ShapeDtypeStruct((num_blocks, 4), jnp.int32)
+    merges = jax.ShapeDtypeStruct((num_shares, 4), jnp.int32)
     outs: list[Any] = [
         jax.ShapeDtypeStruct(operands["q"].shape, shape.q_dtype), parts, parts, merges
     ]  # fmt: skip
@@ -125,33 +135,52 @@ def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]
         outs.append(jax.ShapeDtypeStruct((num_tokens, shape.num_heads), jnp.float32))
     num_raw = config.decode_raw_slots if shape.is_quantized else 0
 
-    @named(f"decode_{config.decode_block_keys}_{config.decode_slots}_{num_raw}")
+    sizes = config.decode_block_keys, config.decode_slots, num_raw, num_pipelines
+
+    @named("decode_" + "_".join(map(str, sizes)))
     def body(*refs):
         inputs = dict(zip(names, refs[: len(names)], strict=True))
         out, means, sums, merges, lse = (*refs[len(names):], None)[:5]
         results = Results(out, lse, means, sums, merges)
         queries = plgpu.SMEM(
-            (WARPGROUP_ROWS, shape.head_dim), shape.q_dtype, transforms=tiling(shape.q_dtype)
-        )
+            (num_pipelines, WARPGROUP_ROWS, shape.head_dim), shape.q_dtype,
+            transforms=tiling(shape.q_dtype),
+        )  # fmt: skip
         pl.run_scoped(
             lambda *scoped: _kernel(inputs, results, *scoped, shape, config, num_raw),
             queries,
-            blocks.scratch(shape, config.decode_block_keys, config.decode_slots, num_raw, 1),
+            blocks.scratch(
+                shape, config.decode_block_keys, config.decode_slots * num_pipelines,
+                num_raw * num_pipelines, 1, _num_converters(shape),
+            ),
             collective_axes="warpgroup",
-        )
+        )  # fmt: skip
 
     out, means, sums, merges, *lse = plgpu.kernel(
         body,
         out_type=outs,
         grid=(num_blocks,),
         grid_names=("block",),
-        num_threads=2 + shape.is_quantized,
+        num_threads=num_pipelines * _num_roles(shape),
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
     )(*operands.values())
     return out, (lse[0] if lse else None), means, sums, merges
+
+
+def _num_converters(shape: Shape) -> int:
+    """Warpgroups of a pipeline that convert. A product of heads of 256 does not compile in what
+    registers the threads of four warpgroups begin with."""
+    if not shape.is_quantized:
+        return 0
+    return 1 if shape.head_dim == 256 else 2
+
+
+def _num_roles(shape: Shape) -> int:
+    """Warpgroups of a pipeline."""
+    return 2 + _num_converters(shape)
 
 
 def _kernel(
@@ -162,24 +191,28 @@ def _kernel(
     Args:
       inputs: refs in device memory, as in the prefill kernel.
       results: refs in device memory of what `decode` returns.
-      queries, ring_scratch: scratch: [64, H], the rings.
+      queries, ring_scratch: scratch: [pipelines, 64, H], the rings of all pipelines.
     """
     block = config.decode_block_keys
-    ready, raw = blocks.rings(ring_scratch, config.decode_slots, num_raw)
-    warpgroup = lax.axis_index("warpgroup")
+    pipeline = lax.axis_index("warpgroup") // _num_roles(shape)
+    role = lax.rem(lax.axis_index("warpgroup"), _num_roles(shape))
+    ready, raw = blocks.rings(ring_scratch, config.decode_slots, num_raw, pipeline)
+    queries = queries.at[pipeline]
+    # Few shares spread over the multiprocessors before two meet on one.
+    num_blocks = lax.axis_size("block")
+    share = Share(pipeline * num_blocks + lax.axis_index("block"), num_blocks * config.decode_pipelines)
+    registers = None
+    if _num_roles(shape) * config.decode_pipelines > 2:
+        registers = _REGISTERS[shape.is_quantized]
     window = clip_window(inputs["window"][0]) if shape.has_window else None
 
-    def set_registers(count, action):
-        # A lone block of two warpgroups has all it can use from the start.
-        if shape.is_quantized or config.decode_blocks_per_sm > 1:
-            plgpu.set_max_registers(count, action=action)
-
     def each_segment(body):
-        return _each_segment(inputs, shape, body)
+        return _each_segment(inputs, share, shape, body)
 
-    @pl.when(warpgroup == 0)
+    @pl.when(role == 0)
     def _consume():
-        set_registers(_CONSUMER_REGISTERS[shape.is_quantized], "increase")
+        if registers:
+            plgpu.set_max_registers(registers.consumer, action="increase")
         ready.release_all()
 
         def attend(segment: Segment, step):
@@ -192,18 +225,25 @@ def _kernel(
                 )
                 # One of a head's segments takes the sink, or the merge would count it twice.
                 sink = keep_if(segment.first == 0, sink * LOG2E, 2 * LOWEST)
-            mean, log2_sum = attention.attend(rows, span, ready, step, sink, shape)
+            if shape.is_quantized and config.decode_slots > 2:
+                # Half the bytes a block: what bounds is this warpgroup's way from block to block.
+                mean, log2_sum = attention.attend_overlapped(
+                    rows, span, ready, step, sink, shape, on_last_keys=lambda: None
+                )
+            else:
+                mean, log2_sum = attention.attend(rows, span, ready, step, sink, shape)
             if "v_scale" in inputs:
                 mean *= of_head(inputs["v_scale"], segment.kv_head)
-            _store(segment, rows, mean, log2_sum, results, inputs["schedule"], shape)
+            _store(segment, rows, mean, log2_sum, results, share, inputs["schedule"], shape)
             return step + span.count
 
-        results.merges[lax.axis_index("block"), 0] = 0
+        results.merges[share.index, 0] = 0
         each_segment(attend)
 
-    @pl.when(warpgroup == 1)
+    @pl.when(role == 1)
     def _produce():
-        set_registers(_PRODUCER_REGISTERS, "decrease")
+        if registers:
+            plgpu.set_max_registers(registers.producer, action="decrease")
         target = ready if raw is None else raw
 
         def fetch(segment: Segment, step):
@@ -220,51 +260,66 @@ def _kernel(
 
         target.drain(each_segment(fetch))
 
-    if raw is not None:
+    if raw is None:
+        return
+    num_converters = _num_converters(shape)
+    for part in range(num_converters):
 
-        @pl.when(warpgroup == 2)
-        def _convert():
-            set_registers(_CONVERTER_REGISTERS, "decrease")
+        @pl.when(role == 2 + part)
+        def _convert(part=part):
+            plgpu.set_max_registers(registers.converter, action="decrease")
             raw.release_all()
 
             def convert(segment: Segment, step):
                 lax.fori_loop(
                     0, segment.count,
-                    lambda i, _: blocks.convert(raw, ready, step + i, shape), None,
+                    lambda i, _: blocks.convert(raw, ready, step + i, part, num_converters, shape),
+                    None,
                 )  # fmt: skip
                 return step + segment.count
 
             ready.drain(each_segment(convert))
 
 
-def _share(schedule, shape: Shape, block):
-    """[begin, end) of a block of threads in the line of all (sequence, KV head, block of keys)."""
-    total = schedule[BLOCKS, schedule.shape[1] - 1] * shape.num_kv_heads
-    num_blocks = lax.axis_size("block")
-    each, rest = total // num_blocks, lax.rem(total, num_blocks)
-    begin = block * each + jnp.minimum(block, rest)
-    return begin, begin + each + jnp.where(block < rest, 1, 0)
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """One of `count` equal parts of the line of all (sequence, KV head, block of keys).
+
+    Attributes:
+      index: which, a traced scalar.
+      count: of all blocks of threads.
+    """
+
+    index: Any
+    count: int
+
+    def places(self, schedule, shape: Shape):
+        """[begin, end) in the line."""
+        each, rest = self._each(schedule, shape)
+        begin = self.index * each + jnp.minimum(self.index, rest)
+        return begin, begin + each + jnp.where(self.index < rest, 1, 0)
+
+    def holding(self, place, schedule, shape: Shape):
+        """The index of the share that holds a place."""
+        each, rest = self._each(schedule, shape)
+        longer = rest * (each + 1)  # places in the first shares, which are one longer
+        return jnp.where(
+            place < longer, place // (each + 1), rest + (place - longer) // jnp.maximum(each, 1)
+        )
+
+    def _each(self, schedule, shape: Shape):
+        total = schedule[BLOCKS, schedule.shape[1] - 1] * shape.num_kv_heads
+        return total // self.count, lax.rem(total, self.count)
 
 
-def _sharer(schedule, shape: Shape, place):
-    """The block of threads whose share holds a place in the line."""
-    total = schedule[BLOCKS, schedule.shape[1] - 1] * shape.num_kv_heads
-    num_blocks = lax.axis_size("block")
-    each, rest = total // num_blocks, lax.rem(total, num_blocks)
-    longer = rest * (each + 1)  # places in the first shares, which are one longer
-    return jnp.where(
-        place < longer, place // (each + 1), rest + (place - longer) // jnp.maximum(each, 1)
-    )
-
-
-def _each_segment(inputs, shape: Shape, body):
-    """Calls `step = body(segment, step)` for this block's share in order; returns the last."""
+def _each_segment(inputs, share: Share, shape: Shape, body):
+    """Calls `step = body(segment, step)` for a share in order; returns the last."""
     schedule, num_tokens = inputs["schedule"], inputs["q"].shape[0]
     lengths = Lengths(
         inputs["kv_lens"], inputs["cu_q_lens"], inputs["num_seqs"], num_tokens, shape
     )
     max_seqs = schedule.shape[1] - 1
-    begin, end = _share(schedule, shape, lax.axis_index("block"))
+    begin, end = share.places(schedule, shape)
 
     def one(state):
         place, seq, step = state
@@ -310,11 +365,13 @@ def _rows(inputs, queries, segment: Segment, window, shape: Shape) -> Rows:
     )  # fmt: skip
 
 
-def _store(segment: Segment, rows: Rows, mean, log2_sum, results: Results, schedule, shape: Shape):
+def _store(
+    segment: Segment, rows: Rows, mean, log2_sum, results: Results, share: Share, schedule,
+    shape: Shape,
+):
     """A whole head's rows to the output, others as a part."""
     count = segment.num_tokens * shape.group
     is_whole = segment.count == segment.num_blocks
-    block = lax.axis_index("block")
 
     @pl.when(is_whole)
     def _():
@@ -325,14 +382,14 @@ def _store(segment: Segment, rows: Rows, mean, log2_sum, results: Results, sched
 
     @pl.when(jnp.logical_not(is_whole))
     def _():
-        part = 2 * block + jnp.where(segment.first > 0, 0, 1)
+        part = 2 * share.index + jnp.where(segment.first > 0, 0, 1)
         where = (part, 0, 0, count, WARPGROUP_ROWS, shape.is_interpreted)
         gpu_rows.store(mean, results.means, *where)
         gpu_rows.store(attention.over_rows(log2_sum, shape.head_dim), results.sums, *where)
 
     @pl.when(jnp.logical_not(is_whole) & (segment.first == 0))
     def _():
-        last = _sharer(schedule, shape, segment.place + segment.num_blocks - 1)
-        merge = (last - block + 1, segment.row, segment.num_tokens, segment.kv_head)
+        last = share.holding(segment.place + segment.num_blocks - 1, schedule, shape)
+        merge = (last - share.index + 1, segment.row, segment.num_tokens, segment.kv_head)
         for i, value in enumerate(merge):
-            results.merges[block, i] = value
+            results.merges[share.index, i] = value
