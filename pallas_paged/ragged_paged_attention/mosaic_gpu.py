@@ -96,10 +96,15 @@ def formula(head_dim: int, is_quantized: bool, max_seqs: int) -> Config:
     prefill_keys = 64 if head_dim == 256 else 128
     if is_quantized:
         prefill_slots = {64: 4, 128: 2, 256: 2}[head_dim]
-        decode_slots, decode_raw_slots = {64: (4, 8), 128: (4, 4), 256: (2, 2)}[head_dim]
+        if head_dim == 256:
+            keys, slots, raw_slots = 64, 2, 2
+        elif has_few_seqs(max_seqs):
+            keys, slots, raw_slots = 64, 3, {64: 12, 128: 6}[head_dim]
+        else:
+            keys, slots, raw_slots = 128, 2, {64: 6, 128: 2}[head_dim]
         return Config(
-            prefill_keys, prefill_slots, 64, decode_slots, prefill_raw_slots=2,
-            decode_raw_slots=decode_raw_slots,
+            prefill_keys, prefill_slots, keys, slots, prefill_raw_slots=2,
+            decode_raw_slots=raw_slots,
         )  # fmt: skip
     prefill_slots = {64: 6, 128: 3, 256: 2}[head_dim]
     if head_dim == 256:
@@ -194,7 +199,7 @@ def shape_of(q, kv_pages, page_indices, num_kv_heads, **options) -> Shape:
         num_heads=q.shape[1], num_kv_heads=num_kv_heads, head_dim=q.shape[2],
         num_pages=kv_pages.shape[0], page_size=kv_pages.shape[1],
         table_width=page_indices.shape[1], q_dtype=jnp.dtype(q.dtype),
-        pool_dtype=jnp.dtype(kv_pages.dtype), **options,
+        product_dtype=jnp.dtype(q.dtype), pool_dtype=jnp.dtype(kv_pages.dtype), **options,
     )  # fmt: skip
 
 

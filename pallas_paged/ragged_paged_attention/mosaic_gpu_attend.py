@@ -38,7 +38,7 @@ class Rows:
       position: of row 0; row r has position `position + r // group`.
       length: of the sequence; no row sees further.
       window: how many keys a row looks back on, or None.
-      scale: on the product of a query with a key, in base 2.
+      scale: on the product of a query with a key, in base 2; a scalar, or f32[64], one a row.
       group: rows to a position.
     """
 
@@ -115,13 +115,13 @@ def attend_overlapped(rows: Rows, span: Span, ring: Ring, step, sink, shape: Sha
             rows.queries, keys, out, weights, values, weigh, span.block, shape
         )
         plgpu.barrier_arrive(ring.empty.at[before])
-        return out * over_rows(shrink, shape.head_dim), largest, total, new.astype(shape.q_dtype)
+        return out * over_rows(shrink, shape.head_dim), largest, total, new.astype(shape.product_dtype)
 
     out, largest, total = _start(sink, shape)
     slot = _wait(ring, step, span, 0, True, shape)
     scores = _scores(rows.queries, ring.keys(slot, shape.head_dim), span.block, shape)
     largest, total, _, weights = _softmax(scores, 0, largest, total, rows, span, True, shape)
-    carry = out, largest, total, weights.astype(shape.q_dtype)
+    carry = out, largest, total, weights.astype(shape.product_dtype)
     out, largest, total, weights = _each_block(1, span, carry, next_block, shape)
     on_last_keys()
     last = ring.slot(step + span.count - 1)
@@ -143,7 +143,7 @@ def attend(rows: Rows, span: Span, ring: Ring, step, sink, shape: Shape):
         largest, total, shrink, weights = _softmax(
             scores, i, largest, total, rows, span, is_masked, shape
         )
-        out, weights = out * over_rows(shrink, shape.head_dim), weights.astype(shape.q_dtype)
+        out, weights = out * over_rows(shrink, shape.head_dim), weights.astype(shape.product_dtype)
         out = _add_product(out, weights, ring.values(slot, shape.head_dim), shape)
         plgpu.barrier_arrive(ring.empty.at[slot])
         return out, largest, total
@@ -189,7 +189,7 @@ def _softmax(scores, i, largest, total, rows: Rows, span: Span, is_masked: bool,
         scores = _mask(scores, span.first_key(i), rows, shape)
     newest = jnp.maximum(largest, scores.max(axis=1) * scale)
     shrink = jnp.exp2(largest - newest)
-    weights = jnp.exp2(scores * scale - over_rows(newest, span.block))
+    weights = jnp.exp2(scores * _over_scores(scale, scores) - over_rows(newest, span.block))
     return newest, total * shrink + weights.sum(axis=1), shrink, weights
 
 
@@ -210,8 +210,13 @@ def _scaled(scores, rows: Rows, shape: Shape):
     if shape.soft_cap is None:
         return scores, rows.scale
     # tanh(x) = 1 - 2 / (exp(2 x) + 1); the hardware's own tanh is good to 11 bits only.
-    grown = jnp.exp2(scores * (rows.scale * (2.0 / shape.soft_cap)))
+    grown = jnp.exp2(scores * _over_scores(rows.scale * (2.0 / shape.soft_cap), scores))
     return shape.soft_cap * LOG2E * (1.0 - 2.0 / (grown + 1.0)), 1.0
+
+
+def _over_scores(scale, scores):
+    """`Rows.scale` as a factor of scores."""
+    return over_rows(scale, scores.shape[1]) if jnp.ndim(scale) else scale
 
 
 def _mask(scores, first_key, rows: Rows, shape: Shape):

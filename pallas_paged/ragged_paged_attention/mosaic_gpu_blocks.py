@@ -3,8 +3,8 @@
 
 A block is `block` consecutive positions of one KV head, K and V side by side, `[block, 2H]`. The
 producer asks for it piece by piece, one tensor copy a page (or a part of a page). Blocks of a
-quantised pool come into a ring of their own, and a warpgroup turns them into q's dtype on their way
-to the other ring, so that the consumers see no difference.
+quantised pool come into a ring of their own, and a warpgroup turns them into the products' dtype
+on their way to the other ring, so that the consumers see no difference.
 """
 
 import dataclasses
@@ -73,10 +73,9 @@ class Ring:
 
 
 def scratch(
-    shape: Shape, block: int, num_slots: int, num_raw_slots: int, num_readers: int,
-    num_converters: int,
+    shape: Shape, block: int, num_slots: int, num_raw_slots: int, num_readers: int
 ):
-    """The types of the two rings' scratch: of q's dtype, and of the pool's where that differs."""
+    """The types of the two rings' scratch: of the products' dtype, and of a quantised pool's."""
     pieces = block // shape.piece(block)
 
     def ring(block_shape, dtype, transforms, num_slots, num_writers, num_readers):
@@ -87,13 +86,14 @@ def scratch(
             cleared=plgpu.Barrier(num_arrivals=num_readers) if num_readers > 1 else None,
         )
 
-    ready = (block, shape.kv_dim), shape.q_dtype, tiling(shape.q_dtype), num_slots
+    dtype = shape.product_dtype
+    ready = (block, shape.kv_dim), dtype, tiling(dtype), num_slots
     if not shape.is_quantized:
         return ring(*ready, pieces, num_readers), None
     box = min(shape.kv_dim, _MAX_BOX)
     num_boxes = shape.kv_dim // box
     raw = (num_boxes, block, box), shape.pool_dtype, (), num_raw_slots
-    return ring(*ready, num_converters, num_readers), ring(*raw, pieces * num_boxes, num_converters)
+    return ring(*ready, 1, num_readers), ring(*raw, pieces * num_boxes, 1)
 
 
 def rings(
@@ -197,9 +197,9 @@ def _zero_rows(values, begin, end, shape: Shape) -> None:
     A row is whole lines of 128 bytes, and swizzling moves data only inside a line.
     """
     scalar = plgpu.Layout.WG_SPLAT
-    operand = plgpu.RefType(tiling(shape.q_dtype))
+    operand = plgpu.RefType(tiling(shape.product_dtype))
     width = 8  # values in 16 bytes
-    tile_columns = 128 // shape.q_dtype.itemsize
+    tile_columns = 128 // shape.product_dtype.itemsize
 
     @plgpu.inline_mgpu(arg_types=(operand, scalar, scalar))
     def run(_, tiles, begin, end):  # tiles [block / 8, H / 64, 8, 64]
@@ -232,35 +232,30 @@ def _zero_rows(values, begin, end, shape: Shape) -> None:
     run(values, jnp.asarray(begin, jnp.int32), jnp.asarray(end, jnp.int32))
 
 
-def convert(raw: Ring, ready: Ring, step, part: int, num_parts: int, shape: Shape) -> None:
-    """Turns the step-th block of a quantised pool into q's dtype, exactly; no scales here.
-
-    Of `num_parts` warpgroups that do this together the `part`-th takes its rows.
-    """
+def convert(raw: Ring, ready: Ring, step, shape: Shape) -> None:
+    """Turns the step-th block of a quantised pool into the products' dtype, exactly; no scales."""
     source, target = raw.slot(step), ready.slot(step)
     plgpu.barrier_wait(raw.full.at[source])
     plgpu.barrier_wait(ready.empty.at[target])
-    count = ready.smem.shape[1] // num_parts
-    rows = pl.ds(part * count, count)
     if shape.is_interpreted:
-        values = raw.smem[source, :, rows].swapaxes(0, 1).reshape(count, shape.kv_dim)
-        ready.smem[target, rows] = values.astype(shape.q_dtype)
+        values = raw.smem[source].swapaxes(0, 1).reshape(ready.smem.shape[1:])
+        ready.smem[target] = values.astype(ready.smem.dtype)
     else:
-        _convert_rows(raw.smem.at[source, :, rows], ready.smem.at[target, rows], shape)
+        _convert_block(raw.smem.at[source], ready.smem.at[target], shape)
     plgpu.commit_smem()
     plgpu.barrier_arrive(raw.empty.at[source])
     plgpu.barrier_arrive(ready.full.at[target])
 
 
-def _convert_rows(source, target, shape: Shape) -> None:
+def _convert_block(source, target, shape: Shape) -> None:
     """8 values at a time: a load of 8 bytes and a store of 16, where the swizzle has them."""
     width = 8
-    _, rows, box = source.shape
+    _, block, box = source.shape
     at_once = 8  # so that their loads and conversions overlap
-    steps = rows * shape.kv_dim // (WARPGROUP * width * at_once)
+    steps = block * shape.kv_dim // (WARPGROUP * width * at_once)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(tiling(shape.q_dtype))))
-    def run(_, raw, tiles):  # raw [2H / box, rows, box], tiles [rows / 8, 2H / 64, 8, 64]
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(tiling(shape.product_dtype))))
+    def run(_, raw, tiles):  # raw [2H / box, block, box], tiles [block / 8, 2H / 64, 8, 64]
         def const(x):
             return arith.constant(ir.IndexType.get(), x)
 
@@ -313,7 +308,7 @@ def _store_16_bytes(words, ref, indices) -> None:
 
 
 def _widen(words, shape: Shape):
-    """Two words of 8-bit values as q's dtype, two values in each of four words."""
+    """Two words of 8-bit values as the products' dtype, two values in each of four words."""
     pairs = [pair for n in range(2) for pair in _convert_four(_extract(words, n), shape)]
     return vector.from_elements(ir.VectorType.get((4,), ir.IntegerType.get_signless(32)), pairs)
 
@@ -326,7 +321,7 @@ def _convert_four(word, shape: Shape):
     """Two words of 16-bit pairs from a word of four 8-bit values."""
     i32 = ir.IntegerType.get_signless(32)
     narrow = {"float8_e4m3fn": "e4m3x2", "float8_e5m2": "e5m2x2"}[shape.pool_dtype.name]
-    if shape.q_dtype == jnp.float16:
+    if shape.product_dtype == jnp.float16:
         last = "mov.b32 $0, f0; mov.b32 $1, f1;"
     else:  # float16 holds every 8-bit float; bfloat16 holds those too
         last = " ".join(

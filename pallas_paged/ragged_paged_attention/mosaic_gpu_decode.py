@@ -4,7 +4,7 @@
 The pipelines: one block of threads a multiprocessor, with one or two pipelines in it, each with an
 equal share of the line of (sequence, KV head, block of keys), whatever the sequences' lengths (the
 split of Stream-K, Osama et al., 2023). One warpgroup of a pipeline produces pages, one consumes;
-with a quantised pool two more convert in between, half a block each. Two pipelines know nothing of each other: one
+with a quantised pool a third converts in between. Two pipelines know nothing of each other: one
 works while the other waits. The query heads of a KV head and the new tokens of a short sequence
 share the 64 rows of the matrix unit. Where a share begins or ends inside a sequence's head its
 result is a part; the next kernel merges parts by their log-sum-exp.
@@ -35,6 +35,7 @@ from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
     keep_if,
     named,
     of_head,
+    over_rows,
     search,
     tiling,
 )
@@ -48,8 +49,8 @@ class Registers:
     converter: int = 0
 
 
-# Of two pipelines, and of one that converts: at most 512 threads, which begin with 128 registers
-# each and share those. A lone pipeline without converters has all it can use from the start.
+# Of two pipelines, and of one with a converter: 512 and 384 threads, which begin with 128 and 168
+# registers each and share those. A lone pipeline without one has all it can use from the start.
 _REGISTERS = {False: Registers(216, 40), True: Registers(240, 40, 104)}
 
 
@@ -121,6 +122,9 @@ def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]
     """
     names = tuple(operands)
     num_tokens = operands["q"].shape[0]
+    if shape.is_quantized:
+        # Holds every 8-bit float, two by one instruction where bfloat16 takes five.
+        shape = dataclasses.replace(shape, product_dtype=jnp.dtype(jnp.float16))
     num_pipelines = config.decode_pipelines
     num_shares = num_blocks * num_pipelines
     # One more than are used: the merge reads whole multiples of 128, past the end of a part.
@@ -143,15 +147,15 @@ def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]
         out, means, sums, merges, lse = (*refs[len(names):], None)[:5]
         results = Results(out, lse, means, sums, merges)
         queries = plgpu.SMEM(
-            (num_pipelines, WARPGROUP_ROWS, shape.head_dim), shape.q_dtype,
-            transforms=tiling(shape.q_dtype),
+            (num_pipelines, WARPGROUP_ROWS, shape.head_dim), shape.product_dtype,
+            transforms=tiling(shape.product_dtype),
         )  # fmt: skip
         pl.run_scoped(
             lambda *scoped: _kernel(inputs, results, *scoped, shape, config, num_raw),
             queries,
             blocks.scratch(
                 shape, config.decode_block_keys, config.decode_slots * num_pipelines,
-                num_raw * num_pipelines, 1, _num_converters(shape),
+                num_raw * num_pipelines, 1,
             ),
             collective_axes="warpgroup",
         )  # fmt: skip
@@ -170,17 +174,9 @@ def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]
     return out, (lse[0] if lse else None), means, sums, merges
 
 
-def _num_converters(shape: Shape) -> int:
-    """Warpgroups of a pipeline that convert. A product of heads of 256 does not compile in what
-    registers the threads of four warpgroups begin with."""
-    if not shape.is_quantized:
-        return 0
-    return 1 if shape.head_dim == 256 else 2
-
-
 def _num_roles(shape: Shape) -> int:
     """Warpgroups of a pipeline."""
-    return 2 + _num_converters(shape)
+    return 2 + shape.is_quantized
 
 
 def _kernel(
@@ -260,21 +256,17 @@ def _kernel(
 
         target.drain(each_segment(fetch))
 
-    if raw is None:
-        return
-    num_converters = _num_converters(shape)
-    for part in range(num_converters):
+    if raw is not None:
 
-        @pl.when(role == 2 + part)
-        def _convert(part=part):
+        @pl.when(role == 2)
+        def _convert():
             plgpu.set_max_registers(registers.converter, action="decrease")
             raw.release_all()
 
             def convert(segment: Segment, step):
                 lax.fori_loop(
                     0, segment.count,
-                    lambda i, _: blocks.convert(raw, ready, step + i, part, num_converters, shape),
-                    None,
+                    lambda i, _: blocks.convert(raw, ready, step + i, shape), None,
                 )  # fmt: skip
                 return step + segment.count
 
@@ -353,16 +345,36 @@ def _rows(inputs, queries, segment: Segment, window, shape: Shape) -> Rows:
     if "k_scale" in inputs:
         scale *= of_head(inputs["k_scale"], segment.kv_head)
     head = segment.kv_head * shape.group
-    # Nobody reads the last segment's any more: its products have been waited for.
-    queries[...] = gpu_rows.load(
+    values = gpu_rows.load(
         inputs["q"], segment.row, head, segment.num_tokens * shape.group, shape.group,
         (WARPGROUP_ROWS, shape.head_dim), shape.is_interpreted,
     )  # fmt: skip
+    if shape.product_dtype != shape.q_dtype:
+        values, unit = _as_float16(values)
+        scale *= unit
+    # Nobody reads the last segment's any more: its products have been waited for.
+    queries[...] = values
     plgpu.commit_smem()
     return Rows(
         queries=queries, head=head, position=segment.length - segment.num_tokens,
         length=segment.length, window=window, scale=scale, group=shape.group,
     )  # fmt: skip
+
+
+def _as_float16(values):
+    """(x, unit): float16 x and f32[64] powers of two, with `x * unit` the rows of bfloat16 values.
+
+    A row's largest value comes just under what float16 holds, so that no bit is lost of values down
+    to 2**-29 of it.
+    """
+    wide = values.astype(jnp.float32)
+    largest = lax.bitcast_convert_type(jnp.abs(wide).max(axis=1), jnp.int32)
+    # Exponents as float32 has them, with 127 added; float16's largest is 15.
+    exponent = jnp.minimum(127 + 127 + 15 - (largest >> 23), 253)
+    factor, unit = (
+        lax.bitcast_convert_type(bits << 23, jnp.float32) for bits in (exponent, 254 - exponent)
+    )
+    return (wide * over_rows(factor, wide.shape[1])).astype(jnp.float16), unit
 
 
 def _store(

@@ -121,7 +121,7 @@ def prefill(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array
             queries, barrier, barrier,
             blocks.scratch(
                 shape, config.prefill_block_keys, config.prefill_slots, num_raw,
-                num_consumers(shape), 1,
+                num_consumers(shape),
             ),
             collective_axes="warpgroup",
         )  # fmt: skip
@@ -254,7 +254,7 @@ def _kernel(inputs, out, lse, scoped, shape: Shape, config, num_raw: int):
                 count = tile.span(window, block, shape).count
                 count = jnp.where(tile.length > 0, count, 0)
                 lax.fori_loop(
-                    0, count, lambda i, _: blocks.convert(raw, ready, step + i, 0, 1, shape), None
+                    0, count, lambda i, _: blocks.convert(raw, ready, step + i, shape), None
                 )
                 return step + count
 

@@ -31,6 +31,7 @@ class Shape:
       num_heads, num_kv_heads, head_dim: N, K and H.
       num_pages, page_size, table_width: P, page_size and M.
       q_dtype, pool_dtype: of q and the output, of the pool.
+      product_dtype: of the matrix unit's operands, bfloat16 or float16.
       causal: whether a query sees no later key.
       soft_cap: bound on the scores, or None.
       has_window: whether a sliding window is given.
@@ -46,6 +47,7 @@ class Shape:
     table_width: int
     q_dtype: jnp.dtype
     pool_dtype: jnp.dtype
+    product_dtype: jnp.dtype
     causal: bool
     soft_cap: float | None
     has_window: bool
