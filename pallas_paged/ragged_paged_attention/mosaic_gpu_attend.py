@@ -115,7 +115,8 @@ def attend_overlapped(rows: Rows, span: Span, ring: Ring, step, sink, shape: Sha
             rows.queries, keys, out, weights, values, weigh, span.block, shape
         )
         plgpu.barrier_arrive(ring.empty.at[before])
-        return out * over_rows(shrink, shape.head_dim), largest, total, new.astype(shape.product_dtype)
+        out, new = out * over_rows(shrink, shape.head_dim), new.astype(shape.product_dtype)
+        return out, largest, total, new
 
     out, largest, total = _start(sink, shape)
     slot = _wait(ring, step, span, 0, True, shape)

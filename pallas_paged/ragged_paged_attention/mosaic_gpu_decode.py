@@ -40,6 +40,7 @@ from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
     tiling,
 )
 
+
 @dataclasses.dataclass(frozen=True)
 class Registers:
     """Registers of a thread of each role."""
@@ -111,7 +112,7 @@ def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]
     Args:
       shape: the static description.
       config: block sizes.
-      num_blocks: blocks of threads, all of which run at once, `config.decode_pipelines` shares each.
+      num_blocks: blocks of threads, all of which run at once; a pipeline of each has a share.
       operands: name -> array, as `_kernel` lists them; what is not given is left out.
 
     Returns:
@@ -196,10 +197,10 @@ def _kernel(
     queries = queries.at[pipeline]
     # Few shares spread over the multiprocessors before two meet on one.
     num_blocks = lax.axis_size("block")
-    share = Share(pipeline * num_blocks + lax.axis_index("block"), num_blocks * config.decode_pipelines)
-    registers = None
-    if _num_roles(shape) * config.decode_pipelines > 2:
-        registers = _REGISTERS[shape.is_quantized]
+    index = pipeline * num_blocks + lax.axis_index("block")
+    share = Share(index, num_blocks * config.decode_pipelines)
+    is_lone = not shape.is_quantized and config.decode_pipelines == 1
+    registers = None if is_lone else _REGISTERS[shape.is_quantized]
     window = clip_window(inputs["window"][0]) if shape.has_window else None
 
     def each_segment(body):
