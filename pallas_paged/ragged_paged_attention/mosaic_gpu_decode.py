@@ -261,7 +261,7 @@ def _kernel(
 
         @pl.when(role == 2)
         def _convert():
-            plgpu.set_max_registers(registers.converter, action="decrease")
+            plgpu.set_max_registers(_REGISTERS[True].converter, action="decrease")
             raw.release_all()
 
             def convert(segment: Segment, step):
