@@ -49,7 +49,6 @@ class Generation:
       hbm_gb_per_s: peak HBM bandwidth of the core, 1e9 bytes a second. A v4 or v5p chip has twice
         this and is programmed as one device with two cores; a tpu7x chip is two devices.
       vmem_bytes: VMEM of the core.
-      smem_bytes: SMEM of the core.
       branch_delay_slots: bundles after a branch that run whether it is taken or not; read off
         libtpu's dumps, which close the branch's region that many bundles after it.
     """
@@ -57,17 +56,16 @@ class Generation:
     clock_ghz: float
     hbm_gb_per_s: float
     vmem_bytes: int
-    smem_bytes: int
     branch_delay_slots: int
 
 
 _MIB = 2**20
 GENERATIONS = {
-    "v4": Generation(1.049, 615.0, 16 * _MIB, _MIB, 1),
-    "v5e": Generation(1.503, 820.0, 128 * _MIB, _MIB, 4),
-    "v5p": Generation(1.751, 1230.0, 64 * _MIB, _MIB, 4),
-    "v6e": Generation(1.75, 1640.0, 128 * _MIB, _MIB, 4),
-    "tpu7x": Generation(2.20, 3700.0, 64 * _MIB, _MIB, 6),
+    "v4": Generation(1.049, 615.0, 16 * _MIB, 1),
+    "v5e": Generation(1.503, 820.0, 128 * _MIB, 4),
+    "v5p": Generation(1.751, 1230.0, 64 * _MIB, 4),
+    "v6e": Generation(1.75, 1640.0, 128 * _MIB, 4),
+    "tpu7x": Generation(2.20, 3700.0, 64 * _MIB, 6),
 }
 
 
@@ -206,14 +204,6 @@ class Kernel:
     capacity: Mapping[str, int]
     bundles: tuple[Counts, ...]
 
-    def utilisation(self, counts: Counts) -> dict[str, float]:
-        """Share of each kind of slot that is used, 0 to 1."""
-        return {
-            slot: counts.slots.get(slot, 0) / (number * counts.bundles)
-            for slot, number in self.capacity.items()
-            if counts.bundles
-        }
-
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -269,7 +259,6 @@ def executed(
     Args:
       tree: the kernel.
       loops: (predicate, trips each time the loop is entered); every loop must match exactly one.
-        `leaf_loop`, `at` and `contains` make predicates that survive recompilation.
       branches: (predicate, probability that the region runs when it is reached); a region may
         match one at most.
       other_branches: probability for the regions that match none; 1 is the upper bound.
@@ -303,23 +292,6 @@ def executed(
                 f"executed: {kind} predicate {idle[0]} matches nothing in\n{describe(tree)}"
             )
     return result
-
-
-def leaf_loop(num_dmas: int, direction: str | None = None) -> Callable[[Node], bool]:
-    """Predicate: an innermost loop that issues this many DMAs (in this direction) a trip."""
-
-    def match(node: Node) -> bool:
-        if node.kind != "loop" or not node.is_leaf:
-            return False
-        total = node.total
-        return (total.dma_issues if direction is None else total.dmas.get(direction, 0)) == num_dmas
-
-    return match
-
-
-def contains(inner: Callable[[Node], bool]) -> Callable[[Node], bool]:
-    """Predicate: a node with something matching inside it."""
-    return lambda node: any(inner(child) for child in node.walk() if child is not node)
 
 
 def at(*path: int) -> Callable[[Node], bool]:

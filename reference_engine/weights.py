@@ -137,11 +137,6 @@ def random_params(config: ModelConfig, seed: int) -> Params:
     return jax.tree.unflatten(treedef, made)
 
 
-def num_params(params: Params) -> int:
-    """How many numbers `params` holds."""
-    return sum(x.size for x in jax.tree.leaves(params))
-
-
 def _places(shapes: Params) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
     """Name in a checkpoint -> parameter, layer (None outside), and shape in the checkpoint."""
     places: dict[str, tuple[str, int | None, tuple[int, ...]]] = {}

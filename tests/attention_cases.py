@@ -88,8 +88,8 @@ def make_case(
     spare = max_seqs - len(lens)
     ends = np.cumsum([first_row, *(q_len for q_len, _ in lens)])
     return Case(
-        q=np.asarray(jnp.asarray(q, dtype)),
-        kv_pages=jnp.asarray(pool).astype(pool_dtype),
+        q=q.astype(jnp.dtype(dtype)),
+        kv_pages=jnp.asarray(pool.astype(jnp.dtype(pool_dtype))),
         kv_lens=np.array([kv for _, kv in lens] + [2**30] * spare, np.int32),
         page_indices=table,
         cu_q_lens=np.array([*ends, *([-7, 2**31 - 1] * spare)[:spare]], np.int32),
@@ -102,7 +102,7 @@ def _stored(rng, shape, pool_dtype):
     """Random values, float32, that a pool of `pool_dtype` holds exactly."""
     x = rng.standard_normal(shape) * (40.0 if pool_dtype == "int8" else 1.0)
     x = np.rint(x) if pool_dtype == "int8" else x
-    return np.asarray(jnp.asarray(x, pool_dtype).astype(jnp.float32))
+    return x.astype(np.float32).astype(jnp.dtype(pool_dtype)).astype(np.float32)
 
 
 def _put(pool, pages, rows, k, v):

@@ -16,7 +16,7 @@ from bench._tpu_compile import TOPOLOGIES, aot_compile, mesh_of
 from pallas_paged import layout
 from pallas_paged.ragged_paged_attention import mosaic_tpu
 from pallas_paged.ragged_paged_attention.mosaic_tpu import Config
-from tests.test_compiled import large_results
+from tests.test_compiled import for_a_tpu_alone, large_results  # noqa: F401 (a fixture)
 
 GENERATIONS = tuple(TOPOLOGIES)
 POOL_DTYPES = ("bfloat16", "float8_e4m3fn", "float32", "int8", "float8_e5m2")
@@ -131,6 +131,7 @@ def _id(call):
     )
 
 
+@pytest.mark.usefixtures("for_a_tpu_alone")
 @pytest.mark.parametrize("call", EVERY_KIND, ids=_id)
 def test_every_kind_compiles_without_a_copy_of_the_pool(call):
     args, options = call

@@ -418,7 +418,9 @@ def test_own_lengths_and_heads_take_the_place_of_the_cases():
 
 
 @pytest.mark.parametrize("pool_dtype", ["float8_e4m3fn", "float8_e5m2", "int8"])
-def test_a_pool_of_8_bits_has_values_that_its_scale_makes_normal(pool_dtype):
+def test_a_pool_of_8_bits_has_values_that_its_scale_makes_normal(pool_dtype, monkeypatch):
+    # Those of a large model take the interpreter's program thrice as long to compile.
+    monkeypatch.setattr(mosaic_tpu, "default_config", lambda *_: mosaic_tpu.Config(128, 128))
     with _flags(pool_dtype=pool_dtype, lens="2x1:100", kv_heads="2", num_heads="4"):
         [shape] = attention._shapes().values()
         [case] = attention._cases(attention._runs())

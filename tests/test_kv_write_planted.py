@@ -12,7 +12,15 @@ import jax
 import pytest
 
 from pallas_paged import kv_write
-from tests.cases import Case, RaceFoundError, difference, expected, interpret, make
+from tests.cases import (
+    EXACT_COMPILE,
+    Case,
+    RaceFoundError,
+    difference,
+    expected,
+    interpret,
+    make,
+)  # fmt: skip
 from tests.planted import plant
 
 # In the order in which they import each other.
@@ -35,10 +43,15 @@ def _run(module, call):
     if call.case.op != "copy_pages":
         keywords = {"k_scale": None, "v_scale": None} | keywords
     static = {"num_kv_heads": keywords.pop("num_kv_heads")} if call.k is not None else {}
-    if call.k is not None and module.__name__.endswith("mosaic_tpu"):
+    is_kernel = module.__name__.endswith("mosaic_tpu")
+    if call.k is not None and is_kernel:
         static["config"] = call.config("mosaic_tpu")
     op = functools.partial(getattr(module, call.case.op), **static)
-    return jax.jit(lambda positional, keywords: op(*positional, **keywords))(positional, keywords)
+    jitted = jax.jit(
+        lambda positional, keywords: op(*positional, **keywords),
+        compiler_options=EXACT_COMPILE if is_kernel else None,
+    )
+    return jitted(positional, keywords)
 
 
 def _symptom(call, module, mode):

@@ -3,6 +3,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -222,8 +223,7 @@ def test_counts_of_checks_spills_and_slots():
         "SALU": 2, "VALU": 7, "VLOAD": 1, "VLOAD:FILL": 1, "VSTORE": 2, "VSTORE:SPILL": 1,
         "MATMUL": 2,
     }  # fmt: skip
-    use = kernel.utilisation(total)
-    assert use["VALU"] == 7 / 16 and use["MATMUL"] == 2 / 8 and use["SALU"] == 2 / 8
+    assert [kernel.capacity[slot] for slot in ("VALU", "MATMUL", "SALU")] == [4, 2, 2]
     assert [b.slots.get("VALU", 0) for b in kernel.bundles] == [0, 0, 3, 4]
 
 
@@ -248,10 +248,22 @@ def test_unknown_text_is_refused(text, rows, message):
 # --- cost -------------------------------------------------------------------------------------
 
 
+def _leaf_loop(num_dmas: int, direction: str | None = None) -> Callable[[ts.Node], bool]:
+    """Predicate: an innermost loop that issues this many DMAs (in this direction) a trip."""
+
+    def match(node: ts.Node) -> bool:
+        if node.kind != "loop" or not node.is_leaf:
+            return False
+        total = node.total
+        return (total.dma_issues if direction is None else total.dmas.get(direction, 0)) == num_dmas
+
+    return match
+
+
 def test_executed_weighs_the_tree():
     tree = _kernel(_LOOP).tree
     counts = ts.executed(
-        tree, loops=[(ts.leaf_loop(2), 10)], branches=[(lambda n: n.own.dma_waits == 1, 0.5)]
+        tree, loops=[(_leaf_loop(2), 10)], branches=[(lambda n: n.own.dma_waits == 1, 0.5)]
     )
     assert counts.bundles == 2 + 10 * (5 + 0.5 * 2)
     assert counts.dmas == {"vmem_to_hbm": 10, "general": 5}
@@ -264,7 +276,7 @@ def test_executed_refuses_rules_that_do_not_fit():
     with pytest.raises(ValueError, match=r"0 of the 0 loop predicates match loop 0"):
         ts.executed(tree)
     with pytest.raises(ValueError, match="2 of the 2 loop predicates"):
-        ts.executed(tree, loops=[(ts.leaf_loop(2), 1), (ts.at(0), 1)])
+        ts.executed(tree, loops=[(_leaf_loop(2), 1), (ts.at(0), 1)])
     with pytest.raises(ValueError, match="branch predicate 0 matches nothing"):
         ts.executed(tree, loops=[(ts.at(0), 1)], branches=[(ts.at(5), 1)])
 
@@ -281,10 +293,9 @@ def test_predicates():
     ]
     outer = _kernel(lines).tree.children[0]
     inner = outer.children[0]
-    assert ts.leaf_loop(1)(inner) and ts.leaf_loop(1, "vmem_to_hbm")(inner)
-    assert not ts.leaf_loop(1, "hbm_to_vmem")(inner) and not ts.leaf_loop(2)(inner)
-    assert not ts.leaf_loop(1)(outer)
-    assert ts.contains(ts.leaf_loop(1))(outer) and not ts.contains(ts.leaf_loop(1))(inner)
+    assert _leaf_loop(1)(inner) and _leaf_loop(1, "vmem_to_hbm")(inner)
+    assert not _leaf_loop(1, "hbm_to_vmem")(inner) and not _leaf_loop(2)(inner)
+    assert not _leaf_loop(1)(outer)
     assert "loop 0.0 [0x2..0x4] bundles=3" in ts.describe(outer)
     assert "loop 0.0" not in ts.describe(outer, min_bundles=4)
 
@@ -304,7 +315,6 @@ def test_generations_are_jaxs_own_figures(generation, dumps):
         info = pltpu.get_tpu_info()
     assert ours.hbm_gb_per_s == pytest.approx(info.mem_bw_bytes_per_second / 1e9, rel=1e-3)
     assert ours.vmem_bytes == info.vmem_capacity_bytes
-    assert ours.smem_bytes == info.smem_capacity_bytes
     # The clock: peak rate over what the compiled matrix product says a cycle does.
     kernel = ts.read_dump(dumps[f"matmul {generation}"]).kernel("matmul")
     m, k, n = _MATMUL
@@ -336,12 +346,12 @@ def test_an_unrolled_issue_loop(generation, dumps):
     assert {o.space for o in kernel.operands if o.shape.startswith("f32")} == {"hbm"}
     loops = [n for n in kernel.tree.walk() if n.kind == "loop"]
     issue, wait = (n for n in loops if n.is_leaf)
-    assert issue.total.dmas == {"general": 8} and ts.leaf_loop(8, "general")(issue)
+    assert issue.total.dmas == {"general": 8} and _leaf_loop(8, "general")(issue)
     assert wait.total.dma_issues == 0 and wait.total.dma_waits >= 1
     assert issue.total.bounds_checks == 0
     counts = ts.executed(
         kernel.tree,
-        loops=[(ts.leaf_loop(8), 40), (lambda n: n.total.dma_waits > 0, 320)],
+        loops=[(_leaf_loop(8), 40), (lambda n: n.total.dma_waits > 0, 320)],
     )
     assert counts.dmas["general"] == 320
     assert counts.dma_waits >= 320
@@ -352,9 +362,9 @@ def test_an_unrolled_issue_loop(generation, dumps):
 def test_equal_kernel_names_in_one_process_stay_apart(dumps):
     four = ts.read_dump(dumps["issue 4"]).kernel("issue_loop")
     eight = ts.read_dump(dumps["issue v6e"]).kernel("issue_loop")
-    assert any(ts.leaf_loop(4)(n) for n in four.tree.walk())
-    assert not any(ts.leaf_loop(8)(n) for n in four.tree.walk())
-    assert any(ts.leaf_loop(8)(n) for n in eight.tree.walk())
+    assert any(_leaf_loop(4)(n) for n in four.tree.walk())
+    assert not any(_leaf_loop(8)(n) for n in four.tree.walk())
+    assert any(_leaf_loop(8)(n) for n in eight.tree.walk())
 
 
 def test_a_kernel_that_is_not_there_is_named(dumps):
