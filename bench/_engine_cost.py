@@ -11,6 +11,7 @@ taken by the DMA engine.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -162,12 +163,21 @@ def predicted(
         "short": ((_DECODES, 1, _SHORT),), "long": ((_DECODES, 1, _LONG),),
         "first": ((1, _CHUNK, _CHUNK),), "second": ((1, _CHUNK, 2 * _CHUNK),),
     }
-    call = Call(**PRESETS["llama3-8b"], page_size=16, **room_for(list(runs.values()), 16))
-    attended = attention_model.predict(
-        [AttentionCase(name, generation, lens, call) for name, lens in runs.items()],
-        on_done=on_done,
+    page_size = 16
+    call = Call(
+        **PRESETS["llama3-8b"], page_size=page_size, **room_for(list(runs.values()), page_size)
     )
-    us = {p.case.name: layers * p.microseconds for p in attended}
+    cases = {name: AttentionCase(name, generation, lens, call) for name, lens in runs.items()}
+    pairs = attention_model.writing_pairs([cases["short"], cases["first"]])
+    attended = attention_model.predict(
+        [*cases.values(), *itertools.chain(*pairs)], on_done=on_done
+    )
+    us = {p.case.name: layers * p.microseconds for p in attended[: len(cases)]}
+    fused = attended[len(cases) :]
+    decode_cycles, page_cycles = (
+        attention_model.Writing(*pair).extra_cycles
+        for pair in zip(fused[::2], fused[1::2], strict=True)
+    )
     decode_key_us = (us["long"] - us["short"]) / (_DECODES * (_LONG - _SHORT))
     pair_us = (us["second"] - us["first"]) / _CHUNK**2
     hardware = ts.GENERATIONS[generation]
@@ -188,9 +198,10 @@ def predicted(
         page_us={size: core["page_starts", size] for size in PAGE_SIZES},
         slice_us={size: core["slice", size] for size in PAGE_SIZES},
         token_us=core["token", 1],
-        # Bundles counted by hand in the fused kernel's schedule (BUILD_NOTES.md): about 60 for a
-        # decode's token, at most 31 for 16 of a prefill.
-        fused_us=(layers * _us(60, generation), layers * _us(31 / 16, generation)),
+        fused_us=(
+            layers * _us(decode_cycles, generation),
+            layers * _us(page_cycles / page_size, generation),
+        ),
         descriptor_us=layers * write_model.DESCRIPTOR_NS * 1e-3 if is_bound_by_descriptors else 0.0,
     )
 

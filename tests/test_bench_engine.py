@@ -136,7 +136,14 @@ def test_predicted_costs_are_made_of_the_predictions(monkeypatch):
         us = {"short": 64 * (2 + 1024 * 0.5), "long": 64 * (2 + 4096 * 0.5),
               "first": 2048 * 3 + visible_pairs(0, 2048) * 0.25,
               "second": 2048 * 3 + visible_pairs(2048, 4096) * 0.25}
-        return [types.SimpleNamespace(case=c, microseconds=us[c.name]) for c in cases]
+        writing = {"short": 64 * 70.0, "first": 2048 / 16 * 56.0}
+        return [
+            types.SimpleNamespace(
+                case=c, microseconds=us[c.name],
+                core_cycles=1000.0 + (writing[c.name] if c.call.writes else 0.0),
+            )
+            for c in cases
+        ]  # fmt: skip
 
     monkeypatch.setattr(cost_lib.write_model, "predict", predict_writes)
     monkeypatch.setattr(cost_lib.attention_model, "predict", predict_attention)
@@ -144,7 +151,10 @@ def test_predicted_costs_are_made_of_the_predictions(monkeypatch):
     assert {(c.op, c.page_size) for c in writes} == {
         ("token", 1), *((op, size) for op in ("slice", "page_starts") for size in PAGE_SIZES)
     }
-    assert len(attended) == 4
+    assert [c.name for c in attended] == [
+        "short", "long", "first", "second", "short", "short", "first", "first"
+    ]
+    assert cost.fused_us == pytest.approx((32 * 70 / 1750, 32 * 56 / 16 / 1750))
     assert (cost.decode_us, cost.decode_key_us) == pytest.approx((64.0, 16.0))
     assert (cost.prefilled_us, cost.pair_us) == pytest.approx((96.0, 8.0))
     assert cost.page_us[64] == cost.token_us == pytest.approx(32 * 1.0)  # 1,750 cycles a DMA
