@@ -59,7 +59,9 @@ def _form(node: ts.Node) -> str:
         moves = held.vector_loads + held.vector_stores
         if held.dma_issues:
             return "" if moves else "send" if held.dma_waits else "pieces"
-        return "rows" if held.vector_loads and held.vector_stores else "" if moves else "search"
+        if not moves:
+            return "search"
+        return "" if not held.vector_stores else "rows" if held.vector_loads else "clear"
     inside = [_form(child) for child in node.children]
     if own.slots.get("MATMUL"):
         return "products"
@@ -240,7 +242,11 @@ def _prefill(node: ts.Node) -> Roles:
     found |= {ahead.path: (PREFILL, "body")} | _find(ahead.children[0], PREFILL, 0)
     for body, event in ((masked, "masked"), (unmasked, "unmasked")):
         found[body.path] = (PREFILL, event)
-        for loop in body.children:
-            _expect(body, [_form(loop)], ["pieces"])
-            found |= _looped(loop, (PREFILL, f"{event}_fetch"), (PREFILL, f"{event}_pieces"))
+        forms = [_form(child) for child in body.children]
+        clears = ["clear"] * (body is masked)
+        _expect(body, forms, clears, [*clears, "pieces"])
+        for loop, form in zip(body.children, forms, strict=True):
+            names = ("clear", "clear_trips") if form == "clear" else ("fetch", "pieces")
+            entered, trips = (f"{event}_{name}" for name in names)
+            found |= _looped(loop, (PREFILL, entered), (PREFILL, trips))
     return found | {sound.path: (PREFILL, "last"), finish.path: (PREFILL, "last")}

@@ -13,7 +13,12 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from pallas_paged.ragged_paged_attention import mosaic_tpu, mosaic_tpu_new, mosaic_tpu_refs
+from pallas_paged.ragged_paged_attention import (
+    mosaic_tpu,
+    mosaic_tpu_blocks,
+    mosaic_tpu_new,
+    mosaic_tpu_refs,
+)
 from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import ROW_TILE
 
 # The bodies: many full blocks of a decode (or of two), many blocks of any decodes, one block of a
@@ -108,9 +113,10 @@ def trips(
       "skip" and "skip_trips" (a unit found before many blocks are fetched); "slow" (fetches that
       went block by block), these also with "_1" of a second part; "find<b>", "skip<b>" and
       "skip_trips<b>" of the b-th block fetched, "fetch<b>" and "pieces<b>"; of a prefill "last",
-      and "masked", "masked_fetch" and "masked_pieces" and the same with "unmasked". Where the call
-      writes, of a prefill's window "make" and "make_trips" (its row tiles but the first), "send"
-      and "send_trips" (whole pages, or parts, but the first; some a trip).
+      and "masked", "masked_fetch" and "masked_pieces" and the same with "unmasked", "masked_clear"
+      and "masked_clear_trips" (some tokens behind the last one each). Where the call writes, of a
+      prefill's window "make" and "make_trips" (its row tiles but the first), "send" and
+      "send_trips" (whole pages, or parts, but the first; some a trip).
     """
     return _Walk(lens, blocks, sliding_window, writes).run()
 
@@ -218,6 +224,11 @@ class _Walk:
         if place == PREFILL:
             form = "masked" if self.is_edge(unit, block) else "unmasked"
             self.count(place, form)
+            if form == "masked":
+                first, end = self.block_of(unit, block)
+                cleared = -(end - first) % mosaic_tpu_blocks._RUN
+                self.count(place, "masked_clear", cleared > 0)
+                self.count(place, "masked_clear_trips", _cdiv(cleared, mosaic_tpu_blocks._CLEARED))
             self.count(place, f"{form}_fetch", num_pieces > 0)
             self.count(place, f"{form}_pieces", num_pieces)
             self.count(place, "last", block + 1 == unit.num_blocks(self.blocks.pieces))
@@ -288,7 +299,8 @@ class _Walk:
         is_over = block + 1 == self.units[index].num_blocks(self.blocks.pieces)
         return (index + 1, 0) if is_over else (index, block + 1)
 
-    def is_edge(self, unit: _Unit, block: int) -> bool:
+    def block_of(self, unit: _Unit, block: int) -> tuple[int, int]:
+        """Positions of the first key of a prefill's block, and of the first that it lacks."""
         first_piece = unit.first_piece + block * self.blocks.pieces
         first = first_piece * self.blocks.piece
         end = (first_piece + self.blocks.pieces) * self.blocks.piece
@@ -301,7 +313,10 @@ class _Walk:
                 new += skipped // self.blocks.block
                 first = old_end * self.blocks.piece + new * self.blocks.block
                 end = first + self.blocks.block
-        end = min(unit.key_end, end)
+        return first, min(unit.key_end, end)
+
+    def is_edge(self, unit: _Unit, block: int) -> bool:
+        first, end = self.block_of(unit, block)
         is_edge = end < first + self.blocks.block or end - 1 > unit.position
         if self.sliding_window is not None:
             is_edge |= first <= unit.position + unit.end - unit.row - 1 - self.sliding_window

@@ -369,9 +369,33 @@ BUGS = {
     ),
     "pairs_of_the_first_keys_masked_alone": (
         "mosaic_tpu_prefill",
-        "key = start + 2 * lax",
-        "key = 2 * lax",
+        "mask_ref[pl.ds(row + start // together,",
+        "mask_ref[pl.ds(row,",
         dataclasses.replace(PAIRS, setup=CHUNKS, lens="long"), "eager", "numbers",
+    ),
+    "keys_of_the_first_rows_masked_alone": (
+        "mosaic_tpu_prefill",
+        "key = together * (start + lax",
+        "key = together * (lax",
+        PREFILLS, "eager", "numbers",
+    ),
+    "token_behind_the_last_not_cleared": (
+        "mosaic_tpu_blocks",
+        "jnp.minimum(num_tokens + i * _CLEARED + j, end - 1)",
+        "jnp.minimum(num_tokens + i * _CLEARED + j + 1, end - 1)",
+        PREFILLS, "eager", "numbers",
+    ),
+    "last_token_cleared": (
+        "mosaic_tpu_blocks",
+        "jnp.minimum(num_tokens + i * _CLEARED + j, end - 1)",
+        "jnp.minimum(num_tokens + i * _CLEARED + j - 1, end - 1)",
+        PREFILLS, "eager", "numbers",
+    ),
+    "run_without_tokens_read": (
+        "mosaic_tpu_blocks",
+        "jnp.minimum(run, place.last_run)",
+        "run",
+        dataclasses.replace(PAIRS, setup=CHUNKS, lens="prefills"), "eager", "numbers",
     ),
     "rest_of_a_weight_subtracted": (
         "mosaic_tpu_decode",

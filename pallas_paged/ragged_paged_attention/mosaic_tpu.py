@@ -139,7 +139,7 @@ def vmem_bytes(
     prefill = heads.num_kv_heads * rows * (heads.lanes + 24) * 4
     decode = decodes.decode_rows(heads.num_heads) * (heads.lanes + 2 * layout.LANES) * 4
     lse = 2 * window * _round_up(heads.num_heads, layout.LANES) * 4 if return_lse else 0
-    body = 3 * config.block_keys * rows * 4  # scores, weights and the mask of one head
+    body = 3 * config.block_keys * rows * 4  # scores and weights of one head, and the mask
     new = 0
     if num_new_tokens:
         # With the part of a page, at most a block of keys, that may be before them; and the windows
@@ -266,6 +266,7 @@ def _attend(
         blocks_per_body=config.blocks_per_body,
         window=config.window_rows,
         new=_new_slots(new, heads),
+        mask_dtype=_mask_dtype(heads, score),
         table_part=_TABLE_PART if page_indices.size > _MAX_TABLE else 0,
         is_interpreted=False,
     )
@@ -319,6 +320,14 @@ def _attend(
     lse = results.pop(0)[:num_tokens, :num_heads] if return_lse else None
     pool = results[0][:, :num_rows].reshape(kv_pages.shape) if new is not None else None
     return out, lse, pool
+
+
+def _mask_dtype(heads: Heads, score: Score) -> jnp.dtype:
+    """As what a prefill's weights are masked: as the matrix products take them, which makes half as
+    many words of bfloat16. Not where the log-sum-exp wants them unrounded; nor where the vector
+    unit knows no bfloat16 (before v6e) and a mask of pairs would be turned for each register."""
+    knows_bfloat16 = (dispatch.tpu_generation() or 6) >= 6
+    return heads.compute_dtype if knows_bfloat16 and not score.return_lse else jnp.dtype("float32")
 
 
 def _new_slots(new, heads: Heads) -> Slots | None:
@@ -392,6 +401,7 @@ def _launch(walk: Walk, metadata, tensors, pool):
         scratch(heads.num_kv_heads, 8, prefill_rows),
         scratch(heads.num_kv_heads, 16, prefill_rows),
         scratch(heads.num_kv_heads, heads.lanes, prefill_rows),
+        pltpu.VMEM((walk.block * walk.mask_dtype.itemsize // 4, window), jnp.uint32),
         pltpu.SemaphoreType.DMA((walk.ring + 1,)),
         pltpu.SemaphoreType.DMA((1,)),
         pltpu.SemaphoreType.DMA((2,)),

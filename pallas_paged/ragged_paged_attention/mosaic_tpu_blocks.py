@@ -43,6 +43,10 @@ _MAX_UNROLL_INTERPRETED = 16  # each is a call back to Python, and slow to compi
 # Rows that are loaded between two points at which DMAs start. Of 64, 128 and 512 the best: where
 # many DMAs stand together, the matrix unit waits for the loads behind them.
 _LOAD_ROWS = 128
+# Tokens of a block that are read, or not, together: a block is a multiple of it.
+_RUN = 128
+# Tokens behind the last one that are cleared in one trip of a loop.
+_CLEARED = 8
 
 
 class Fetch(NamedTuple):
@@ -59,10 +63,11 @@ NO_FETCH = Fetch(*[np.int32(0)] * 4)
 
 class Place(NamedTuple):
     """Where a block is: the row of its first token in its first lane tile, and from that lane
-    tile's to the next one's."""
+    tile's to the next one's; and where its last run of tokens begins, None if it may be full."""
 
     row: Any
     lane_tile_rows: Any
+    last_run: Any = None
 
 
 def next_fetches(walk: Walk, refs: Refs, num_blocks: int) -> list[Fetch]:
@@ -311,7 +316,25 @@ def prefill_place(walk: Walk, unit: Unit, block, buffer) -> Place:
         return place
     new = Place(row_of(walk, _new_block(unit, block) * walk.block), walk.new_rows)
     is_old = block < unit.num_pool_blocks
-    return Place(*(jnp.where(is_old, a, b) for a, b in zip(place, new, strict=True)))
+    return Place(*(jnp.where(is_old, a, b) for a, b in zip(place[:2], new[:2], strict=True)))
+
+
+def clear_behind(walk: Walk, refs: Refs, place: Place, num_tokens) -> Place:
+    """Makes zeros of what lies behind the tokens of a block, which may be anything, and a weight of
+    0 would not make 0 of that. Only up to a whole run: instead of runs without tokens, the place
+    that is returned has the last one again and again."""
+    rows, heads = Rows(refs.slots, walk.is_interpreted), walk.heads
+    end = ceil_div(num_tokens, _RUN) * _RUN
+
+    @pl.loop(0, ceil_div(end - num_tokens, _CLEARED))
+    def _clear(i):
+        for j in range(_CLEARED):
+            # The last one again, and no branch.
+            token = jnp.minimum(num_tokens + i * _CLEARED + j, end - 1)
+            for c in range(heads.lane_tiles):
+                rows.clear_token(place.row + c * place.lane_tile_rows + token, heads.num_words)
+
+    return place._replace(last_run=end - _RUN)
 
 
 def num_points(walk: Walk) -> int:
@@ -334,7 +357,12 @@ def load(
     rows = Rows(refs.slots, walk.is_interpreted)
     runs = []
     for start in _runs(walk, step):
-        num_rows = min(_LOAD_ROWS, (walk.block - start) // step)
-        runs.append(rows.load(row + start, num_rows, word, step))
+        num_tokens = min(_LOAD_ROWS * step, walk.block - start)
+        if place.last_run is None:
+            runs.append(rows.load(row + start, num_tokens // step, word, step))
+        else:
+            for run in range(start, start + num_tokens, _RUN):
+                at = row + jnp.minimum(run, place.last_run)
+                runs.append(rows.load(at, _RUN // step, word, step))
         issue()
     return lax.bitcast_convert_type(jnp.concatenate(runs, axis=0), jnp.uint32)

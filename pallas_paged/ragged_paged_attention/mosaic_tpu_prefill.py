@@ -11,6 +11,7 @@ import itertools
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_paged.ragged_paged_attention.mosaic_tpu_operands import HIGH, LOW, Heads, keys, values
@@ -18,7 +19,6 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_score import (
     LOG2_E,
     SUBLANES,
     Score,
-    holds_token,
     scores,
     seen_keys,
 )
@@ -41,7 +41,8 @@ def start(shift_ref, l_ref, acc_ref):
 
 def attend(
     heads: Heads, score: Score, q_ref, load, scales, window, sm_scale,
-    *, first, first_position, end, num_keys, is_masked, shift_ref, l_ref, acc_ref,
+    *, first, first_position, end, num_keys, is_masked, mask_dtype, mask_ref, shift_ref, l_ref,
+    acc_ref,
 ):
     """Takes one block of keys into the running state of a window of queries.
 
@@ -54,12 +55,14 @@ def attend(
       q_ref: [tokens, N * C], the window.
       first_position: of the window's first query; the others follow.
       is_masked: whether some key of the block may not count for some query; static.
+      mask_dtype: as which weights are masked, by their bits: bfloat16, pairs of which share a word,
+        or float32; static.
+      mask_ref: room for the bits of a mask, uint32[keys or keys / 2, tokens].
       shift_ref, l_ref, acc_ref: shift f32[K, 8, rows] (the first of 8), sum f32[K, 16, rows] (the
         first; of the unrounded weights, for the log-sum-exp, 8 parts from the 8th on) and
         accumulator f32[K, C, rows]; rows are `tokens` of one query head after another.
       The rest is as for `mosaic_tpu_decode.attend`.
     """
-    is_token = functools.partial(holds_token, first, end, num_keys) if is_masked else None
     tiles = [
         (head, *tile)
         for head in range(heads.num_kv_heads)
@@ -68,19 +71,8 @@ def attend(
     # Rows of ones below V: the matrix unit sums the weights too, as it rounded them.
     ones = jnp.ones((2 * SUBLANES, num_keys), heads.compute_dtype)
 
-    # A mask of pairs of weights is half as large as one of scores, and all heads share it. The
-    # log-sum-exp is of weights that are not rounded.
-    masks_pairs = is_masked and heads.compute_dtype == jnp.bfloat16 and not score.return_lse
-
-    @functools.cache
-    def seen_pairs(start, number):
-        """Which weights of keys from `start` on count: uint32[keys / 2, tokens], a half a key."""
-        shape = (number // 2, q_ref.shape[0])
-        position = first_position + lax.broadcasted_iota(jnp.int32, (1, shape[1]), 1)
-        key = start + 2 * lax.broadcasted_iota(jnp.int32, shape, 0)
-        low, high = (seen_keys(score, key + i, position, first, end, window) for i in range(2))
-        zero = jnp.uint32(0)
-        return jnp.where(low, jnp.uint32(LOW), zero) | jnp.where(high, jnp.uint32(HIGH), zero)
+    if is_masked:
+        _store_mask(score, mask_ref, mask_dtype, first, first_position, end, window)
 
     @functools.cache
     def keys_of(head):
@@ -88,7 +80,7 @@ def attend(
 
     @functools.cache
     def values_of(head):
-        return jnp.concatenate([values(heads, load, head, is_token).T, ones], axis=0)
+        return jnp.concatenate([values(heads, load, head, None).T, ones], axis=0)
 
     def weigh(head, at, q, token):
         """The weights of a tile of queries, in the base 2, by the shift that is known."""
@@ -102,16 +94,9 @@ def attend(
                 precision=heads.precision, preferred_element_type=jnp.float32,
             )  # [keys, rows]
             s = scores(score, s, scale)
-            if is_masked and not masks_pairs:
-                key = start + lax.broadcasted_iota(jnp.int32, s.shape, 0)
-                seen = seen_keys(score, key, first_position + token, first, end, window)
-                s = jnp.where(seen, s, -jnp.inf)
             p = jnp.exp2(s - shift)
-            if masks_pairs:
-                mask = seen_pairs(start, p.shape[0])
-                mask = jnp.concatenate([mask] * (p.shape[1] // mask.shape[1]), axis=1)
-                pairs = pltpu.bitcast(p.astype(jnp.bfloat16), jnp.uint32)
-                p = pltpu.bitcast(pairs & mask, jnp.bfloat16)
+            if is_masked:
+                p = _masked(p, mask_ref, mask_dtype, start, first)
             weights.append(p)
         if score.return_lse:  # which is of the weights as they are
             parts = sum(jnp.sum(p.reshape(-1, SUBLANES, p.shape[1]), axis=0) for p in weights)
@@ -135,6 +120,31 @@ def attend(
         weighed = ahead
         ahead = weigh(*following) if following else None
         accumulate(*weighed, *tile)
+
+
+def _store_mask(score, mask_ref, dtype, first, first_position, end, window):
+    """Stores the bits of the weights that count, as `dtype`, which all heads share."""
+    together, tokens = 4 // dtype.itemsize, mask_ref.shape[1]
+    position = first_position + lax.broadcasted_iota(jnp.int32, (1, tokens), 1)
+    for start in range(0, mask_ref.shape[0], SUBLANES):
+        key = together * (start + lax.broadcasted_iota(jnp.int32, (SUBLANES, tokens), 0))
+        mask = jnp.zeros(key.shape, jnp.uint32)
+        for i, bits in enumerate((LOW, HIGH) if together == 2 else (LOW | HIGH,)):
+            seen = seen_keys(score, key + i, position, first, end, window)
+            mask |= jnp.where(seen, jnp.uint32(bits), jnp.uint32(0))
+        mask_ref[start : start + SUBLANES] = mask
+
+
+def _masked(weights, mask_ref, dtype, start, first):
+    """Weights [keys, rows] of a block's keys from `start` on, as `dtype`; 0 where none counts."""
+    # The mask takes half of the registers, or all. Loaded from a row that the compiler does not
+    # know to be the one that it was stored to, it does not stay in them, to be spilled and filled.
+    row = pl.multiple_of(jnp.minimum(first, 0), SUBLANES)  # 0: no position is negative
+    together = 4 // dtype.itemsize
+    mask = mask_ref[pl.ds(row + start // together, weights.shape[0] // together)]
+    mask = jnp.concatenate([mask] * (weights.shape[1] // mask.shape[1]), axis=1)
+    bits = pltpu.bitcast(weights.astype(dtype), jnp.uint32)
+    return pltpu.bitcast(bits & mask, dtype)
 
 
 def _query_tiles(heads, head, q_ref):

@@ -100,6 +100,7 @@ class Walk:
     blocks_per_body: int  # blocks that a long decode takes at a time
     window: int  # rows of a window
     new: Slots | None  # of the new k and v that the call writes; None if it only reads
+    mask_dtype: jnp.dtype  # as what a prefill's weights are masked
     table_part: int  # entries of a streamed page table that come at a time; 0 if all are there
     is_interpreted: bool
 
@@ -183,6 +184,7 @@ class Refs:
     prefill_shift: Any  # see mosaic_tpu_prefill.attend
     prefill_l: Any
     prefill_acc: Any
+    prefill_mask: Any  # uint32[block or block / 2, window]
     ring_sems: Any  # of each buffer
     window_sem: Any
     out_sems: Any  # of the output, of the log-sum-exp
@@ -217,7 +219,7 @@ def unpack(walk: Walk, arguments: Sequence[Any]) -> Refs:
         "lse" if score.return_lse else "",
         "pool" if has_new else "",
         "state units slots q_vmem out_vmem q_heads out_heads decode_m decode_l decode_acc",
-        "prefill_shift prefill_l prefill_acc ring_sems window_sem out_sems",
+        "prefill_shift prefill_l prefill_acc prefill_mask ring_sems window_sem out_sems",
         "lse_vmem" if score.return_lse else "",
         "k_vmem v_vmem sent_sem" if has_new else "",
         "table_parts table_sems" if walk.table_part else "",
@@ -274,6 +276,14 @@ class Rows:
             return
         target, source = (pl.ds(at * self.ref.shape[1], num_rows) for at in (target, source))
         self._flat[target, :] = self._flat[source, :]
+
+    def clear_token(self, target, num_rows: int):
+        """Makes the first rows of a token zeros."""
+        if self.is_interpreted:
+            self.ref[target, :num_rows, 0, :] = jnp.zeros((num_rows, layout.LANES), self.ref.dtype)
+            return
+        rows = pl.ds(target * self.ref.shape[1], num_rows)
+        self._flat[rows, :] = jnp.zeros((num_rows, layout.LANES), self.ref.dtype)
 
     @property
     def _flat(self):

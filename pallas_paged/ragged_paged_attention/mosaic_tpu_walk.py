@@ -284,13 +284,15 @@ def _prefill(walk: Walk, refs: Refs, unit: Unit, block, is_again):
         is_edge |= first <= unit.position + unit.end - unit.row - 1 - window
 
     def take(is_masked):
+        keys = blocks.clear_behind(walk, refs, place, end - first) if is_masked else place
         issue = blocks.issues(walk, refs, [fetch], blocks.num_points(walk))
         prefills.attend(
             walk.heads, walk.score, refs.q_vmem,
-            functools.partial(blocks.load, walk, refs, place, issue), scales, window, sm_scale,
-            is_masked=is_masked,
+            functools.partial(blocks.load, walk, refs, keys, issue), scales, window, sm_scale,
+            is_masked=is_masked, mask_dtype=walk.mask_dtype,
             first_position=unit.position - (unit.row - refs.state[WINDOW]),
-            first=first, end=end, num_keys=walk.block, **_state_of_prefill(refs),
+            first=first, end=end, num_keys=walk.block,
+            mask_ref=refs.prefill_mask, **_state_of_prefill(refs),
         )
 
     lax.cond(is_edge, lambda: take(True), lambda: take(False))
