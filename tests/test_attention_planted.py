@@ -456,7 +456,7 @@ BUGS = {
         "mosaic_tpu_new",
         "end = jnp.where(unit.end == stop, end, div(end, walk.piece) * walk.piece)",
         "end = jnp.where(unit.end == stop, end, ceil_div(end, walk.piece) * walk.piece)",
-        NEW_WINDOWS, "eager", "counts",
+        NEW_WINDOWS, "eager", "race",
     ),
     "page_of_two_windows_sent_in_part": (
         "mosaic_tpu_new",
