@@ -348,8 +348,9 @@ def _share(say) -> list[dict[str, Any]]:
         f" {write_model.DESCRIPTOR_NS:.0f} ns. Products at peak,\nweights at peak bandwidth,"
         " attention and writes from compiled schedules, no host: a real step is\nlonger and its"
         " share smaller. `shipped`: one slice of"
-        f" {_engine_share.SHIPPED_SLICE_CYCLES} cycles a token. `fused`: what the writing adds to\nthe attention,"
-        " none of them hidden. The weights alone fill a v5e.\n" + _report.table(rows, indent=2)
+        f" {_engine_share.SHIPPED_SLICE_CYCLES} cycles a token. `fused`: what the writing adds to\n"
+        "the attention, none of it hidden. The weights alone fill a v5e.\n"
+        + _report.table(rows, indent=2)
     )
     return [
         dataclasses.asdict(share) | {
