@@ -161,7 +161,7 @@ def test_large(op, pool_dtype, page_size):
 @needs_new_jax
 @pytest.mark.parametrize("op", ["token_write", "page_write"])
 def test_two_entries_for_one_slot(op):
-    """Either may win, value by value; also more of them than the pool has slots."""
+    """Either may win, nothing else may come; also more of them than the pool has slots."""
     call = make(Case(op, 33, 1, 1, 128, "float32", is_flat=False, block_tokens=1))
     ids = np.arange(33, dtype=np.int32) % 4
     metadata = (ids,) if op == "token_write" else (ids, np.arange(33, dtype=np.int32))
@@ -170,9 +170,11 @@ def test_two_entries_for_one_slot(op):
     result = run_on_gpu(lambda: call.run("mosaic_gpu"), detect_races=False)
     slots = cases.new_slots(call)
     for slot in range(4):
-        # On a GPU two copies into one row at a time may each leave a part of it.
-        wanted = slots[slot::4].view(np.uint32)
-        assert (result[slot, 0].view(np.uint32) == wanted).any(axis=0).all(), slot
+        # K and V of a slot are two copies: each of one of the tokens. On a GPU two copies into one
+        # row at a time may each leave a part of it, so there each value is one of the tokens'.
+        is_same = result[slot, 0].view(np.uint32) == slots[slot::4].view(np.uint32)
+        is_one = is_same if ON_GPU else is_same.all(axis=-1)
+        assert is_one.any(axis=0).all(), slot
 
 
 @needs_new_jax

@@ -280,7 +280,7 @@ class Share:
 
     Attributes:
       index: which, a traced scalar.
-      count: of all blocks of threads.
+      count: pipelines of all blocks of threads.
     """
 
     index: Any
