@@ -30,7 +30,7 @@ from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
 
 _HEAD_DIMS = (64, 128, 256)
 # Shared memory that one block of threads may have, less what barriers take.
-SHARED_BYTES = 227 * 1024 - 1024
+_SHARED_BYTES = 227 * 1024 - 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def formula(head_dim: int, is_quantized: bool, max_seqs: int) -> Config:
     return Config(prefill_keys, prefill_slots, 64, decode_slots, decode_pipelines=2)
 
 
-def shared_bytes(shape: Shape, config: Config) -> tuple[int, int]:
+def _shared_bytes(shape: Shape, config: Config) -> tuple[int, int]:
     """Shared memory that a block of threads of the prefill and of the decode kernel takes."""
     def ring(block_keys, slots, raw_slots):
         raw = raw_slots if shape.is_quantized else 0
@@ -174,22 +174,22 @@ def unsupported(q, kv_pages, page_indices, num_kv_heads: int, config: Config | N
             "and blocks are counted in int32"
         )
     if config is not None:
-        shape = shape_of(q, kv_pages, page_indices, num_kv_heads)
+        shape = _shape_of(q, kv_pages, page_indices, num_kv_heads)
         if shape.is_quantized and config.decode_pipelines > 1:
             return (
                 f"config has {config.decode_pipelines} decode pipelines, and where a pool is "
                 "converted there are registers for one"
             )
-        for name, needed in zip(("prefill", "decode"), shared_bytes(shape, config), strict=True):
-            if needed > SHARED_BYTES:
+        for name, needed in zip(("prefill", "decode"), _shared_bytes(shape, config), strict=True):
+            if needed > _SHARED_BYTES:
                 return (
                     f"config's {name} blocks take {needed} bytes of shared memory, and a "
-                    f"multiprocessor has {SHARED_BYTES} for them: fewer slots or keys"
+                    f"multiprocessor has {_SHARED_BYTES} for them: fewer slots or keys"
                 )
     return None
 
 
-def shape_of(q, kv_pages, page_indices, num_kv_heads, **options) -> Shape:
+def _shape_of(q, kv_pages, page_indices, num_kv_heads, **options) -> Shape:
     """The static description of a call."""
     options = {
         "causal": True, "soft_cap": None, "has_window": False, "return_lse": False,
@@ -211,7 +211,7 @@ def ragged_paged_attention(
     num_tokens = q.shape[0]
     if num_tokens == 0:
         return q, jnp.zeros(q.shape[:2], jnp.float32)
-    shape = shape_of(
+    shape = _shape_of(
         q, kv_pages, page_indices, num_kv_heads, causal=causal, soft_cap=soft_cap,
         has_window=sliding_window is not None, return_lse=return_lse,
     )  # fmt: skip
