@@ -99,9 +99,9 @@ def formula(head_dim: int, is_quantized: bool, max_seqs: int) -> Config:
         if head_dim == 256:
             keys, slots, raw_slots = 64, 2, 2
         elif has_few_seqs(max_seqs):
-            keys, slots, raw_slots = 64, 3, {64: 12, 128: 6}[head_dim]
+            keys, slots, raw_slots = 64, 3, {64: 12, 128: 7}[head_dim]
         else:
-            keys, slots, raw_slots = 128, 2, {64: 6, 128: 2}[head_dim]
+            keys, slots, raw_slots = 128, 2, {64: 6, 128: 3}[head_dim]
         return Config(
             prefill_keys, prefill_slots, keys, slots, prefill_raw_slots=2,
             decode_raw_slots=raw_slots,
@@ -127,7 +127,10 @@ def _shared_bytes(shape: Shape, config: Config) -> tuple[int, int]:
         prefill.num_consumers(shape) * queries
         + ring(config.prefill_block_keys, config.prefill_slots, config.prefill_raw_slots),
         config.decode_pipelines
-        * (queries + ring(config.decode_block_keys, config.decode_slots, config.decode_raw_slots)),
+        * (
+            (not decode.queries_in_registers(shape)) * queries
+            + ring(config.decode_block_keys, config.decode_slots, config.decode_raw_slots)
+        ),
     )
 
 

@@ -33,7 +33,7 @@ class Rows:
     """The rows of one warpgroup and what they see; traced scalars but for the first and the last.
 
     Attributes:
-      queries: [64, H], in shared memory.
+      queries: [64, H], a ref in shared memory or values in registers.
       head: query head of row 0; row r has head `head + r % group`.
       position: of row 0; row r has position `position + r // group`.
       length: of the sequence; no row sees further.

@@ -251,7 +251,7 @@ def _convert_block(source, target, shape: Shape) -> None:
     """8 values at a time: a load of 8 bytes and a store of 16, where the swizzle has them."""
     width = 8
     _, block, box = source.shape
-    at_once = 8  # so that their loads and conversions overlap
+    at_once = 4  # so that their loads and conversions overlap
     steps = block * shape.kv_dim // (WARPGROUP * width * at_once)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(tiling(shape.product_dtype))))

@@ -147,10 +147,12 @@ def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]
         inputs = dict(zip(names, refs[: len(names)], strict=True))
         out, means, sums, merges, lse = (*refs[len(names):], None)[:5]
         results = Results(out, lse, means, sums, merges)
-        queries = plgpu.SMEM(
-            (num_pipelines, WARPGROUP_ROWS, shape.head_dim), shape.product_dtype,
-            transforms=tiling(shape.product_dtype),
-        )  # fmt: skip
+        queries = None
+        if not queries_in_registers(shape):
+            queries = plgpu.SMEM(
+                (num_pipelines, WARPGROUP_ROWS, shape.head_dim), shape.product_dtype,
+                transforms=tiling(shape.product_dtype),
+            )  # fmt: skip
         pl.run_scoped(
             lambda *scoped: _kernel(inputs, results, *scoped, shape, config, num_raw),
             queries,
@@ -175,6 +177,12 @@ def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]
     return out, (lse[0] if lse else None), means, sums, merges
 
 
+def queries_in_registers(shape: Shape) -> bool:
+    """Whether a consumer keeps a segment's queries to itself, which leaves room for pages; one that
+    shares its registers with another pipeline's, or sums values of 256 columns, has none left."""
+    return shape.is_quantized and shape.head_dim <= 128
+
+
 def _num_roles(shape: Shape) -> int:
     """Warpgroups of a pipeline."""
     return 2 + shape.is_quantized
@@ -188,13 +196,14 @@ def _kernel(
     Args:
       inputs: refs in device memory, as in the prefill kernel.
       results: refs in device memory of what `decode` returns.
-      queries, ring_scratch: scratch: [pipelines, 64, H], the rings of all pipelines.
+      queries, ring_scratch: scratch: [pipelines, 64, H] or None, the rings of all pipelines.
     """
     block = config.decode_block_keys
     pipeline = lax.axis_index("warpgroup") // _num_roles(shape)
     role = lax.rem(lax.axis_index("warpgroup"), _num_roles(shape))
     ready, raw = blocks.rings(ring_scratch, config.decode_slots, num_raw, pipeline)
-    queries = queries.at[pipeline]
+    if queries is not None:
+        queries = queries.at[pipeline]
     # Few shares spread over the multiprocessors before two meet on one.
     num_blocks = lax.axis_size("block")
     index = pipeline * num_blocks + lax.axis_index("block")
@@ -353,11 +362,13 @@ def _rows(inputs, queries, segment: Segment, window, shape: Shape) -> Rows:
     if shape.product_dtype != shape.q_dtype:
         values, unit = _as_float16(values)
         scale *= unit
-    # Nobody reads the last segment's any more: its products have been waited for.
-    queries[...] = values
-    plgpu.commit_smem()
+    if queries is not None:
+        # Nobody reads the last segment's any more: its products have been waited for.
+        queries[...] = values
+        plgpu.commit_smem()
+        values = queries
     return Rows(
-        queries=queries, head=head, position=segment.length - segment.num_tokens,
+        queries=values, head=head, position=segment.length - segment.num_tokens,
         length=segment.length, window=window, scale=scale, group=shape.group,
     )  # fmt: skip
 
