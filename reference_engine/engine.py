@@ -7,12 +7,12 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from pallas_paged import layout
+from pallas_paged import dispatch, layout
 from pallas_paged.checks import require
 from reference_engine import compiles
 from reference_engine.batch import (
@@ -85,12 +85,7 @@ class Stats:
     num_recompiles: int = 0
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("spec", "model", "kv_write", "write_backend", "attention"),
-    donate_argnames=("kv_pages",),
-)
-def run_step(
+def model_step(
     params: Params, kv_pages: jax.Array, packed: jax.Array, *, spec: Spec, model: ModelConfig,
     kv_write: str, write_backend: str, attention: str,
 ) -> tuple[jax.Array, jax.Array]:
@@ -98,7 +93,7 @@ def run_step(
 
     Args:
       params: the model's.
-      kv_pages: [L*P, page_size, R, C]; donated.
+      kv_pages: [L*P, page_size, R, C].
       packed: i32[n]; a packed Batch.
       spec: what `batch.pack` said of it.
       model, kv_write, write_backend, attention: see model.forward.
@@ -110,6 +105,30 @@ def run_step(
         params, kv_pages, Batch(*unpack(packed, spec)), config=model, kv_write=kv_write,
         write_backend=write_backend, attention=attention,
     )
+
+
+# XLA's own matrix products for a GPU take whole arrays, so that a loop over layers would copy each
+# layer's weights out of theirs in every step, and so would several products made one. cuBLAS's
+# read the weights where they are.
+_COMPILER_OPTIONS = {
+    "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+}
+
+
+@functools.cache
+def jitted_step(platform: str) -> Any:
+    """`model_step`, the pool donated, compiled as is best for a platform."""
+    return jax.jit(
+        model_step, static_argnames=("spec", "model", "kv_write", "write_backend", "attention"),
+        donate_argnames=("kv_pages",), compiler_options=_COMPILER_OPTIONS.get(platform),
+    )
+
+
+def run_step(
+    params: Params, kv_pages: jax.Array, packed: jax.Array, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`model_step` on the device of now; donates the pool."""
+    return jitted_step(dispatch.platform())(params, kv_pages, packed, **options)
 
 
 class Engine:

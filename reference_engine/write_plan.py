@@ -7,6 +7,7 @@ Pure numpy. Token i of the packed batch is the i-th new token, segment after seg
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -52,13 +53,20 @@ def plan_writes(segments: Sequence[Segment], page_size: int) -> WritePlan:
     """
     lengths = np.array([len(segment.token_ids) for segment in segments], np.int64)
     starts = np.array([segment.start for segment in segments], np.int64)
-    counts = np.array([len(segment.page_ids) for segment in segments], np.int64)
-    pages = np.concatenate([np.empty(0, np.int32), *(np.asarray(s.page_ids) for s in segments)])
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     position = np.arange(total) + np.repeat(starts - ends + lengths, lengths)
     index, row = np.divmod(position, page_size)
-    page = pages[index + np.repeat(np.cumsum(counts) - counts, lengths)]
+    # Only the pages that new tokens go to; a segment's are those from its first position's on.
+    first_page = starts // page_size
+    num_pages = -(-(starts + lengths) // page_size) - first_page
+    pages = np.fromiter(itertools.chain.from_iterable(
+        segment.page_ids[first : first + count]
+        for segment, first, count in zip(
+            segments, first_page.tolist(), num_pages.tolist(), strict=True
+        )
+    ), np.int32, int(num_pages.sum()))  # fmt: skip
+    page = pages[index + np.repeat(np.cumsum(num_pages) - num_pages - first_page, lengths)]
     # A piece of a page starts with the first row, and with the first token of a segment.
     is_first = row == 0
     is_first[(ends - lengths)] = True

@@ -294,9 +294,9 @@ def test_other_shapes_change_the_last_bits_at_most():
 
 def test_no_shape_is_compiled_that_was_not_announced():
     config = dataclasses.replace(CONFIG, token_buckets=(16, 64), seq_buckets=(8,))
-    engine_lib.run_step.clear_cache()
+    engine_lib.jitted_step("cpu").clear_cache()
     replay(jobs(), params(), MODEL, config)
-    assert engine_lib.run_step._cache_size() <= len(batch_lib.batch_shapes(config)) == 2
+    assert engine_lib.jitted_step("cpu")._cache_size() <= len(batch_lib.batch_shapes(config)) == 2
 
 
 def test_the_model_is_the_dense_one():
@@ -458,11 +458,11 @@ def assert_plant_is_seen(result):
 
 def run_anew(**changes):
     """A run of which no function comes from the cache of the jitted model, nor stays there."""
-    engine_lib.run_step.clear_cache()
+    engine_lib.jitted_step("cpu").clear_cache()
     try:
         return run(**changes)
     finally:
-        engine_lib.run_step.clear_cache()
+        engine_lib.jitted_step("cpu").clear_cache()
 
 
 def _layers_share_their_pages(batch, first_page, page_size):

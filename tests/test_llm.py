@@ -305,7 +305,7 @@ def test_nothing_is_compiled_after_warm_up(folder):
     llm.generate(PROMPTS[0], params[0])
     assert stats.num_steps > 10 and stats.num_recompiles == 0
     # The counter counts: one shape less, and it shows.
-    engine_lib.run_step.clear_cache()
+    engine_lib.jitted_step("cpu").clear_cache()
     llm.generate(PROMPTS[0], params[0])
     assert stats.num_recompiles > 0
 
@@ -321,12 +321,12 @@ def test_the_persistent_cache_spares_the_next_process_its_compiles(folder, tmp_p
         llm = LLM(folder, CONFIG, compilation_cache=tmp_path / "cache")
         want = llm.generate(PROMPTS[0], SamplingParams(max_tokens=3))
         kept = {file.name for file in (tmp_path / "cache").iterdir()}
-        assert any("run_step" in name for name in kept)
+        assert any("model_step" in name for name in kept)
         jax.clear_caches()  # as a new process has none
         again = LLM(folder, CONFIG, compilation_cache=tmp_path / "cache")
         assert of(again.generate(PROMPTS[0], SamplingParams(max_tokens=3))[0]) == of(want[0])
         new = {file.name for file in (tmp_path / "cache").iterdir()} - kept
-        assert not any("run_step" in name and not name.endswith("atime") for name in new)
+        assert not any("model_step" in name and not name.endswith("atime") for name in new)
     finally:
         for name, value in before.items():
             jax.config.update(name, value)

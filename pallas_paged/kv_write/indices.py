@@ -110,8 +110,8 @@ def write_indices(
     is_seq = jnp.arange(max_seqs) < num_seqs[0]
     q_start = jnp.clip(cu_q_lens[:-1], 0, num_tokens)
     q_end = jnp.clip(cu_q_lens[1:], q_start, num_tokens)
-    # Rows beyond num_seqs hold anything, zeros often: the search for a token's sequence below needs
-    # ends that ascend.
+    # Rows beyond num_seqs hold anything, zeros often, and no token may count them among the ends
+    # before it, below.
     q_end = jnp.where(is_seq, q_end, num_tokens)
     # In whole pages of positions that an int32 holds, so that no page's edge overflows.
     kv_len = jnp.clip(kv_lens, 0, min(table_width, (2**31 - 1) // page_size) * page_size)
@@ -142,7 +142,7 @@ def write_indices(
     num_slices = jnp.sum(length > 0, dtype=jnp.int32)[None]
 
     tokens = jnp.arange(num_tokens, dtype=jnp.int32)
-    seq = jnp.clip(jnp.searchsorted(q_end, tokens, side="right"), 0, max_seqs - 1)
+    seq = jnp.minimum(_num_up_to(q_end, tokens), max_seqs - 1)
     nth = tokens - q_start[seq]
     is_new = (nth >= 0) & (nth < q_len[seq])
     slots = jnp.where(is_new, _slot(page_indices, seq, start[seq] + nth, page_size), -1)
@@ -153,9 +153,15 @@ def _ragged(counts, capacity):
     """For entry i of `capacity`: which of the counted groups it is in, and its place or -1."""
     ends = jnp.cumsum(counts)
     entry = jnp.arange(capacity, dtype=jnp.int32)
-    group = jnp.minimum(jnp.searchsorted(ends, entry, side="right"), counts.shape[0] - 1)
+    group = jnp.minimum(_num_up_to(ends, entry), counts.shape[0] - 1)
     nth = entry - (ends[group] - counts[group])
     return group, jnp.where(entry < ends[-1], nth, -1)
+
+
+def _num_up_to(ends, x):
+    """How many of the rising `ends` are at most x, by comparing all: a search would be a loop, and
+    each of its steps a kernel or two on a GPU."""
+    return jnp.searchsorted(ends, x, side="right", method="compare_all")
 
 
 def _page(page_indices, seq, page):

@@ -251,8 +251,11 @@ def _write_and_attend(
     write = {
         "k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads, "backend": backend
     }
-    kv_pages = kv_write.page_write(kv_pages, k, v, w.page_ids, w.token_starts, **write)
-    kv_pages = kv_write.slice_write(kv_pages, k, v, w.slices, w.num_slices, **write)
+    if backend == "mosaic_gpu":  # one launch, and as fast as whole pages there
+        kv_pages = kv_write.token_write(kv_pages, k, v, w.slots, **write)
+    else:
+        kv_pages = kv_write.page_write(kv_pages, k, v, w.page_ids, w.token_starts, **write)
+        kv_pages = kv_write.slice_write(kv_pages, k, v, w.slices, w.num_slices, **write)
     out, lse = _attention(
         q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window, k_scale,
         v_scale, sinks, num_kv_heads=num_kv_heads, backend=backend, **options,
