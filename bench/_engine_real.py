@@ -3,8 +3,9 @@
 
 The program timed is the one that the engine runs (`engine.run_step`), on batches that its own code
 packs. Steps are dispatched one behind the other and waited for together, so that the device is what
-is timed as long as it takes longer than a dispatch. The writes alone are timed in the same way: all
-layers' writes of the batch, in one program without the rest of the model.
+is timed as long as it takes longer than a dispatch. What the writes take of a step is read off its
+kernels on a GPU whose writes have their own; elsewhere the writes are timed alone, in the same way:
+those of all layers in one program without the rest of the model.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -46,6 +48,9 @@ _EXTRA = (Batch("decode: 64 at 2,048", 64, 2048, ()),
 ALL_BATCHES = tuple(sorted((*BATCHES[1:4], *_EXTRA), key=lambda batch: sum(
     end - start for start, end in batch.chunks)))
 
+# How the names of the kernels that write begin.
+_WRITES = ("page_write", "slice_write", "token_write")
+
 # Long enough for the time of a dispatch not to matter.
 _LONG_US = 250_000.0
 
@@ -73,22 +78,31 @@ class Setup:
 def measure(
     setup: Setup, batches: Sequence[Batch], kv_writes: Sequence[str], page_sizes: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Times every batch in every form at every page size; yields one row each."""
+    """Times every batch in every form at every page size; yields one row each.
+
+    A row's `write_us` is the writes' part of a step, None of the fused form where it cannot be
+    told from the attention; `kernels_us` all that runs in a step, None but on a GPU.
+    """
     params = random_params(setup.model, seed=0)
     for page_size in page_sizes:
         kv_pages = _pool(setup, page_size)
         for batch in map(functools.partial(_shrunk, setup=setup), batches):
             for kv_write in kv_writes:
                 config, arrays = _batch(batch, page_size, kv_write, setup)
-                step, kv_pages = _time_steps(setup, params, kv_pages, config, arrays)
-                write = None
-                if kv_write != "fused":
-                    write, kv_pages = _time_writes(setup, kv_pages, config, arrays)
+                step = _step(setup, params, config, arrays)
+                timing, kv_pages = _time(step, kv_pages, setup)
+                write_us, kernels_us = None, None
+                if jax.default_backend() == "gpu":
+                    write_us, kernels_us, kv_pages = _time_kernels(step, kv_pages, setup)
+                if write_us is None and kv_write != "fused":
+                    alone = _writes(setup, config, arrays)
+                    write, kv_pages = _time(alone, kv_pages, setup)
+                    write_us = write.median_us
                 yield {
                     "batch": batch.name, "page_size": page_size, "kv_write": kv_write,
                     "tokens": int(arrays.cu_q_lens[-1]),
-                    "step_us": step.median_us, "p20_us": step.p20_us, "p80_us": step.p80_us,
-                    "write_us": write and write.median_us,
+                    "step_us": timing.median_us, "p20_us": timing.p20_us, "p80_us": timing.p80_us,
+                    "kernels_us": kernels_us, "write_us": write_us,
                 }
         del kv_pages
 
@@ -119,8 +133,8 @@ def host_work(setup: Setup, num_steps: int = 30) -> dict[str, Any]:
         before = dataclasses.replace(engine.stats)
         engine.step()
         seconds = engine.stats.seconds - before.seconds
-        waited = engine.stats.wait_seconds - before.wait_seconds
-        samples.append((seconds * 1e6, (seconds - waited) * 1e6))
+        on_device = engine.stats.device_seconds - before.device_seconds
+        samples.append((seconds * 1e6, (seconds - on_device) * 1e6))
     step_us, host_us = (float(np.median(column)) for column in zip(*samples, strict=True))
     return {
         "batch": f"{batch_size} decodes at {context:,}", "step_us": step_us, "host_us": host_us,
@@ -153,9 +167,9 @@ def fit(rows: Sequence[dict[str, Any]], host_us: float, device: str) -> dict[str
     many, key_us = 2048, (compute(decode + "2,048") - compute(decode + "1,024")) / (64 * 1024)
     pair_us = max(0.0, (compute(prefill + "2,048") - compute(prefill + "0")) / many**2)
     row_us = (compute(prefill + "0") - visible_pairs(0, many) * pair_us) / many
-    fused_us = None
-    if (prefill + "0", "fused") in found:
-        fused_us = max(0.0, found[prefill + "0", "fused"]["step_us"] - compute(prefill + "0"))
+    fused_us = 0.0
+    if fused := found.get((prefill + "0", "fused")):
+        fused_us = fused["write_us"] or max(0.0, fused["step_us"] - compute(prefill + "0"))
     page = {size: write(prefill + "0", "pages") * size / many for size in PAGE_SIZES}
     piece = {size: write(prefill + "0", "slices") * size / many for size in PAGE_SIZES}
     return {
@@ -164,7 +178,7 @@ def fit(rows: Sequence[dict[str, Any]], host_us: float, device: str) -> dict[str
         "row_us": row_us, "seq_us": 0.0, "decode_us": 0.0, "decode_key_us": key_us,
         "prefilled_us": 0.0, "pair_us": pair_us, "written_us": 0.0, "page_us": page,
         "slice_us": piece, "token_us": write(prefill + "0", "tokens") / many,
-        "fused_us": ((fused_us or 0.0) / many,) * 2, "descriptor_us": 0.0,
+        "fused_us": (fused_us / many,) * 2, "descriptor_us": 0.0,
     }
 
 
@@ -223,9 +237,10 @@ def _batch(
     return config, make_batch(segments, config)
 
 
-def _time_steps(
-    setup: Setup, params: Params, kv_pages: jax.Array, config: EngineConfig, arrays: Arrays
-) -> tuple[_clock.Timing, jax.Array]:
+def _step(
+    setup: Setup, params: Params, config: EngineConfig, arrays: Arrays
+) -> Callable[[jax.Array], jax.Array]:
+    """The engine's step on a batch, from pool to pool."""
     packed, spec = pack(arrays)
     packed = jax.device_put(packed)
 
@@ -236,17 +251,18 @@ def _time_steps(
         )
         return kv_pages
 
-    return _time(step, kv_pages, setup)
+    return step
 
 
-def _time_writes(
-    setup: Setup, kv_pages: jax.Array, config: EngineConfig, arrays: Arrays
-) -> tuple[_clock.Timing, jax.Array]:
+def _writes(
+    setup: Setup, config: EngineConfig, arrays: Arrays
+) -> Callable[[jax.Array], jax.Array]:
+    """The writes of all layers of a batch, from pool to pool."""
     packed, spec = pack(arrays)
     packed = jax.device_put(packed)
     width = setup.model.num_kv_heads * setup.model.head_dim
     shape = (setup.model.num_layers, len(arrays.token_ids), width)
-    k, v = (jax.random.normal(key, shape, kv_pages.dtype)
+    k, v = (jax.random.normal(key, shape, jnp.dtype(setup.model.dtype))
             for key in jax.random.split(jax.random.key(0)))
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -265,7 +281,23 @@ def _time_writes(
         (kv_pages, _), _ = lax.scan(layer, (kv_pages, 0), (k, v))
         return kv_pages
 
-    return _time(lambda pool: write_all_layers(pool, packed, k, v), kv_pages, setup)
+    return lambda kv_pages: write_all_layers(kv_pages, packed, k, v)
+
+
+def _time_kernels(
+    step: Callable[[jax.Array], jax.Array], kv_pages: jax.Array, setup: Setup
+) -> tuple[float | None, float, jax.Array]:
+    """What the kernels that write, None if there are none, and all kernels of a step take."""
+
+    def run() -> None:
+        nonlocal kv_pages
+        for _ in range(setup.repeats):
+            kv_pages = jax.block_until_ready(step(kv_pages))
+
+    times = [(event.name, event.microseconds / setup.repeats)
+             for event in _clock.record_kernels(run)]
+    writes = [time for name, time in times if name.startswith(_WRITES)]
+    return sum(writes) if writes else None, sum(time for _, time in times), kv_pages
 
 
 def _time(

@@ -379,7 +379,8 @@ def _real(on_cpu: bool, say) -> dict[str, Any]:
     host = _engine_real.host_work(setup)
     say(
         f"The engine on {host['batch']}: {host['step_us'] / 1e3:.2f} ms a step, of which the host"
-        f" works {host['host_us'] / 1e3:.3f} ms ({host['host_percent']:.1f}%);"
+        f" works {host['host_us'] / 1e3:.3f} ms ({host['host_percent']:.1f}%) while no program is"
+        " dispatched;"
         f" {host['recompiles']} programs compiled after warm-up"
     )
     rows = []
@@ -387,7 +388,7 @@ def _real(on_cpu: bool, say) -> dict[str, Any]:
         rows.append(row)  # told at once: a run of minutes may be cut short
         cells = _real_row(row)
         print(f"{len(rows)}/{total} {cells['batch']}, page {cells['page']}, {cells['form']}:"
-              f" {cells['step ms']} ms, writes alone {cells['writes alone ms']}",
+              f" {cells['step ms']} ms, writes {cells['writes ms']}",
               file=sys.stderr, flush=True)  # fmt: skip
     say(
         f"\nMeasured on {device}: {name}, random weights, {setup.model.dtype}, attention by"
@@ -405,7 +406,8 @@ def _real_row(row: dict[str, Any]) -> dict[str, str]:
         "batch": row["batch"], "page": str(row["page_size"]), "form": row["kv_write"],
         "tokens": f"{row['tokens']:,}", "step ms": f"{row['step_us'] / 1e3:.3f}",
         "p20": f"{row['p20_us'] / 1e3:.3f}", "p80": f"{row['p80_us'] / 1e3:.3f}",
-        "writes alone ms": "-" if write is None else f"{write / 1e3:.3f}",
+        "kernels ms": "-" if row["kernels_us"] is None else f"{row['kernels_us'] / 1e3:.3f}",
+        "writes ms": "-" if write is None else f"{write / 1e3:.3f}",
         "share %": "-" if write is None else f"{100 * write / row['step_us']:.2f}",
     }
 

@@ -16,6 +16,7 @@ from pallas_paged import dispatch, layout
 from pallas_paged.checks import require
 from reference_engine import compiles
 from reference_engine.batch import (
+    Array,
     Batch,
     BatchShape,
     Spec,
@@ -70,7 +71,8 @@ class Stats:
       num_deferrals: times that alignment made a request wait a step.
       num_preemptions: times that a request lost its pages.
       seconds: in steps.
-      wait_seconds: of them, waiting for the device; the rest is the host's own work.
+      device_seconds: of them, from a program's dispatch to its tokens; in the rest the device waits
+        for the host.
       num_recompiles: programs that XLA compiled in steps after `warm_up`; 0 as it should be.
     """
 
@@ -81,7 +83,7 @@ class Stats:
     num_deferrals: int = 0
     num_preemptions: int = 0
     seconds: float = 0.0
-    wait_seconds: float = 0.0
+    device_seconds: float = 0.0
     num_recompiles: int = 0
 
 
@@ -125,7 +127,7 @@ def jitted_step(platform: str) -> Any:
 
 
 def run_step(
-    params: Params, kv_pages: jax.Array, packed: jax.Array, **options: Any
+    params: Params, kv_pages: jax.Array, packed: Array, **options: Any
 ) -> tuple[jax.Array, jax.Array]:
     """`model_step` on the device of now; donates the pool."""
     return jitted_step(dispatch.platform())(params, kv_pages, packed, **options)
@@ -245,14 +247,15 @@ class Engine:
         compiled = compiles.num_compiles()
         try:
             batch = make_batch(plan.segments, self.config)
+            dispatched = time.perf_counter()
             logits, kv_pages = self._run(batch)
             if all(map(is_greedy, requests)):
                 device_tokens = greedy(logits)
             else:
                 device_tokens = sample(logits, make_sampling(requests, logits.shape[0]))
-            wait = time.perf_counter()
+            device_tokens.copy_to_host_async()
             tokens = np.asarray(device_tokens)[: len(requests)].tolist()
-            self.stats.wait_seconds += time.perf_counter() - wait
+            self.stats.device_seconds += time.perf_counter() - dispatched
             extras = self._extras(requests, device_tokens, logits)
             self._kv_pages = kv_pages  # not before the step has come to its end without an error
         except BaseException:
