@@ -253,7 +253,6 @@ class Engine:
                 device_tokens = greedy(logits)
             else:
                 device_tokens = sample(logits, make_sampling(requests, logits.shape[0]))
-            device_tokens.copy_to_host_async()
             tokens = np.asarray(device_tokens)[: len(requests)].tolist()
             self.stats.device_seconds += time.perf_counter() - dispatched
             extras = self._extras(requests, device_tokens, logits)
