@@ -44,7 +44,7 @@ def row_of(walk: Walk, token):
     return walk.ring_rows + LEAD + token
 
 
-def loads(walk: Walk, refs: Refs, first, num_rows):
+def loads(refs: Refs, first, num_rows):
     """The copies that bring a window's k and v."""
     rows = pl.ds(pl.multiple_of(first, ROW_TILE), num_rows)
     return [
@@ -248,7 +248,7 @@ def make_of_prefill(walk: Walk, refs: Refs, unit: Unit):
     def _all():
         def make_window(window):
             num_rows = jnp.minimum(walk.window, walk.num_tokens - window)
-            copies = loads(walk, refs, window, pl.multiple_of(num_rows, ROW_TILE))
+            copies = loads(refs, window, pl.multiple_of(num_rows, ROW_TILE))
             for copy in copies:
                 copy.start()
             for copy in copies:

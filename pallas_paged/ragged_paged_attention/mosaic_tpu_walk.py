@@ -48,7 +48,7 @@ def kernel(walk: Walk, *arguments):
         state[i] = 0
     state[AHEAD_ROW] = units.rows_of(walk, refs, 0)[0]
     if walk.table_part:
-        page_table.start(walk, refs)
+        page_table.start(refs)
     blocks.fill_ring(walk, refs)
 
     def is_left(at):
@@ -108,7 +108,7 @@ class _Taken(NamedTuple):
     block: Any
 
 
-def _behind(walk: Walk, refs: Refs, at: _Taken):
+def _behind(at: _Taken):
     """(number of the unit, its block) of the block behind one."""
     is_over = at.block + 1 == at.unit.num_blocks
     return at.index + jnp.where(is_over, 1, 0), jnp.where(is_over, 0, at.block + 1)
@@ -137,7 +137,7 @@ def _decode(walk: Walk, refs: Refs, index, unit: Unit, block):
         return is_decode & (row >= 0) & (row < walk.window)
 
     def behind(at: _Taken):
-        index, block = _behind(walk, refs, at)
+        index, block = _behind(at)
         return _Taken(index, units.kept_unit(walk, refs, index), block)
 
     taken, is_full = full_part(first)
@@ -211,7 +211,7 @@ def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, num_
                 q=functools.partial(_query, walk, refs, row) if is_new else steps[-1].q,
                 store=functools.partial(_store_decode, walk, refs, row)
                 if is_last_known(b) else None,
-                store_lse=functools.partial(_store_decode_lse, walk, refs, row),
+                store_lse=functools.partial(_store_decode_lse, refs, row),
             )
         )
     scales, window, sm_scale = _factors(walk, refs)
@@ -224,7 +224,7 @@ def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, num_
     )
     _finish(sends)
     state[WINDOW_END] = taken[-1].unit.end
-    return _behind(walk, refs, taken[-1])
+    return _behind(taken[-1])
 
 
 def _finish(steps):
@@ -243,7 +243,7 @@ def _store_decode(walk: Walk, refs: Refs, row, head_row, lane_tile, x):
     refs.out_heads[lane_tile * walk.window + row, head_row : head_row + 8, 0, :] = x
 
 
-def _store_decode_lse(walk: Walk, refs: Refs, row, lse):
+def _store_decode_lse(refs: Refs, row, lse):
     """Takes a decode's log-sum-exp, f32[rows, 1]."""
     lse_vmem, parity = refs.lse_vmem, refs.state[PARITY]
     registers = pl.ds(pl.multiple_of(row & -8, 8), 8)
@@ -350,7 +350,7 @@ def _find_shifts(walk: Walk, refs: Refs, unit: Unit):
             functools.partial(blocks.load, walk, refs, place, lambda: None),
             scales, window, sm_scale,
             first_position=unit.position - (unit.row - refs.state[WINDOW]),
-            first=first, end=end, num_keys=walk.block, shift_ref=shift_ref,
+            first=first, end=end, shift_ref=shift_ref,
         )
 
     prefills.start_again(**_state_of_prefill(refs))
