@@ -140,12 +140,15 @@ def _decode(walk: Walk, refs: Refs, index, unit: Unit, block):
         index, block = _behind(at)
         return _Taken(index, units.kept_unit(walk, refs, index), block)
 
-    taken, is_full = full_part(first)
-    for _ in range(1, parts):
-        at = behind(taken[-1])
-        more, is_more_full = full_part(at)
-        taken += more
-        is_full &= is_near(at) & is_more_full & (state[TAKEN] + many <= state[FETCHED])
+    def full_body(first: _Taken):
+        """The blocks of a body of full ones, from one on; and whether they are there."""
+        taken, is_full = full_part(first)
+        for _ in range(1, parts):
+            at = behind(taken[-1])
+            more, is_more_full = full_part(at)
+            taken += more
+            is_full &= is_near(at) & is_more_full & (state[TAKEN] + many <= state[FETCHED])
+        return taken, is_full
 
     def of_several():
         taken, is_there = [first], state[TAKEN] + many <= state[FETCHED]
@@ -155,11 +158,24 @@ def _decode(walk: Walk, refs: Refs, index, unit: Unit, block):
         several = functools.partial(_decode_blocks, walk, refs, taken, is_full=False)
         return lax.cond(is_there, functools.partial(several, num_known=1), one)
 
-    is_unmasked = tokens == walk.block and not walk.score.has_window
-    full = functools.partial(
-        _decode_blocks, walk, refs, taken, is_full=is_unmasked, num_known=many // parts
-    )
-    return lax.cond(is_full, full, of_several)
+    def of_full():
+        """Bodies of full blocks as long as there are some: what is next is found where the
+        matrix unit's latency hides it."""
+        is_unmasked = tokens == walk.block and not walk.score.has_window
+
+        def run(at):
+            index, block, _ = at
+            taken, _ = full_body(_Taken(index, units.kept_unit(walk, refs, index), block))
+            index, block = _decode_blocks(
+                walk, refs, taken, is_full=is_unmasked, num_known=many // parts
+            )
+            following = _Taken(index, units.kept_unit(walk, refs, index), block)
+            return index, block, is_near(following) & full_body(following)[1]
+
+        *at, _ = lax.while_loop(lambda at: at[2], run, (index, block, jnp.bool_(True)))
+        return tuple(at)
+
+    return lax.cond(full_body(first)[1], of_full, of_several)
 
 
 def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, num_known=1):
@@ -177,19 +193,20 @@ def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, num_
         return (b + 1) % num_known == 0
 
     # What waits for numbers from SMEM comes before what waits for blocks.
+    ahead = None if walk.table_part else blocks.read_ahead(walk, refs)
     puts = {}
     for b, at in enumerate(taken):
         if walk.new is not None and is_last_known(b):
             first, _ = blocks.block_of(walk, at.unit, at.block)
             is_last = at.block + 1 == at.unit.num_blocks
-            puts[b] = new.plan_put(walk, refs, at.unit, first, is_last)
+            puts[b] = new.plan_put(walk, refs, at.index, at.unit, first, is_last)
     places = blocks.take_blocks(walk, refs, [(at.unit, at.block) for at in taken], is_full)
     for b, put in puts.items():
         new.put(walk, refs, put, places[b])
     sends = new.send_puts(walk, refs, list(puts.values()))
     if walk.table_part:  # before another part of the table comes for the fetches
         _finish(sends)
-    fetches = blocks.next_fetches(walk, refs, len(taken))
+    fetches = blocks.next_fetches(walk, refs, len(taken), ahead)
 
     start_some = blocks.issues(walk, refs, fetches, len(taken) * blocks.num_points(walk))
 
@@ -223,7 +240,7 @@ def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, num_
         m_ref=refs.decode_m, l_ref=refs.decode_l, acc_ref=refs.decode_acc,
     )
     _finish(sends)
-    state[WINDOW_END] = taken[-1].unit.end
+    state[WINDOW_END] = taken[-1].unit.row + 1
     return _behind(taken[-1])
 
 
