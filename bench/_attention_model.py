@@ -226,12 +226,12 @@ def _counts(case: Case, config: mosaic_tpu.Config) -> collections.Counter:
 
 def _runs(roles: parts.Roles, counts: collections.Counter) -> dict[tuple[int, ...], int]:
     """Path -> how often a node runs in the whole call."""
-    bodies = {place: counts[place, "body"] for place in (FULL, SEVERAL, SINGLE, PREFILL)}
+    mixed = counts[SEVERAL, "body"] + counts[SINGLE, "body"]
     own = {
         parts.CALL: 1,
-        parts.WALK: sum(bodies.values()),
-        parts.DECODES: bodies[FULL] + bodies[SEVERAL] + bodies[SINGLE],
-        parts.MIXED: bodies[SEVERAL] + bodies[SINGLE],
+        parts.WALK: counts[FULL, "run"] + mixed + counts[PREFILL, "body"],
+        parts.DECODES: counts[FULL, "run"] + mixed,
+        parts.MIXED: mixed,
         parts.NEVER: 0,
     }
     return {path: own.get(role, counts[role]) for path, role in roles.items()}
@@ -310,12 +310,15 @@ PARTS = (
 )  # fmt: skip
 
 
+_DISPATCH = (parts.WALK, parts.DECODES, parts.MIXED)
+
+
 def _part(role: parts.Role) -> str:
     """Under which of PARTS a node's bundles stand."""
     place, event = role
     if place == walk.FILL or role in (parts.CALL, parts.NEVER):
         return "start and end"
-    if role in (parts.WALK, parts.DECODES, parts.MIXED) or role == (PREFILL, "body"):
+    if role in (*_DISPATCH, (FULL, "run"), (PREFILL, "body")):
         return "between bodies"
     if event == "body":
         return "decode bodies"
@@ -341,8 +344,8 @@ def _body_cycles(place: str, tree: ts.Node, roles: parts.Roles, blocks: walk.Blo
     cycles = 0.0
     for node in tree.walk():
         role = roles[node.path]
-        is_on_its_way = role == parts.MIXED and place != FULL
-        if role in (parts.WALK, parts.DECODES, (place, "body")) or is_on_its_way:
+        is_on_its_way = role in _DISPATCH and place != FULL
+        if role == (place, "body") or is_on_its_way:
             cycles += node.own.bundles
         elif role[0] == place and role[1].startswith("pieces"):
             cycles += node.own.bundles * blocks.pieces

@@ -15,8 +15,8 @@ from bench._attention_walk import DECODE, END, FILL, FULL, PREFILL, SEVERAL, SIN
 
 # (place, event), as in `trips`; these events are the kernel's own and not counted there.
 CALL = (END, "call")
-WALK = (END, "walk")  # one trip a body
-DECODES = (END, "decodes")  # the bodies that are a decode's
+WALK = (END, "walk")  # one trip a body, or a run of bodies of full blocks
+DECODES = (END, "decodes")  # the trips that are a decode's
 MIXED = (END, "mixed")  # those of them that are not of full blocks
 NEVER = (END, "never")
 Role = tuple[str, str]
@@ -54,7 +54,7 @@ def _form(node: ts.Node) -> str:
     own, loop = node.own, _loop(node)
     if loop is not None:
         if loop.children:
-            return ""
+            return "run" if loop.own.slots.get("MATMUL") else ""
         held = loop.own
         moves = held.vector_loads + held.vector_stores
         if held.dma_issues:
@@ -69,6 +69,8 @@ def _form(node: ts.Node) -> str:
     if inside == ["rows"] and moves and not own.dma_issues:
         return "make"
     if not own.dma_issues and not own.vector_stores:
+        if inside == ["run"]:  # what it carries is spilled before it
+            return "run"
         if inside == ["again"]:  # on a condition of its own
             return "again"
         if own.dma_waits:
@@ -182,15 +184,17 @@ def _decodes(node: ts.Node) -> Roles:
         return _first(node.children[0]) | _decode(node, SINGLE, node.children[1:])
     _expect(
         node, [_form(child) for child in node.children],
-        ["first", "products", ""], ["open", "products", ""],
+        ["first", "run", ""], ["open", "run", ""],
     )  # fmt: skip
     first, full, mixed = node.children
+    body = full if full.kind == "loop" else full.children[0]
     _expect(mixed, [_form(child) for child in mixed.children], ["products", "products"])
     several, single = mixed.children
     return (
         {node.path: DECODES, mixed.path: MIXED}
         | _first(first)
-        | _decode(full, FULL, full.children)
+        | {full.path: (FULL, "run")}
+        | _decode(body, FULL, body.children)
         | _decode(several, SEVERAL, several.children)
         | _decode(single, SINGLE, single.children)
     )

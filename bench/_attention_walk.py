@@ -108,15 +108,15 @@ def trips(
 
     Returns:
       (place, event) -> count. Places are FILL, DECODE, FULL, SEVERAL, SINGLE, PREFILL and END.
-      Events: "body"; of windows, of DECODE, PREFILL or END, "first" (a unit's first body), "open",
-      "close", "gather" and "gather_trips", "zero" and "zero_trips", "keep", "tiles"; "find",
-      "skip" and "skip_trips" (a unit found before many blocks are fetched); "slow" (fetches that
-      went block by block), these also with "_1" of a second part; "find<b>", "skip<b>" and
-      "skip_trips<b>" of the b-th block fetched, "fetch<b>" and "pieces<b>"; of a prefill "last",
-      and "masked", "masked_fetch" and "masked_pieces" and the same with "unmasked", "masked_clear"
-      and "masked_clear_trips" (some tokens behind the last one each). Where the call writes, of a
-      prefill's window "make" and "make_trips" (its row tiles but the first), "send" and
-      "send_trips" (whole pages, or parts, but the first; some a trip).
+      Events: "body"; of FULL "run" (bodies one behind the other); of windows, of DECODE, PREFILL or
+      END, "first" (a unit's first body), "open", "close", "gather" and "gather_trips", "zero" and
+      "zero_trips", "keep", "tiles"; "find", "skip" and "skip_trips" (a unit found before many
+      blocks are fetched); "slow" (fetches that went block by block), these also with "_1" of a
+      second part; "find<b>", "skip<b>" and "skip_trips<b>" of the b-th block fetched, "fetch<b>"
+      and "pieces<b>"; of a prefill "last", and "masked", "masked_fetch" and "masked_pieces" and the
+      same with "unmasked", "masked_clear" and "masked_clear_trips" (some tokens behind the last one
+      each). Where the call writes, of a prefill's window "make" and "make_trips" (its row tiles but
+      the first), "send" and "send_trips" (whole pages, or parts, but the first; some a trip).
     """
     return _Walk(lens, blocks, sliding_window, writes).run()
 
@@ -207,33 +207,34 @@ class _Walk:
         unit = self.units[index]
         if block == 0:
             self.count(DECODE if unit.is_decode else PREFILL, "first")
-        taken = [(index, block)]
         if unit.is_decode:
-            place = self.decode(unit, block, taken)
-        else:
-            place = PREFILL
-            if block == 0:
-                self.open_window(PREFILL, unit.row)
-                if self.writes:
-                    self.make(unit)
+            return self.decode(index, block)
+        if block == 0:
+            self.open_window(PREFILL, unit.row)
+            if self.writes:
+                self.make(unit)
+        num_pieces = self.take(PREFILL, [(index, block)])
+        form = "masked" if self.is_edge(unit, block) else "unmasked"
+        self.count(PREFILL, form)
+        if form == "masked":
+            first, end = self.block_of(unit, block)
+            cleared = -(end - first) % mosaic_tpu_blocks._RUN
+            self.count(PREFILL, "masked_clear", cleared > 0)
+            self.count(PREFILL, "masked_clear_trips", _cdiv(cleared, mosaic_tpu_blocks._CLEARED))
+        self.count(PREFILL, f"{form}_fetch", num_pieces > 0)
+        self.count(PREFILL, f"{form}_pieces", num_pieces)
+        self.count(PREFILL, "last", block + 1 == unit.num_blocks(self.blocks.pieces))
+        return self.behind((index, block))
+
+    def take(self, place: str, taken: list[tuple[int, int]]) -> int:
+        """Has a body take some blocks and fetch as many; returns the pieces that it fetches."""
         self.count(place, "body")
         num_pieces = self.next_fetches(place, len(taken))
         self.taken += len(taken)
         if self.taken > self.fetched:
             raise AssertionError(f"took {self.taken} blocks of {self.fetched} fetched")
-        if place == PREFILL:
-            form = "masked" if self.is_edge(unit, block) else "unmasked"
-            self.count(place, form)
-            if form == "masked":
-                first, end = self.block_of(unit, block)
-                cleared = -(end - first) % mosaic_tpu_blocks._RUN
-                self.count(place, "masked_clear", cleared > 0)
-                self.count(place, "masked_clear_trips", _cdiv(cleared, mosaic_tpu_blocks._CLEARED))
-            self.count(place, f"{form}_fetch", num_pieces > 0)
-            self.count(place, f"{form}_pieces", num_pieces)
-            self.count(place, "last", block + 1 == unit.num_blocks(self.blocks.pieces))
         self.window_end = self.units[taken[-1][0]].end
-        return self.behind(taken[-1])
+        return num_pieces
 
     def make(self, unit: _Unit) -> None:
         """Makes a prefill's window of new tokens into slots and sends the pages that are full."""
@@ -249,33 +250,43 @@ class _Walk:
             self.count(PREFILL, "send", num_whole > 0)
             self.count(PREFILL, "send_trips", _cdiv(num_whole, mosaic_tpu_new._PIECES_TOGETHER))
 
-    def decode(self, unit: _Unit, block: int, taken: list[tuple[int, int]]) -> str:
-        """Which body takes a decode's next block; adds the blocks behind it that it takes."""
+    def decode(self, index: int, block: int) -> tuple[int, int]:
+        """Takes a decode's next block, or blocks; returns the unit and the block behind them."""
+        unit, at = self.units[index], (index, block)
         is_inside = self.window <= unit.row < self.window + self.blocks.window
         if block == 0 and (not is_inside or self.kind != "decodes"):
             self.open_window(DECODE, unit.row)
-        many, parts = self.blocks.blocks_per_body, self.blocks.full_parts
+        many = self.blocks.blocks_per_body
         if many == 1:
-            return SINGLE
-        is_there = self.taken + many <= self.fetched
-        full, is_full = self.full_part(taken[0])
-        for _ in range(1, parts):
+            self.take(SINGLE, [at])
+            return self.behind(at)
+        full, is_full = self.full_body(at)
+        if is_full:
+            self.count(FULL, "run")
+            while is_full:
+                self.take(FULL, full)
+                at = self.behind(full[-1])
+                full, is_full = self.full_body(at) if self.is_near(at) else ([], False)
+            return at
+        is_there, several = self.taken + many <= self.fetched, [at]
+        while is_there and len(several) < many:
+            several.append(self.behind(several[-1]))
+            is_there = self.is_near(several[-1])
+        taken = several if is_there else [at]
+        self.take(SEVERAL if is_there else SINGLE, taken)
+        return self.behind(taken[-1])
+
+    def full_body(self, at: tuple[int, int]) -> tuple[list[tuple[int, int]], bool]:
+        """The blocks of a body of full ones, from one on; and whether they are there."""
+        is_there = self.taken + self.blocks.blocks_per_body <= self.fetched
+        full, is_full = self.full_part(at)
+        for _ in range(1, self.blocks.full_parts):
             at = self.behind(full[-1])
             is_full = is_full and is_there and self.is_near(at)
             more, is_more_full = self.full_part(at) if is_full else ([at], False)
             is_full &= is_more_full
             full += more
-        if is_full:
-            taken[:] = full
-            return FULL
-        several = [taken[0]]
-        while is_there and len(several) < many:
-            several.append(self.behind(several[-1]))
-            is_there = self.is_near(several[-1])
-        if is_there:
-            taken[:] = several
-            return SEVERAL
-        return SINGLE
+        return full, is_full
 
     def full_part(self, at: tuple[int, int]) -> tuple[list[tuple[int, int]], bool]:
         """Blocks of a decode from one on that are a part of a full body, if they are full."""

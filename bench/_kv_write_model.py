@@ -101,7 +101,7 @@ class Case:
     def entries(self) -> tuple[mosaic_tpu.Entries, mosaic_tpu.Config, mosaic_tpu.Tiling]:
         """The shipped block sizes for the case, and what the op makes of it (mosaic_tpu)."""
         pool, k = self.shapes()[:2]
-        config = mosaic_tpu.default_config(pool, k, self.num_kv_heads, self.head_dim)
+        config = mosaic_tpu.default_config(pool, k, self.num_kv_heads)
         length = mosaic_tpu.page_part(self.page_size, config.block_tokens)
         parts = self.page_size // length
         if self.op == "slice":

@@ -42,6 +42,8 @@ _LENS = {
     # A decode of three blocks and prefills of two and three, so that the ring goes round.
     "long": [(1, 300), (5, 150), (3, 290), (1, 40)],
     "decodes": [(1, 150), (1, 9), (1, 33), (1, 280)],
+    # Full blocks one behind the other: of one decode, of the next, and then of a prefill.
+    "runs": [(1, 512), (1, 256), (5, 290)],
     "prefills": [(5, 150), (3, 290)],
     "one decode": [(1, 150)],
     "one prefill": [(5, 150)],
@@ -123,6 +125,7 @@ CONTROLS = (
     Call(SCALED, "one decode"), Call(NARROW, "one decode"), Call(BF16, "decodes"),
     Call(PADDED, "one decode"), Call(PARTS, "one decode"), Call(SEVERAL, "decodes"),
     Call(PLAIN, "decodes", window=20), Call(PLAIN, "absurd new id", writes=True),
+    Call(SEVERAL, "runs"), Call(SEVERAL, "runs", writes=True),
 )  # fmt: skip
 
 # name: (module, snippet, what stands there instead, call, DMA mode, how it shows)
@@ -130,7 +133,7 @@ BUGS = {
     # --- which pages, which pieces
     "page_table_of_the_first_sequence": (
         "mosaic_tpu_units",
-        "jnp.where(is_found, unit.seq * walk.table_width, 0)",
+        "jnp.where(is_found, first_piece_of(walk, unit.seq), 0)",
         "jnp.zeros_like(unit.seq)",
         DECODES, "eager", "numbers",
     ),
@@ -182,6 +185,12 @@ BUGS = {
         "is_edge |= end - 1 > unit.position",
         "is_edge |= end - 1 > unit.position + 8",
         Call(PLAIN, "last rows"), "eager", "numbers",
+    ),
+    "full_blocks_of_a_prefill_taken_as_a_decode": (
+        "mosaic_tpu_walk",
+        "(at.index < state[FOUND]) & (at.unit.is_decode == 1)",
+        "at.index < state[FOUND]",
+        Call(SEVERAL, "runs"), "eager", "numbers",
     ),
     # --- DMAs
     "block_not_waited_for": (

@@ -75,7 +75,7 @@ class Config:
             )
 
 
-def default_config(kv_pages, k, num_kv_heads: int, head_dim: int) -> Config:
+def default_config(kv_pages, k, num_kv_heads: int) -> Config:
     """The largest window whose buffers stay inside the VMEM budget."""
     slots = slots_of(kv_pages, k, num_kv_heads)
     turn_packed = dispatch.tpu_generation() == 7
@@ -138,7 +138,7 @@ def page_write(
     if num_tokens < page_size or page_ids.shape[0] == 0:
         return kv_pages
     slots = slots_of(kv_pages, k, num_kv_heads)
-    config = config or default_config(kv_pages, k, num_kv_heads, slots.head_dim)
+    config = config or default_config(kv_pages, k, num_kv_heads)
     part = page_part(page_size, config.block_tokens)
     entries = Entries(
         "pages", part, parts=page_size // part, has_sources=token_starts is not None
@@ -165,7 +165,7 @@ def slice_write(
     if num_tokens == 0 or slices.shape[1] == 0:
         return kv_pages
     slots = slots_of(kv_pages, k, num_kv_heads)
-    config = config or default_config(kv_pages, k, num_kv_heads, slots.head_dim)
+    config = config or default_config(kv_pages, k, num_kv_heads)
     slot, token, length = slices
     is_live = oracle.is_live_slice(slices, num_slices, num_pages, page_size, num_tokens)
     token = jnp.clip(token, 0, num_tokens)  # as in page_write
@@ -188,7 +188,7 @@ def token_write(kv_pages, k, v, slots, *, k_scale, v_scale, num_kv_heads, config
     if k.shape[0] == 0:
         return kv_pages
     static = slots_of(kv_pages, k, num_kv_heads)
-    config = config or default_config(kv_pages, k, num_kv_heads, static.head_dim)
+    config = config or default_config(kv_pages, k, num_kv_heads)
     entries = Entries("tokens", 1)
     return _write(
         kv_pages, k, v, (slots,), k_scale, v_scale, slots=static, entries=entries, config=config

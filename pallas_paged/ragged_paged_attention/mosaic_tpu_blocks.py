@@ -23,7 +23,6 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
     AHEAD_END,
     AHEAD_PIECE,
     AHEAD_SEQ,
-    AHEAD_TABLE,
     FETCHED,
     TAKEN,
     Refs,
@@ -34,7 +33,7 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
     div,
     rem,
 )
-from pallas_paged.ragged_paged_attention.mosaic_tpu_units import find_unit, num_seqs
+from pallas_paged.ragged_paged_attention.mosaic_tpu_units import find_unit, first_piece_of, num_seqs
 
 # DMAs of one body that are written out, so that their issue hides behind the arithmetic; beyond
 # them a loop issues first.
@@ -50,15 +49,14 @@ _CLEARED = 8
 
 
 class Fetch(NamedTuple):
-    """A block to fetch: its buffer, its unit's place in the page table, and which pieces."""
+    """A block to fetch: its buffer, its first piece in the page table, and how many pieces."""
 
     buffer: Any
-    table: Any
     first_piece: Any
     num_pieces: Any
 
 
-NO_FETCH = Fetch(*[np.int32(0)] * 4)
+NO_FETCH = Fetch(*[np.int32(0)] * 3)
 
 
 class Place(NamedTuple):
@@ -70,73 +68,108 @@ class Place(NamedTuple):
     last_run: Any = None
 
 
-def next_fetches(walk: Walk, refs: Refs, num_blocks: int) -> list[Fetch]:
-    """The next blocks to fetch; without pieces where there is none, or all is in VMEM already."""
+class Ahead(NamedTuple):
+    """Where fetching is.
+
+    Attributes:
+      fetched: blocks fetched.
+      piece, end, blocks: of the unit that is being fetched the next of its pieces in the pool,
+        their end, and, where new tokens are written, its blocks that are still to come.
+      is_over: whether all of it is fetched, and there may be another unit.
+    """
+
+    fetched: Any
+    piece: Any
+    end: Any
+    blocks: Any
+    is_over: Any
+
+
+def _is_over(walk: Walk, refs: Refs, piece, end, blocks):
+    is_done = piece >= end if walk.new is None else blocks == 0
+    return is_done & (refs.state[AHEAD_SEQ] < num_seqs(walk, refs))
+
+
+def read_ahead(walk: Walk, refs: Refs) -> Ahead:
+    """Where fetching is, from the walk's state."""
+    state = refs.state
+    piece, end = state[AHEAD_PIECE], state[AHEAD_END]
+    blocks = None if walk.new is None else state[AHEAD_BLOCKS]
+    is_over = _is_over(walk, refs, piece, end, blocks)
+    return Ahead(state[FETCHED], piece, end, blocks, is_over)
+
+
+def next_fetches(
+    walk: Walk, refs: Refs, num_blocks: int, ahead: Ahead | None = None
+) -> list[Fetch]:
+    """The next blocks to fetch; without pieces where there is none, or all is in VMEM already.
+
+    Args:
+      num_blocks: how many.
+      ahead: where fetching is, if it has been read.
+    """
     # Of each decode of a body of full blocks on its own: so they are all full most times. The
     # entries of a streamed table that one part needs may not be there with another's.
     parts = walk.full_parts if num_blocks > 1 and not walk.table_part else 1
     fetches = []
     for _ in range(parts):
-        fetches += _next_part(walk, refs, num_blocks // parts)
+        ahead = ahead or read_ahead(walk, refs)
+        fetches += _next_part(walk, refs, num_blocks // parts, ahead)
+        ahead = None
     return fetches
 
 
-def _next_part(walk: Walk, refs: Refs, num_blocks: int) -> list[Fetch]:
+def _next_part(walk: Walk, refs: Refs, num_blocks: int, at: Ahead) -> list[Fetch]:
     """The next blocks to fetch, at once where all are full ones of a unit."""
     state, per_block = refs.state, walk.pieces_per_block
-    fetched = state[FETCHED]
+    fetched = at.fetched
 
-    def is_over(_, piece, end, blocks):
-        """Whether the unit that is being fetched is all fetched, and there may be another."""
-        is_done = piece >= end if walk.new is None else blocks == 0
-        return is_done & (state[AHEAD_SEQ] < num_seqs(walk, refs))
-
-    def within_unit(table, piece, end, blocks):
+    def within_unit(piece, end, blocks):
         """All full blocks of the unit that is being fetched."""
-        bring_entries(walk, refs, Fetch(fetched, table, piece, num_blocks * per_block))
-        starts = [(table, piece + b * per_block) for b in range(num_blocks)]
+        bring_entries(walk, refs, Fetch(fetched, piece, num_blocks * per_block))
+        starts = [piece + b * per_block for b in range(num_blocks)]
         counts, is_there = [jnp.int32(per_block)] * num_blocks, [jnp.int32(1)] * num_blocks
         blocks = None if blocks is None else blocks - num_blocks
-        return starts, counts, is_there, (table, piece + num_blocks * per_block, end, blocks)
+        return starts, counts, is_there, (piece + num_blocks * per_block, end, blocks)
 
     def block_by_block(*ahead):
         starts, counts, is_there = [], [], []
         for _ in range(num_blocks):
-            table, piece, end, blocks = lax.cond(
-                is_over(*ahead), functools.partial(find_unit, walk, refs), lambda ahead=ahead: ahead
+            is_over = at.is_over if num_blocks == 1 else _is_over(walk, refs, *ahead)
+            piece, end, blocks = lax.cond(
+                is_over, functools.partial(find_unit, walk, refs), lambda ahead=ahead: ahead
             )
-            starts.append((table, piece))
+            starts.append(piece)
             counts.append(jnp.clip(end - piece, 0, per_block))
             there = counts[-1] if walk.new is None else blocks
             is_there.append(jnp.where(there > 0, 1, 0))
             blocks = None if walk.new is None else jnp.maximum(blocks - 1, 0)
-            ahead = table, piece + counts[-1], end, blocks
+            ahead = piece + counts[-1], end, blocks
             if walk.table_part and num_blocks > 1:
                 # Started here: the entries of several units may not all be in SMEM at a time.
                 buffer = rem(fetched + sum(is_there[:-1]), walk.ring)
-                start_block(walk, refs, Fetch(buffer, table, piece, counts[-1]))
+                start_block(walk, refs, Fetch(buffer, piece, counts[-1]))
                 counts[-1] = jnp.zeros_like(counts[-1])
             else:
-                bring_entries(walk, refs, Fetch(fetched, table, piece, counts[-1]))
+                bring_entries(walk, refs, Fetch(fetched, piece, counts[-1]))
         return starts, counts, is_there, ahead
 
-    places = (AHEAD_TABLE, AHEAD_PIECE, AHEAD_END, AHEAD_BLOCKS)
-    ahead = tuple(state[i] for i in places[:3])
-    ahead += (None if walk.new is None else state[AHEAD_BLOCKS],)
+    places = (AHEAD_PIECE, AHEAD_END, AHEAD_BLOCKS)
+    ahead = at.piece, at.end, at.blocks
     if num_blocks == 1:
         starts, counts, is_there, ahead = block_by_block(*ahead)
     else:
         # Where a unit ends with a body, as long ones of round lengths do, the next is one as well.
-        ahead = lax.cond(is_over(*ahead), functools.partial(find_unit, walk, refs), lambda: ahead)
+        ahead = lax.cond(at.is_over, functools.partial(find_unit, walk, refs), lambda: ahead)
         starts, counts, is_there, ahead = lax.cond(
-            ahead[2] - ahead[1] >= num_blocks * per_block, within_unit, block_by_block, *ahead
+            ahead[1] - ahead[0] >= num_blocks * per_block, within_unit, block_by_block, *ahead
         )
     for place, value in zip(places, ahead, strict=True):
         if value is not None:
             state[place] = value
     fetches = []
-    for (table, piece), count, one in zip(starts, counts, is_there, strict=True):
-        fetches.append(Fetch(rem(fetched, walk.ring), table, piece, count))
+    for piece, count, one in zip(starts, counts, is_there, strict=True):
+        fetches.append(Fetch(rem(fetched, walk.ring), piece, count))
         fetched += one
     state[FETCHED] = fetched
     return fetches
@@ -146,19 +179,15 @@ def bring_entries(walk: Walk, refs: Refs, fetch: Fetch):
     """Has a fetch's entries of the page table in SMEM, where that is streamed."""
     if not walk.table_part:
         return
-    per_page = walk.page_size // walk.piece
-    first = fetch.table + div(fetch.first_piece, per_page)
-    last = fetch.table + div(fetch.first_piece + fetch.num_pieces - 1, per_page)
+    first = div(fetch.first_piece, walk.pieces_per_page)
+    last = div(fetch.first_piece + fetch.num_pieces - 1, walk.pieces_per_page)
     pl.when(fetch.num_pieces > 0)(lambda: page_table.bring(walk, refs, first, last))
 
 
 def _pool_row(walk: Walk, refs: Refs, fetch: Fetch, i):
     """The pool's row where piece i of a block begins; any row where it has no such piece."""
-    pieces_per_page = walk.page_size // walk.piece
-    at, part = (fetch.table + fetch.first_piece) + i, 0
-    if pieces_per_page > 1:
-        piece = fetch.first_piece + i
-        at, part = fetch.table + div(piece, pieces_per_page), rem(piece, pieces_per_page)
+    piece = fetch.first_piece + i
+    at, part = div(piece, walk.pieces_per_page), rem(piece, walk.pieces_per_page)
     return page_table.page_row(walk, refs, at) + part * walk.piece
 
 
@@ -293,8 +322,8 @@ def bring_again(walk: Walk, refs: Refs, unit: Unit, block):
     def bring():
         first, end = prefill_block_of(walk, unit, block)
         num_pieces = ceil_div(end - first, walk.piece)
-        table = unit.seq * walk.table_width
-        start_block(walk, refs, Fetch(buffer, table, div(first, walk.piece), num_pieces))
+        piece = first_piece_of(walk, unit.seq) + div(first, walk.piece)
+        start_block(walk, refs, Fetch(buffer, piece, num_pieces))
         _wait_block(walk, refs, buffer, _num_fetched(walk, first, end))
 
     _when_in_pool(walk, unit, block, bring)

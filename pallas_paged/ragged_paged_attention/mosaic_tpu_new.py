@@ -33,7 +33,7 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
     div,
     rem,
 )
-from pallas_paged.ragged_paged_attention.mosaic_tpu_units import rows_of
+from pallas_paged.ragged_paged_attention.mosaic_tpu_units import kept_unit, rows_of
 
 # Whole pieces of a prefill that are sent in one trip of a loop.
 _PIECES_TOGETHER = 4
@@ -44,7 +44,7 @@ def row_of(walk: Walk, token):
     return walk.ring_rows + LEAD + token
 
 
-def loads(walk: Walk, refs: Refs, first, num_rows):
+def loads(refs: Refs, first, num_rows):
     """The copies that bring a window's k and v."""
     rows = pl.ds(pl.multiple_of(first, ROW_TILE), num_rows)
     return [
@@ -120,22 +120,22 @@ def make_of_decodes(walk: Walk, refs: Refs, num_rows):
 class Put(NamedTuple):
     """A decode's new token: from where it is put into which row of its last block."""
 
-    unit: Unit
+    index: Any
     source: Any
     row: Any
     is_put: Any
 
 
-def plan_put(walk: Walk, refs: Refs, unit: Unit, first, is_last) -> Put:
+def plan_put(walk: Walk, refs: Refs, index, unit: Unit, first, is_last) -> Put:
     """What `put` and `send_puts` do for a block of a decode: nothing unless it is the last one.
 
     Args:
-      unit: the decode.
+      index, unit: the decode's number, and it.
       first: position of the block's first key.
       is_last: whether it is the decode's last block.
     """
     source = row_of(walk, unit.row - refs.state[WINDOW])
-    return Put(unit, source, unit.position - first, is_last & (unit.position < walk.capacity))
+    return Put(index, source, unit.position - first, is_last & (unit.position < walk.capacity))
 
 
 def put(walk: Walk, refs: Refs, plan: Put, place):
@@ -157,8 +157,8 @@ def send_puts(walk: Walk, refs: Refs, plans: Sequence[Put]):
     yield
     for plan in plans:
         yield
-        position = plan.unit.position
-        place = plan.unit.seq, div(position, walk.page_size), rem(position, walk.page_size)
+        unit = kept_unit(walk, refs, plan.index)
+        place = unit.seq, div(unit.position, walk.page_size), rem(unit.position, walk.page_size)
         if walk.table_part:  # of which only what is wanted may be read
 
             @pl.when(plan.is_put)
@@ -248,7 +248,7 @@ def make_of_prefill(walk: Walk, refs: Refs, unit: Unit):
     def _all():
         def make_window(window):
             num_rows = jnp.minimum(walk.window, walk.num_tokens - window)
-            copies = loads(walk, refs, window, pl.multiple_of(num_rows, ROW_TILE))
+            copies = loads(refs, window, pl.multiple_of(num_rows, ROW_TILE))
             for copy in copies:
                 copy.start()
             for copy in copies:

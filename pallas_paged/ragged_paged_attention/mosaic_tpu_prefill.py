@@ -193,7 +193,7 @@ def is_sound(heads: Heads, has_keys, l_ref, acc_ref):
 
 def find_shifts(
     heads: Heads, score: Score, q_ref, load, scales, window, sm_scale,
-    *, first, first_position, end, num_keys, shift_ref,
+    *, first, first_position, end, shift_ref,
 ):
     """Takes one block of keys into each query's largest score, the shift that is always right."""
     for head in range(heads.num_kv_heads):

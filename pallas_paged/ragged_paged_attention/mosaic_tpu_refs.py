@@ -28,8 +28,7 @@ _LONG_BODY = 8192
 (
     AHEAD_SEQ,  # where the search for the next unit goes on: sequence
     AHEAD_ROW,  # and row
-    AHEAD_TABLE,  # of the unit that is being fetched: its place in the page table,
-    AHEAD_PIECE,  # the next of its pieces in the pool,
+    AHEAD_PIECE,  # of the unit that is being fetched: the next of its pieces in the pool,
     AHEAD_END,  # their end,
     AHEAD_BLOCKS,  # and its blocks that are still to come, where new tokens are written
     FETCHED,  # blocks fetched
@@ -47,8 +46,8 @@ _LONG_BODY = 8192
     _,
     TABLE_COMING,  # and whether they are still on their way
     _,
-) = range(21)
-STATE_SIZE = 21
+) = range(20)
+STATE_SIZE = 20
 NO_WINDOW, DECODES, PREFILL = 0, 1, 2
 
 
@@ -79,8 +78,8 @@ class Unit(NamedTuple):
     first_new: Any = None
 
 
-# Of a unit's fields those that every call has.
-NUM_COMMON = len(Unit._fields) - 3
+# Of a unit's fields those that only a prefill has whose new tokens are written.
+OF_NEW_TOKENS = Unit._fields[-3:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +109,11 @@ class Walk:
         return self.block // self.piece
 
     @property
+    def pieces_per_page(self) -> int:
+        """Pieces of a page."""
+        return self.page_size // self.piece
+
+    @property
     def capacity(self) -> int:
         """Tokens that a sequence's row of the page table has room for."""
         return min(self.table_width * self.page_size, MAX_LEN)
@@ -128,14 +132,17 @@ class Walk:
         return 2 if is_long and self.blocks_per_body % 2 == 0 else 1
 
     @property
-    def num_kept(self) -> int:
-        """Numbers of a unit that are kept."""
-        return len(Unit._fields) if self.new else NUM_COMMON
+    def kept(self) -> tuple[str, ...]:
+        """Fields of a unit that are kept in SMEM; of the others that the call has all are 0."""
+        missing = () if self.new else OF_NEW_TOKENS
+        if not self.score.has_window:
+            missing += ("first_piece", "first_new")
+        return tuple(name for name in Unit._fields if name not in missing)
 
     @property
     def unit_size(self) -> int:
         """Places for them: a power of 2, so that a shift finds them."""
-        return 1 << (self.num_kept - 1).bit_length()
+        return 1 << (len(self.kept) - 1).bit_length()
 
     @property
     def ring_rows(self) -> int:

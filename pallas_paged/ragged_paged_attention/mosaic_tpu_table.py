@@ -56,7 +56,7 @@ def page_row(walk: Walk, refs: Refs, i):
     return page_id * walk.page_size
 
 
-def start(walk: Walk, refs: Refs):
+def start(refs: Refs):
     """Nothing is held yet."""
     for half in range(2):
         refs.state[TABLE_HELD + half] = -1

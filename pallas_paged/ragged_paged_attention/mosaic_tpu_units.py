@@ -15,7 +15,7 @@ from pallas_paged.ragged_paged_attention.mosaic_tpu_refs import (
     AHEAD_SEQ,
     FOUND,
     MAX_LEN,
-    NUM_COMMON,
+    OF_NEW_TOKENS,
     ROW_TILE,
     Refs,
     Unit,
@@ -86,12 +86,17 @@ def _with_blocks(walk: Walk, unit: Unit, end_piece) -> tuple[Unit, Any]:
     return unit, end_in_pool
 
 
+def first_piece_of(walk: Walk, seq):
+    """Which piece of the whole page table is a sequence's first."""
+    return seq * (walk.table_width * walk.pieces_per_page)
+
+
 def find_unit(walk: Walk, refs: Refs):
     """Finds the next unit that has keys to see and keeps it.
 
     Returns:
-      what to fetch: its place in the page table, its first piece and their end in the pool, and
-      its number of blocks; nothing where there is no unit.
+      what to fetch: its first piece and their end in the pool, counted over the page table, and its
+      number of blocks; nothing where there is no unit.
     """
     state = refs.state
     end_seq = num_seqs(walk, refs)
@@ -125,23 +130,30 @@ def find_unit(walk: Walk, refs: Refs):
         state[AHEAD_SEQ], state[AHEAD_ROW] = behind(unit, is_last)
         at = rem(state[FOUND], walk.max_units)
         state[FOUND] = state[FOUND] + 1
-        for i, value in enumerate(unit[: walk.num_kept]):
-            refs.units[at, i] = jnp.asarray(value, jnp.int32)
+        for i, name in enumerate(walk.kept):
+            refs.units[at, i] = jnp.asarray(getattr(unit, name), jnp.int32)
 
-    table = jnp.where(is_found, unit.seq * walk.table_width, 0)
+    table = jnp.where(is_found, first_piece_of(walk, unit.seq), 0)
     end_in_pool = jnp.where(is_found, end_in_pool, unit.first_piece)
     num_blocks = None if walk.new is None else jnp.where(is_found, unit.num_blocks, 0)
-    return table, unit.first_piece, end_in_pool, num_blocks
+    return table + unit.first_piece, table + end_in_pool, num_blocks
 
 
 def kept_unit(walk: Walk, refs: Refs, index) -> Unit:
     """The unit found as number `index`, but for what only `with_new_tokens` reads."""
-    at = rem(index, walk.max_units)
-    return Unit(*(refs.units[at, i] for i in range(NUM_COMMON)))
+    of_new = dict.fromkeys(OF_NEW_TOKENS)
+    return Unit(**(_read(walk, refs, index, set(Unit._fields) - set(OF_NEW_TOKENS)) | of_new))
 
 
 def with_new_tokens(walk: Walk, refs: Refs, index, unit: Unit) -> Unit:
     """The unit with where its new tokens are, which a prefill needs to know."""
+    return unit._replace(**_read(walk, refs, index, OF_NEW_TOKENS)) if walk.new else unit
+
+
+def _read(walk: Walk, refs: Refs, index, names):
+    """Fields of the unit found as number `index`."""
     at = rem(index, walk.max_units)
-    more = range(NUM_COMMON, walk.num_kept)
-    return Unit(*unit[:NUM_COMMON], *(refs.units[at, i] for i in more))
+    return {
+        name: refs.units[at, walk.kept.index(name)] if name in walk.kept else jnp.int32(0)
+        for name in names
+    }

@@ -48,7 +48,7 @@ def kernel(walk: Walk, *arguments):
         state[i] = 0
     state[AHEAD_ROW] = units.rows_of(walk, refs, 0)[0]
     if walk.table_part:
-        page_table.start(walk, refs)
+        page_table.start(refs)
     blocks.fill_ring(walk, refs)
 
     def is_left(at):
@@ -108,7 +108,7 @@ class _Taken(NamedTuple):
     block: Any
 
 
-def _behind(walk: Walk, refs: Refs, at: _Taken):
+def _behind(at: _Taken):
     """(number of the unit, its block) of the block behind one."""
     is_over = at.block + 1 == at.unit.num_blocks
     return at.index + jnp.where(is_over, 1, 0), jnp.where(is_over, 0, at.block + 1)
@@ -137,15 +137,18 @@ def _decode(walk: Walk, refs: Refs, index, unit: Unit, block):
         return is_decode & (row >= 0) & (row < walk.window)
 
     def behind(at: _Taken):
-        index, block = _behind(walk, refs, at)
+        index, block = _behind(at)
         return _Taken(index, units.kept_unit(walk, refs, index), block)
 
-    taken, is_full = full_part(first)
-    for _ in range(1, parts):
-        at = behind(taken[-1])
-        more, is_more_full = full_part(at)
-        taken += more
-        is_full &= is_near(at) & is_more_full & (state[TAKEN] + many <= state[FETCHED])
+    def full_body(first: _Taken):
+        """The blocks of a body of full ones, from one on; and whether they are there."""
+        taken, is_full = full_part(first)
+        for _ in range(1, parts):
+            at = behind(taken[-1])
+            more, is_more_full = full_part(at)
+            taken += more
+            is_full &= is_near(at) & is_more_full & (state[TAKEN] + many <= state[FETCHED])
+        return taken, is_full
 
     def of_several():
         taken, is_there = [first], state[TAKEN] + many <= state[FETCHED]
@@ -155,11 +158,24 @@ def _decode(walk: Walk, refs: Refs, index, unit: Unit, block):
         several = functools.partial(_decode_blocks, walk, refs, taken, is_full=False)
         return lax.cond(is_there, functools.partial(several, num_known=1), one)
 
-    is_unmasked = tokens == walk.block and not walk.score.has_window
-    full = functools.partial(
-        _decode_blocks, walk, refs, taken, is_full=is_unmasked, num_known=many // parts
-    )
-    return lax.cond(is_full, full, of_several)
+    def of_full():
+        """Bodies of full blocks as long as there are some: what is next is found where the
+        matrix unit's latency hides it."""
+        is_unmasked = tokens == walk.block and not walk.score.has_window
+
+        def run(at):
+            index, block, _ = at
+            taken, _ = full_body(_Taken(index, units.kept_unit(walk, refs, index), block))
+            index, block = _decode_blocks(
+                walk, refs, taken, is_full=is_unmasked, num_known=many // parts
+            )
+            following = _Taken(index, units.kept_unit(walk, refs, index), block)
+            return index, block, is_near(following) & full_body(following)[1]
+
+        *at, _ = lax.while_loop(lambda at: at[2], run, (index, block, jnp.bool_(True)))
+        return tuple(at)
+
+    return lax.cond(full_body(first)[1], of_full, of_several)
 
 
 def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, num_known=1):
@@ -177,19 +193,20 @@ def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, num_
         return (b + 1) % num_known == 0
 
     # What waits for numbers from SMEM comes before what waits for blocks.
+    ahead = None if walk.table_part else blocks.read_ahead(walk, refs)
     puts = {}
     for b, at in enumerate(taken):
         if walk.new is not None and is_last_known(b):
             first, _ = blocks.block_of(walk, at.unit, at.block)
             is_last = at.block + 1 == at.unit.num_blocks
-            puts[b] = new.plan_put(walk, refs, at.unit, first, is_last)
+            puts[b] = new.plan_put(walk, refs, at.index, at.unit, first, is_last)
     places = blocks.take_blocks(walk, refs, [(at.unit, at.block) for at in taken], is_full)
     for b, put in puts.items():
         new.put(walk, refs, put, places[b])
     sends = new.send_puts(walk, refs, list(puts.values()))
     if walk.table_part:  # before another part of the table comes for the fetches
         _finish(sends)
-    fetches = blocks.next_fetches(walk, refs, len(taken))
+    fetches = blocks.next_fetches(walk, refs, len(taken), ahead)
 
     start_some = blocks.issues(walk, refs, fetches, len(taken) * blocks.num_points(walk))
 
@@ -211,7 +228,7 @@ def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, num_
                 q=functools.partial(_query, walk, refs, row) if is_new else steps[-1].q,
                 store=functools.partial(_store_decode, walk, refs, row)
                 if is_last_known(b) else None,
-                store_lse=functools.partial(_store_decode_lse, walk, refs, row),
+                store_lse=functools.partial(_store_decode_lse, refs, row),
             )
         )
     scales, window, sm_scale = _factors(walk, refs)
@@ -223,8 +240,8 @@ def _decode_blocks(walk: Walk, refs: Refs, taken: list[_Taken], *, is_full, num_
         m_ref=refs.decode_m, l_ref=refs.decode_l, acc_ref=refs.decode_acc,
     )
     _finish(sends)
-    state[WINDOW_END] = taken[-1].unit.end
-    return _behind(walk, refs, taken[-1])
+    state[WINDOW_END] = taken[-1].unit.row + 1
+    return _behind(taken[-1])
 
 
 def _finish(steps):
@@ -243,7 +260,7 @@ def _store_decode(walk: Walk, refs: Refs, row, head_row, lane_tile, x):
     refs.out_heads[lane_tile * walk.window + row, head_row : head_row + 8, 0, :] = x
 
 
-def _store_decode_lse(walk: Walk, refs: Refs, row, lse):
+def _store_decode_lse(refs: Refs, row, lse):
     """Takes a decode's log-sum-exp, f32[rows, 1]."""
     lse_vmem, parity = refs.lse_vmem, refs.state[PARITY]
     registers = pl.ds(pl.multiple_of(row & -8, 8), 8)
@@ -350,7 +367,7 @@ def _find_shifts(walk: Walk, refs: Refs, unit: Unit):
             functools.partial(blocks.load, walk, refs, place, lambda: None),
             scales, window, sm_scale,
             first_position=unit.position - (unit.row - refs.state[WINDOW]),
-            first=first, end=end, num_keys=walk.block, shift_ref=shift_ref,
+            first=first, end=end, shift_ref=shift_ref,
         )
 
     prefills.start_again(**_state_of_prefill(refs))

@@ -60,7 +60,7 @@ def open_window(walk: Walk, refs: Refs, row, kind: int):
         )
     ]
     if walk.new is not None:
-        loads += new.loads(walk, refs, first, num_rows)
+        loads += new.loads(refs, first, num_rows)
     for load in loads:
         load.start()
     # The last window may end in the tile where this one begins: its rows go out once more.
@@ -127,8 +127,6 @@ def wait_leaving(walk: Walk, refs: Refs):
             copy.wait()
 
     state[LEAVING] = 0
-
-
 
 
 def _leaves(walk, refs, parity, first, num_rows):
