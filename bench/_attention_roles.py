@@ -65,8 +65,7 @@ def _form(node: ts.Node) -> str:
     inside = [_form(child) for child in node.children]
     if own.slots.get("MATMUL"):
         return "products"
-    moves = own.vector_loads and own.vector_stores
-    if inside == ["rows"] and moves and not own.dma_issues:
+    if inside == ["rows"] and own.vector_stores and not own.dma_issues:
         return "make"
     if not own.dma_issues and not own.vector_stores:
         if inside == ["run"]:  # what it carries is spilled before it

@@ -154,13 +154,19 @@ def unsupported(q, kv_pages, page_indices, num_kv_heads: int, config: Config | N
     """Why the kernel cannot run a call, as a sentence; None if it can."""
     if jnp.float16 in (q.dtype, kv_pages.dtype):
         return "a TPU has no float16; use bfloat16"
-    max_seqs = page_indices.shape[0]
+    max_seqs, page_size = page_indices.shape[0], kv_pages.shape[1]
     if max_seqs > _MAX_SEQS:
         return (
             f"the lengths of {max_seqs} sequences do not fit SMEM ({_MAX_SEQS} do); split the batch"
         )
     heads = heads_of(q, kv_pages, num_kv_heads)
-    config = config or default_config(heads, kv_pages.shape[1])
+    config = config or default_config(heads, page_size)
+    pieces = page_indices.size * (page_size // _piece(page_size, config.block_keys))
+    if pieces > 2**31 - 2**16:  # a block's more are read behind the last
+        return (
+            f"page_indices {list(page_indices.shape)} has {pieces} pieces of pages, and they are "
+            "counted in int32; split the batch, or shorten the page table"
+        )
     needed, there = vmem_bytes(heads, config, return_lse=True), _vmem_capacity()
     if needed > there:
         return (
