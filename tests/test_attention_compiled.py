@@ -413,10 +413,10 @@ def test_refuses_more_sequences_than_smem_holds():
 
 
 def test_refuses_a_page_table_that_int32_does_not_count():
-    """Pages of 1,009 tokens, a prime, come token by token."""
-    q, pool = Struct((64, 2, 128), jnp.bfloat16), _pool(1, 128, 1009, "bfloat16")
-    message = _refusal("v6e", q, pool, _metadata(10_000, 1024))
-    assert "page_indices [10000, 1024] has 10332160000 pieces of pages" in message
+    """Pages of 4,099 tokens, a prime, come token by token."""
+    q, pool = Struct((64, 2, 128), jnp.bfloat16), _pool(1, 128, 4099, "bfloat16")
+    message = _refusal("v6e", q, pool, _metadata(1000, 1024))
+    assert "page_indices [1000, 1024] has 4197376000 pieces of pages" in message
     assert "split the batch, or shorten the page table" in message
 
 
