@@ -310,6 +310,7 @@ PARTS = (
 )  # fmt: skip
 
 
+# Trips on the way to a body, of a decode or a prefill, that are no place's own.
 _DISPATCH = (parts.WALK, parts.DECODES, parts.MIXED)
 
 

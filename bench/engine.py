@@ -65,8 +65,9 @@ _BOUND = flags.DEFINE_bool(
     f" {write_model.DESCRIPTOR_NS:.0f} ns, all that published data prove, and no less.",
 )
 _HOST_US = flags.DEFINE_float(
-    "host_us", 700.0, "Host work between two steps, for the study; the default is what"
-    " `pytest bench/test_engine.py --benchmark-only` measured with 64 decodes on a shared core.",
+    "host_us", 700.0, "Host work between two steps, for the study; the default is between the"
+    " least and the median (600, 770) that `pytest bench/test_engine.py --benchmark-only` measured"
+    " with 64 decodes on a shared core.",
 )
 _POOL_TOKENS = flags.DEFINE_integer(
     "pool_tokens", 98_304, "Tokens that the pool holds in the study (12 GiB for Llama 3 8B)."

@@ -5,10 +5,12 @@ import dataclasses
 import json
 import types
 
+import numpy as np
 import pytest
 from absl import app, flags
 from absl.testing import flagsaver
 
+from bench import _clock
 from bench import _engine_cost as cost_lib
 from bench import _engine_real as real
 from bench import _engine_share as share_lib
@@ -221,6 +223,25 @@ def test_the_real_part_times_the_engines_own_step():
     assert [row["write_us"] is None for row in rows] == [False, True, False, True]
     host = real.host_work(setup, num_steps=3)
     assert 0 < host["host_us"] < host["step_us"] and host["recompiles"] == 0
+
+
+def test_the_writes_part_is_that_of_the_kernels_that_write(monkeypatch):
+    steps, kernels = [], ["token_write_k1", "gemm", "page_write", "slice_write", "attention"]
+
+    def record_kernels(run):
+        run()
+        return [_clock.Event(name, 2.0**i) for _ in steps for i, name in enumerate(kernels)]
+
+    def step(kv_pages):
+        steps.append(kv_pages)
+        return kv_pages
+
+    monkeypatch.setattr(_clock, "record_kernels", record_kernels)
+    setup, pool = real.Setup(real.TINY, repeats=2), np.zeros(1)
+    assert real._time_kernels(step, pool, setup) == (1.0 + 4.0 + 8.0, 31.0, pool)
+    assert len(steps) == 2
+    steps, kernels = [], ["gemm", "attention"]
+    assert real._time_kernels(step, pool, setup) == (None, 3.0, pool)
 
 
 def main(*argv, **values):
