@@ -134,7 +134,7 @@ class Walk:
     @property
     def kept(self) -> tuple[str, ...]:
         """Fields of a unit that are kept in SMEM; of the others that the call has all are 0."""
-        missing = () if self.new else OF_NEW_TOKENS
+        missing: tuple[str, ...] = () if self.new else OF_NEW_TOKENS
         if not self.score.has_window:
             missing += ("first_piece", "first_new")
         return tuple(name for name in Unit._fields if name not in missing)
