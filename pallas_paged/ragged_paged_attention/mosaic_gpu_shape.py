@@ -18,6 +18,8 @@ WARPGROUP_ROWS = 64
 ROW_TILE = 8
 # A warpgroup loads whole multiples of its threads.
 WARPGROUP = 128
+# Tokens at most of a copy that swizzles: a block in several copies arrives sooner than in one.
+_MAX_PIECE = 32
 LOG2E = math.log2(math.e)
 # Below any score: exp2 of it is 0, and its differences stay finite.
 LOWEST = -1e30
@@ -81,7 +83,8 @@ class Shape:
 
     def piece(self, block: int) -> int:
         """Tokens that one copy brings: of a block, and of one page."""
-        return math.gcd(self.page_size, block)
+        piece = math.gcd(self.page_size, block)
+        return piece if self.is_quantized else math.gcd(piece, _MAX_PIECE)
 
 
 def tiling(dtype: Any) -> tuple[Any, ...]:
