@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ from reference_engine.batch import (
 )
 from reference_engine.config import EngineConfig, ModelConfig, num_pages_for
 from reference_engine.model import forward, make_pool
+from reference_engine.one_thread import OneThread
 from reference_engine.page_pool import PagePool
 from reference_engine.request import MAX_STOP_IDS, FinishReason, Request, SamplingParams
 from reference_engine.sampler import (
@@ -136,10 +139,15 @@ def run_step(
 class Engine:
     """Serves token-id prompts from one paged pool.
 
+    One thread at a time: a call from a thread while another thread is inside one is a RuntimeError,
+    and changes nothing. Threads that take turns are fine. Callbacks may call everything but `step`
+    and `run`.
+
     Attributes:
       scheduler: requests and their pages.
       last_plan: what the last step computed; None before the first.
       stats: see Stats.
+      alone: what keeps other threads out.
 
     >>> from reference_engine.weights import random_params
     >>> model = ModelConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_layers=1,
@@ -169,7 +177,8 @@ class Engine:
           eos_token_ids: ids that end a request unless it ignores them.
           seed: gives every request without a seed of its own one.
           on_finish: called with every request that finished by itself, while its pages are still
-            its own (`read_kv` works).
+            its own (`read_kv` works). What it raises passes on from `step` when all have been
+            called.
         """
         self.config = config
         self.model_config = model_config
@@ -181,6 +190,12 @@ class Engine:
         self._seed = seed
         self._compiles_after_warm_up: int | None = None
         self._on_finish = on_finish
+        self.alone = OneThread()
+        self._stepping = threading.Lock()  # held in a step
+        self._is_computing = False  # in a step: whether its plan is not committed yet
+        self._aborts: dict[int, FinishReason] = {}  # what came while a step was computed
+        self._outputs: list[Output] = []  # not handed back yet
+        self._finished: list[Request] = []  # not released yet
         self._kv_pages = make_pool(model_config, config.num_pages, config.page_size)
         self._next_id = 0
 
@@ -200,6 +215,10 @@ class Engine:
         """
         params = params or SamplingParams()
         self.check_request(prompt_ids, params)
+        with self.alone("Engine.add_request"):
+            return self._add(prompt_ids, params)
+
+    def _add(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
         seed = params.seed
         if seed is None and params.temperature > 0:
             drawn = np.random.SeedSequence([self._seed, self._next_id]).generate_state(1, np.uint64)
@@ -215,8 +234,32 @@ class Engine:
     def abort(
         self, request_id: int, reason: FinishReason = FinishReason.ABORT
     ) -> Request | None:
-        """Ends a request now and frees its pages; returns it, None if no such request is alive."""
-        return self.scheduler.abort(request_id, reason)
+        """Ends a request now and frees its pages; returns it, None if no such request is alive.
+
+        No output of it comes any more. It may be called at any time, also by callbacks, finalizers
+        and handlers of signals; a step that is being computed ends the request when it commits.
+        A request that has finished is not alive, also while `on_finish` is told of it.
+        """
+        with self.alone("Engine.abort"):
+            request = self.scheduler.get(request_id)
+            if request is None or request.finish_reason or request_id in self._aborts:
+                return None
+            self._aborts[request_id] = reason
+            if not (self._stepping.locked() and self._is_computing):
+                self._take_aborts()
+            return request
+
+    def _take_aborts(self) -> None:
+        """Ends the requests that were taken back."""
+        try:
+            while self._aborts:
+                request_id, reason = next(iter(self._aborts.items()))
+                self.scheduler.abort(request_id, reason)
+                self._outputs = [o for o in self._outputs if o.request_id != request_id]
+                self._aborts.pop(request_id, None)
+        except BaseException:
+            self.scheduler.restart()
+            raise
 
     def warm_up(self, on_shape: Callable[[BatchShape], None] | None = None) -> None:
         """Compiles every shape that a step can have, by running an empty batch of each.
@@ -224,25 +267,61 @@ class Engine:
         Args:
           on_shape: called when a shape is ready.
         """
-        for shape in batch_shapes(self.config):
+        with self.alone("Engine.warm_up"):
+            for shape in batch_shapes(self.config):
+                self._warm_up_shape(shape)
+                if on_shape is not None:
+                    on_shape(shape)
+            self._compiles_after_warm_up = compiles.num_compiles()
+
+    def _warm_up_shape(self, shape: BatchShape) -> None:
+        try:
             logits, self._kv_pages = self._run(make_batch_of(shape, (), self.config))
             tokens = sample(logits, make_sampling([], shape.num_seqs))
             jax.block_until_ready((greedy(logits), log_probabilities(logits, tokens)))
-            if on_shape is not None:
-                on_shape(shape)
-        self._compiles_after_warm_up = compiles.num_compiles()
+        except BaseException:
+            self._recover()
+            raise
 
     def step(self) -> list[Output]:
         """Computes one batch and returns the tokens it yielded, in the batch's order.
 
         If the model raises, the error passes on, no token is lost, and the next step computes the
-        same tokens again (all of them from the start if the pool went down with the step).
+        same tokens again (all of them from the start if the pool went down with the step). If a
+        callback raises, the next step hands this one's tokens back before its own. An interrupt,
+        wherever it strikes, is one or the other.
+
+        Raises:
+          RuntimeError: a callback called it.
         """
+        with self.alone("Engine.step"):
+            if self._stepping.locked():
+                raise RuntimeError(
+                    "Engine.step: called inside of itself, by a callback; return from the callback"
+                    " first: add_request and abort are what it may call"
+                )
+            with self._stepping:
+                self._is_computing = False
+                self._end_finished()  # of a step that was interrupted
+                self._take_aborts()
+                self._is_computing = True
+                self._compute()
+                self._is_computing = False
+                self._take_aborts()
+                self._end_finished()
+            return self._hand_over()
+
+    def _hand_over(self) -> list[Output]:
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _compute(self) -> None:
+        """Runs what is scheduled; leaves it in `_outputs` and `_finished`."""
         start = time.perf_counter()
-        plan = self.scheduler.schedule()
+        plan = self._schedule()
         self.last_plan = plan
         if not plan.segments:
-            return []
+            return
         requests = [self._request(segment.request_id) for segment in plan.segments]
         compiled = compiles.num_compiles()
         try:
@@ -261,27 +340,48 @@ class Engine:
             self._recover()
             raise
         self._count(plan, batch, compiled)
-        outputs, finished = self._commit(plan, tokens, extras)
+        self._commit(plan, tokens, extras)
         self.stats.seconds += time.perf_counter() - start
-        try:
+
+    def _end_finished(self) -> None:
+        """Tells of the requests that have finished and frees their pages."""
+        with contextlib.ExitStack() as stack:  # all of it is done, whatever one part raises
+            stack.callback(self._release_finished)
             if self._on_finish is not None:
-                for request in finished:
-                    self._on_finish(request)
-        finally:
-            for request in finished:
-                self.scheduler.release(request)
-        return outputs
+                for request in reversed(self._finished):
+                    stack.callback(self._on_finish, request)
+
+    def _release_finished(self) -> None:
+        try:
+            for request in self._finished:
+                if self.scheduler.get(request.request_id) is request:  # no restart took it
+                    self.scheduler.release(request)
+            self._finished = []
+        except BaseException:
+            self.scheduler.restart()
+            raise
+
+    def _schedule(self) -> StepPlan:
+        try:
+            return self.scheduler.schedule()
+        except BaseException:
+            self.scheduler.restart()
+            raise
 
     def run(self) -> dict[int, list[int]]:
         """Steps until no request is left; the tokens yielded meanwhile, by request id."""
         tokens: dict[int, list[int]] = {}
-        while self.has_work:
+        while self.has_work or self._outputs:
             for output in self.step():
                 tokens.setdefault(output.request_id, []).append(output.token_id)
         return tokens
 
     def read_kv(self, request: Request) -> np.ndarray:
         """Keys and values of a live request's computed tokens, [2, L, num_computed, K, H]."""
+        with self.alone("Engine.read_kv"):
+            return self._read_kv(request)
+
+    def _read_kv(self, request: Request) -> np.ndarray:
         config = self.model_config
         table = np.zeros(self.config.max_pages_per_seq, int)  # one shape, so compiled once
         table[: len(request.page_ids)] = request.page_ids
@@ -325,19 +425,29 @@ class Engine:
 
     def _commit(
         self, plan: StepPlan, tokens: list[int], extras: list
-    ) -> tuple[list[Output], list[Request]]:
+    ) -> None:
         new_tokens = {
             segment.request_id: token
             for segment, token in zip(plan.segments, tokens, strict=True) if segment.samples
         }
-        finished = self.scheduler.commit(plan, new_tokens)
-        reasons = {request.request_id: request.finish_reason for request in finished}
-        outputs = [
-            Output(segment.request_id, token, reasons.get(segment.request_id), *extra)
-            for segment, token, extra in zip(plan.segments, tokens, extras, strict=True)
-            if segment.samples
-        ]
-        return outputs, finished
+        before = None
+        try:
+            self._take_aborts()
+            before = self._outputs
+            finished = self.scheduler.commit(plan, new_tokens)
+            reasons = {request.request_id: request.finish_reason for request in finished}
+            outputs = [
+                Output(segment.request_id, token, reasons.get(segment.request_id), *extra)
+                for segment, token, extra in zip(plan.segments, tokens, extras, strict=True)
+                if segment.samples and self.scheduler.get(segment.request_id) is not None
+            ]
+            self._finished = finished
+            self._outputs = before + outputs
+        except BaseException:
+            is_known = self._outputs is not before  # to the caller: it is never taken back
+            self._finished = self._finished if is_known else []
+            self.scheduler.restart(None if is_known else plan)
+            raise
 
     def _count(self, plan: StepPlan, batch: Batch, compiled: int) -> None:
         stats, num_tokens = self.stats, plan.num_tokens
@@ -353,11 +463,10 @@ class Engine:
     def _recover(self) -> None:
         """After a failed step: the plan was not committed; only a donated pool can be lost."""
         if self._kv_pages.is_deleted():
+            self.scheduler.restart()  # first: a new pool must never meet the old tables
             self._kv_pages = make_pool(
                 self.model_config, self.config.num_pages, self.config.page_size
             )
-            self.scheduler.preempt_all()
-            self.scheduler.pool.forget_all()
 
     def _eos_ids(self, params: SamplingParams) -> frozenset[int]:
         return frozenset() if params.ignore_eos else self._eos_token_ids

@@ -82,6 +82,8 @@ class Delta:
 class LLM:
     """A dense Llama, Qwen2 or Qwen3 in a Hugging Face folder, ready to serve.
 
+    One thread at a time, see Engine: a call while another thread is inside one is a RuntimeError.
+
     Attributes:
       engine: the loop; its `stats` say what it has done.
       tokenizer: None where the folder has none; prompts are token ids then.
@@ -138,6 +140,8 @@ class LLM:
             params, model, config, eos_token_ids=self._generation["eos_token_id"], seed=seed
         )
         self._streams: dict[int, _Stream] = {}
+        self._outputs: collections.deque[Output] = collections.deque()  # not in their streams yet
+        self._left: collections.deque[int] = collections.deque()  # requests that nobody reads now
         if warm_up:
             shapes = batch_shapes(config)
             with progress.bar(len(shapes), "compiling", "shape", shown=use_tqdm) as bar:
@@ -177,6 +181,10 @@ class LLM:
             requests that others have begun are left alone.
         """
         jobs = self._jobs(prompts, params)
+        with self.engine.alone("LLM.generate"):
+            return self._generate(jobs, use_tqdm)
+
+    def _generate(self, jobs: Sequence[_Job], use_tqdm: bool) -> list[RequestOutput]:
         ids = self._add(jobs, is_live=False)
         streams = [self._streams[i] for i in ids]
         try:
@@ -225,18 +233,25 @@ class LLM:
 
     def abort(self, request_id: int) -> bool:
         """Ends a request; its stream gets a last Delta. False if it is not alive."""
-        stream = self._streams.get(request_id)
-        if stream is None or self.engine.abort(request_id) is None:
-            return False
-        stream.end(FinishReason.ABORT, None)
-        return True
+        with self.engine.alone("LLM.abort"):
+            stream = self._streams.get(request_id)
+            if stream is None or self.engine.abort(request_id) is None:
+                return False
+            stream.end(FinishReason.ABORT, None)
+            return True
 
     def step(self) -> None:
         """Computes one batch for all requests that are alive."""
-        for output in self.engine.step():
-            stream = self._streams[output.request_id]
-            if stream.push(output) and output.finish_reason is None:
-                self.engine.abort(output.request_id, FinishReason.STOP)
+        with self.engine.alone("LLM.step"):
+            self._end_left()
+            self._outputs.extend(self.engine.step())
+            while self._outputs:  # an error in one stream leaves the others theirs
+                output = self._outputs.popleft()
+                stream = self._streams.get(output.request_id)
+                if stream is None or stream.is_done:
+                    continue  # dropped or aborted in the meantime
+                if stream.push(output) and output.finish_reason is None:
+                    self.engine.abort(output.request_id, FinishReason.STOP)
 
     def _jobs(self, prompts: Any, params: Any) -> list[_Job]:
         """Every prompt with its parameters, all of them checked."""
@@ -272,11 +287,15 @@ class LLM:
         return self.tokenizer
 
     def _add(self, jobs: Sequence[_Job], *, is_live: bool) -> list[int]:
-        ids = []
-        for job in jobs:
-            request_id = self.engine.add_request(job.prompt_ids, job.params)
-            self._streams[request_id] = _Stream(request_id, job, self.tokenizer, is_live)
-            ids.append(request_id)
+        ids: list[int] = []
+        try:
+            for job in jobs:
+                request_id = self.engine.add_request(job.prompt_ids, job.params)
+                ids.append(request_id)
+                self._streams[request_id] = _Stream(request_id, job, self.tokenizer, is_live)
+        except BaseException:
+            self._drop(ids)
+            raise
         return ids
 
     def _iterate(self, jobs: Sequence[_Job]) -> Iterator[Delta]:
@@ -294,9 +313,24 @@ class LLM:
             self._drop(ids)
 
     def _drop(self, request_ids: Sequence[int]) -> None:
-        for request_id in request_ids:
-            self.engine.abort(request_id)  # those that an error or the caller left behind
-            del self._streams[request_id]
+        """Ends what an error or the caller left behind.
+
+        An iterator that nobody holds any more is closed by whichever thread collects the garbage:
+        where that is not the one that uses the engine, the next step ends its requests.
+        """
+        self._left.extend(request_ids)
+        if self.engine.alone.is_mine():
+            self._end_left()
+
+    def _end_left(self) -> None:
+        while self._left:
+            request_id = self._left.popleft()
+            try:
+                self.engine.abort(request_id)
+                self._streams.pop(request_id, None)
+            except BaseException:
+                self._left.appendleft(request_id)
+                raise
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,10 +42,15 @@ class PagePool:
     """
 
     def __init__(self, num_pages: int):
+        self._references = [0] * num_pages
+        self.reset()
+
+    def reset(self) -> None:
+        """Frees every page and empties the prefix cache, in whatever state they were."""
+        num_pages = len(self._references)
         self._free = collections.OrderedDict.fromkeys(range(num_pages))
         self._references = [0] * num_pages
-        self._hash_of: list[bytes | None] = [None] * num_pages
-        self._page_of: dict[bytes, int] = {}
+        self.forget_all()
 
     @property
     def num_pages(self) -> int:
@@ -58,8 +63,8 @@ class PagePool:
 
     @property
     def num_cached(self) -> int:
-        """Pages whose content can be found."""
-        return len(self._page_of)
+        """Contents that can be found; several pages may hold the same."""
+        return len(self._pages_of)
 
     def references(self, page_id: int) -> int:
         """How many holders page `page_id` has."""
@@ -90,22 +95,22 @@ class PagePool:
     def publish(self, page_id: int, digest: bytes) -> None:
         """Lets `find` find a held page by the hash of its content, which must not change again.
 
-        Where two pages hold the same, the first one stays known.
+        Where several pages hold the same, the first one that is left is found.
         """
         self._check_held([page_id])
-        if digest not in self._page_of:
+        if self._hash_of[page_id] != digest:
             self._forget(page_id)
-            self._page_of[digest] = page_id
             self._hash_of[page_id] = digest
+            self._pages_of.setdefault(digest, {})[page_id] = None
 
     def find(self, digests: Iterable[bytes]) -> list[int]:
         """The pages of the longest known front of a chain of hashes; takes no reference."""
         page_ids = []
         for digest in digests:
-            page_id = self._page_of.get(digest)
-            if page_id is None:
+            pages = self._pages_of.get(digest)
+            if pages is None:
                 break
-            page_ids.append(page_id)
+            page_ids.append(next(iter(pages)))
         return page_ids
 
     def can_take(self, found: Sequence[int], num_new: int) -> bool:
@@ -127,13 +132,17 @@ class PagePool:
 
     def forget_all(self) -> None:
         """Empties the prefix cache: the pages' contents are lost."""
-        self._page_of.clear()
-        self._hash_of = [None] * self.num_pages
+        self._hash_of: list[bytes | None] = [None] * self.num_pages
+        # The pages of a content in the order in which they were published, as keys.
+        self._pages_of: dict[bytes, dict[int, None]] = {}
 
     def _forget(self, page_id: int) -> None:
         digest, self._hash_of[page_id] = self._hash_of[page_id], None
         if digest is not None:
-            del self._page_of[digest]
+            pages = self._pages_of[digest]
+            del pages[page_id]
+            if not pages:
+                del self._pages_of[digest]
 
     def _check_held(self, page_ids: Sequence[int]) -> None:
         for page_id, count in collections.Counter(page_ids).items():

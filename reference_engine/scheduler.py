@@ -138,8 +138,8 @@ class Scheduler:
         self._requests: dict[int, Request] = {}  # both of them, by id
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
         self._requests[request.request_id] = request
+        self.waiting.append(request)
 
     def get(self, request_id: int) -> Request | None:
         """The live request of that number."""
@@ -203,6 +203,8 @@ class Scheduler:
     def commit(self, plan: StepPlan, new_tokens: dict[int, int]) -> list[Request]:
         """Counts the plan's tokens as computed and appends the tokens that the step yielded.
 
+        Requests that were aborted or lost their pages since are passed over.
+
         Full pages are published to the prefix cache here and not before: within one step nobody
         may read a page that another request writes.
 
@@ -215,8 +217,10 @@ class Scheduler:
         """
         finished = []
         page_size = self.config.page_size
-        for request_id, start, token_ids, _, samples in plan.segments:
-            request = self._requests[request_id]
+        for request_id, start, token_ids, page_ids, samples in plan.segments:
+            request = self._requests.get(request_id)
+            if request is None or request.page_ids is not page_ids or request.num_computed != start:
+                continue  # what the step computed of it has no place any more
             request.num_computed = end = start + len(token_ids)
             request.num_deferrals = 0
             if end >= (request.num_published + 1) * page_size:
@@ -238,9 +242,13 @@ class Scheduler:
     def abort(
         self, request_id: int, reason: FinishReason = FinishReason.ABORT
     ) -> Request | None:
-        """Ends a request, waiting or running, and returns it; None if there is none."""
+        """Ends a request, waiting or running, and returns it; None if there is none.
+
+        A plan may hold it: `commit` passes over it then. One that has finished and waits for its
+        `release` is left alone: None as well.
+        """
         request = self._requests.get(request_id)
-        if request is None:
+        if request is None or request.finish_reason is not None:
             return None
         if request.page_ids:
             self.release(request)
@@ -254,6 +262,31 @@ class Scheduler:
         """Sends all running requests back to the front of the queue, in order, to be recomputed."""
         while self.running:
             self._preempt_last()
+
+    def restart(self, plan: StepPlan | None = None) -> None:
+        """Lets all requests that are alive wait again, in order of arrival, with every page free.
+
+        That is the way on from an error inside any other method, which leaves the books half
+        written: nothing of them is read but which requests there are, and their tokens.
+
+        Args:
+          plan: what a `commit` that did not come to its end was called with: the tokens that it
+            has appended are taken back.
+        """
+        for segment in plan.segments if plan is not None else ():
+            request = self._requests.get(segment.request_id)
+            if request is not None and segment.samples:
+                del request.output_ids[segment.end - request.num_prompt :]
+                request.finish_reason = None
+        alive = [request for request in self._requests.values() if request.finish_reason is None]
+        self.pool.reset()
+        for request in alive:
+            request.page_ids = array.array("i")
+            request.num_tokens = request.num_prompt + len(request.output_ids)
+            request.num_computed = request.num_published = request.num_deferrals = 0
+            request.page_hashes = []
+        self._requests = {request.request_id: request for request in alive}
+        self.running, self.waiting = [], collections.deque(alive)
 
     def _find_cached(self, request: Request) -> list[int]:
         """Pages of the longest front of the request that the prefix cache holds.

@@ -36,11 +36,12 @@ if _ROOT not in sys.path:
 # they are left out where that is missing; elsewhere it is an error.
 _FILES_WITH = {
     "hypothesis": (
-        "test_page_pool.py", "test_scheduler.py", "test_validate.py", "test_write_indices.py",
-        "test_write_plan.py",
+        "test_interruptions.py", "test_page_pool.py", "test_scheduler.py", "test_validate.py",
+        "test_write_indices.py", "test_write_plan.py",
     ),
     "safetensors": (
-        "checkpoints.py", "test_checkpoint.py", "test_cli.py", "test_llm.py", "test_tokenizer.py",
+        "checkpoints.py", "test_checkpoint.py", "test_cli.py", "test_interruptions.py",
+        "test_llm.py", "test_tokenizer.py",
     ),
 }  # fmt: skip
 collect_ignore = [

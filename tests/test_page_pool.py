@@ -73,13 +73,38 @@ def test_a_published_page_is_found_until_it_is_handed_out_anew():
     assert (pool.num_free, pool.references(0)) == (0, 1)
 
 
-def test_of_two_equal_pages_the_first_stays_known():
+def test_of_equal_pages_the_first_that_is_left_is_found():
+    pool = PagePool(3)
+    first, second, third = pool.allocate(3)
+    for page in (first, second, third):
+        pool.publish(page, b"a")
+    pool.publish(second, b"a")  # again: its place in the order stays
+    pool.release([third])
+    assert pool.find([b"a"]) == [first] and pool.num_cached == 1
+    pool.release([first])
+    assert pool.allocate(2) == [third, first]
+    assert pool.find([b"a"]) == [second]  # held all along
+    pool.release([second])
+    assert pool.find([b"a"]) == [second]
+    pool.allocate(1)
+    assert pool.find([b"a"]) == [] and pool.num_cached == 0
+
+
+def test_a_page_is_known_by_its_last_content_alone():
     pool = PagePool(2)
     first, second = pool.allocate(2)
     pool.publish(first, b"a")
-    pool.publish(second, b"a")
-    pool.release([second])
-    assert pool.find([b"a"]) == [first] and pool.num_cached == 1
+    pool.publish(second, b"b")
+    pool.publish(first, b"b")
+    assert pool.find([b"a"]) == [] and pool.find([b"b"]) == [second] and pool.num_cached == 1
+
+
+def test_a_reset_frees_whatever_was_held():
+    pool = PagePool(3)
+    pool.publish(pool.allocate(2)[0], b"a")
+    pool.reset()
+    assert pool.num_free == 3 and pool.num_cached == 0 and pool.find([b"a"]) == []
+    assert pool.allocate(3) == [0, 1, 2]
 
 
 def test_what_is_found_free_is_not_handed_out_as_new():
@@ -107,33 +132,33 @@ def test_everything_can_be_forgotten():
 def test_references_balance_under_any_order(actions):
     pool = PagePool(8)
     holders: list[list[int]] = []
-    known: dict[bytes, int] = {}  # what a cache that forgets nothing would say
+    known: list[tuple[bytes, int]] = []  # contents and pages, as they were published
     for action, number, other in actions:
         if action == "a":
             pages = pool.allocate(number)
             if pages is not None:
                 holders.append(pages)
-                known = {key: page for key, page in known.items() if page not in pages}
+                known = [(key, page) for key, page in known if page not in pages]
         elif action == "t":
             found = pool.find([bytes([number])])
-            assert found == [known[key] for key in [bytes([number])] if key in known]
+            assert found == [page for key, page in known if key == bytes([number])][:1]
             pages = pool.take(found, other)
             if pages is not None:
                 holders.append(pages)
                 new = pages[len(found):]
-                known = {key: page for key, page in known.items() if page not in new}
+                known = [(key, page) for key, page in known if page not in new]
         elif holders and action == "r":
             pool.release(holders.pop(number % len(holders)))
         elif holders and holders[number % len(holders)]:
             page = holders[number % len(holders)][0]
             key = bytes([other])
             pool.publish(page, key)
-            if key not in known:
-                known = {k: p for k, p in known.items() if p != page} | {key: page}
+            if (key, page) not in known:
+                known = [(k, p) for k, p in known if p != page] + [(key, page)]
         held = collections.Counter(page for pages in holders for page in pages)
         assert [pool.references(i) for i in range(8)] == [held[i] for i in range(8)]
         assert pool.num_free == 8 - len(held)
-        assert pool.num_cached == len(known)
+        assert pool.num_cached == len({key for key, _ in known})
     for pages in holders:
         pool.release(pages)
     assert pool.num_free == 8

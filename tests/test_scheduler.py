@@ -27,7 +27,8 @@ STOP_TOKEN = 0
 class Job:
     """A request of a simulated run: when it comes, its lengths, and when it is taken back.
 
-    The first `num_common` tokens are the same in all requests, as far as they have them.
+    The first `num_common` tokens are the same in all requests, as far as they have them. It is taken
+    back at the end of its step, or, inside of it, when it is "planned" or when it is "committed".
     """
 
     arrival: int
@@ -35,6 +36,7 @@ class Job:
     max_tokens: int
     abort_at: int | None = None
     num_common: int = 0
+    abort_when: str = "ended"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Run:
     num_deferrals: int = 0
     num_preemptions: int = 0
     num_cached: int = 0
+    num_aborts_in_a_step: int = 0
+    num_late_aborts: int = 0
 
 
 class Simulation:
@@ -98,7 +102,7 @@ class Simulation:
             assert step <= bound, "a request starves"
             self._arrive(step)
             self._step(step)
-            self._abort(step)
+            self._abort(step, "ended")
             step += 1
         self.result.num_steps = step
         assert self.pool.num_free == self.config.num_pages, "pages leaked"
@@ -124,11 +128,16 @@ class Simulation:
         fronts = self.fronts[request_id]
         fronts.append(hash((fronts[-1] if fronts else None, token)))
 
-    def _abort(self, step):
+    def _abort(self, step, when, finished=()):
         for request_id, job in enumerate(self.jobs):
-            if job.abort_at == step and request_id in self.requests:
+            if (job.abort_at, job.abort_when) == (step, when) and request_id in self.requests:
                 request = self.scheduler.abort(request_id)
+                if request_id in finished:
+                    assert request is None and self.requests[request_id].page_ids
+                    self.result.num_late_aborts += 1
+                    continue
                 assert request is self.requests[request_id]
+                assert request.finish_reason is FinishReason.ABORT
                 self._end(request)
                 assert self.scheduler.abort(request_id) is None
 
@@ -147,9 +156,14 @@ class Simulation:
         self._check_pages(plan)
         self.result.num_deferrals += len(plan.deferrals)
         self.result.num_preemptions += len(plan.preempted)
+        self._abort(step, "planned")
         new_tokens = {}
         for segment in plan.segments:
             request_id = segment.request_id
+            if request_id not in self.requests:
+                new_tokens[request_id] = 1  # the model knows nothing of aborts
+                self.result.num_aborts_in_a_step += 1
+                continue
             self.computed[request_id] = segment.end
             self.result.chunks.setdefault(request_id, []).append((segment.start, segment.end))
             if segment.end == len(self.tokens[request_id]):
@@ -157,7 +171,9 @@ class Simulation:
                 new_tokens[request_id] = token
                 self._know(request_id, token)
                 self.result.first_token_step.setdefault(request_id, step)
-        for request in self.scheduler.commit(plan, new_tokens):
+        finished = self.scheduler.commit(plan, new_tokens)
+        self._abort(step, "committed", {request.request_id for request in finished})
+        for request in finished:
             self.scheduler.release(request)
             self._end(request)
         for request_id, request in self.requests.items():
@@ -278,6 +294,7 @@ def random_scenario(rng) -> Scenario:
             max_tokens=rng.randint(1, 40),
             abort_at=rng.randint(0, 40) if rng.randint(0, 3) == 0 else None,
             num_common=num_common and rng.randint(0, num_common),
+            abort_when=("ended", "planned", "committed")[rng.randint(0, 2)],
         )
         for _ in range(rng.randint(1, 8))
     )
@@ -339,6 +356,8 @@ def test_the_random_scenarios_reach_preemption_deferral_and_every_end():
     assert sum(run.num_preemptions for run in runs) > 100
     assert sum(run.num_deferrals for run in runs) > 100
     assert sum(run.num_cached for run in runs) > 1000
+    assert sum(run.num_aborts_in_a_step for run in runs) > 10
+    assert sum(run.num_late_aborts for run in runs) > 0
     assert {reason for run in runs for reason in run.finish.values()} == set(FinishReason)
 
 
