@@ -127,7 +127,8 @@ class LLM:
         require(
             longest is None or config.max_model_len <= longest, "LLM", "max_model_len",
             got=f"{config.max_model_len}", wanted=f"at most the model's {longest}",
-            hint="lower EngineConfig.max_model_len",
+            hint="lower EngineConfig.max_model_len: config.json's max_position_embeddings and RoPE"
+            " scaling reach no further",
         )
         self._generation = checkpoint.read_generation_config(folder)
         has_tokenizer = (folder / "tokenizer.json").exists()

@@ -66,7 +66,7 @@ def forward(
     (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), layers)
     last_rows = jnp.maximum(batch.cu_q_lens[1:] - 1, 0)  # [S]
     x = _rms_norm(x[last_rows], params["norm"], config)
-    unembedding = params["embedding" if config.tie_embeddings else "unembedding"]  # [V, D]
+    unembedding = params["unembedding" if "unembedding" in params else "embedding"]  # [V, D]
     return _matmul(x, unembedding.T).astype(jnp.float32), kv_pages
 
 

@@ -32,7 +32,9 @@ class RopeScaling:
       low_freq_factor, high_freq_factor: see "llama3".
       beta_fast, beta_slow: see "yarn".
       attention_factor: of "yarn": what cos and sin are multiplied by; None for
-        0.1 * ln(factor) + 1.
+        0.1 * ln(factor) + 1, or what mscale and mscale_all_dim make of it.
+      mscale, mscale_all_dim: of "yarn": where neither is 0 and there is no attention_factor, it is
+        (0.1 * mscale * ln(factor) + 1) / (0.1 * mscale_all_dim * ln(factor) + 1).
       truncate: of "yarn": whether the blend starts and ends at whole frequencies.
 
     Raises:
@@ -48,6 +50,8 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
 
     def __post_init__(self):
         require(
@@ -91,16 +95,23 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.n
         plain = _blend(plain, scaling.factor, kept=np.clip((turns - low) / (high - low), 0, 1))
     elif scaling.kind == "yarn":
         first, last = _yarn_range(head_dim, theta, scaling)
-        ramp = (np.arange(head_dim // 2) - first) / max(last - first, 1e-3)
+        ramp = (np.arange(head_dim // 2) - first) / (last - first or 1e-3)
         plain = _blend(plain, scaling.factor, kept=1 - np.clip(ramp, 0, 1))
-        factor = 0.1 * math.log(scaling.factor) + 1.0
-        if scaling.attention_factor is not None:
-            factor = scaling.attention_factor
+        factor = _yarn_attention_factor(scaling)
     return plain.astype(np.float32), float(factor)
 
 
 def _blend(plain: np.ndarray, factor: float, kept: np.ndarray) -> np.ndarray:
     return plain * kept + plain / factor * (1 - kept)
+
+
+def _yarn_attention_factor(scaling: RopeScaling) -> float:
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    grown = 0.1 * math.log(scaling.factor)
+    if scaling.mscale and scaling.mscale_all_dim:
+        return (scaling.mscale * grown + 1.0) / (scaling.mscale_all_dim * grown + 1.0)
+    return grown + 1.0
 
 
 def _yarn_range(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[float, float]:

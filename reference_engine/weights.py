@@ -85,8 +85,11 @@ def load_params(
     shapes = param_shapes(config)
     places = _places(shapes)
     wanted = {name: shape for name, (_, _, shape) in places.items()}
-    files = checkpoint.find_tensors(path, wanted, optional=[_TOP_NAMES["unembedding"]] * (
-        config.tie_embeddings))
+    embedding, unembedding = _TOP_NAMES["embedding"], _TOP_NAMES["unembedding"]
+    twins = {embedding: unembedding} if config.tie_embeddings else {}
+    files = checkpoint.find_tensors(path, wanted, twins=twins)
+    places.setdefault(unembedding, ("unembedding", None, wanted[embedding]))
+    shapes.setdefault("unembedding", shapes["embedding"])
     layers = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes["layers"].items()}
     params: Params = {"layers": layers}
     for file, names in files.items():
@@ -100,6 +103,19 @@ def load_params(
                     layers[key] = _put(layers[key], tensor, layer)
                 if on_tensor is not None:
                     on_tensor(name)
+    return _tied(params) if config.tie_embeddings else params
+
+
+def _tied(params: Params) -> Params:
+    """Of two embeddings that should be one: one, if they are equal or one is missing.
+
+    A head that differs is kept: it is what the checkpoint's author computed with, whatever the
+    config says, and what transformers does.
+    """
+    if "embedding" not in params:
+        params["embedding"] = params.pop("unembedding")
+    elif "unembedding" in params and jnp.array_equal(params["embedding"], params["unembedding"]):
+        del params["unembedding"]
     return params
 
 

@@ -70,6 +70,75 @@ def test_a_tied_head_may_be_stored(tmp_path):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     assert_same(weights.load_params(tmp_path, tied), params)
+    del tensors["model.embed_tokens.weight"]  # of the two either will do
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    assert_same(weights.load_params(tmp_path, tied), params)
+    del tensors["lm_head.weight"]
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="tensor `model.embed_tokens.weight` is missing$"):
+        weights.load_params(tmp_path, tied)
+
+
+def test_a_head_that_differs_is_used_whatever_the_config_says(tmp_path):
+    tied = dataclasses.replace(SMALL, tie_embeddings=True)
+    params = write_checkpoint(tmp_path, SMALL)
+    assert_same(weights.load_params(tmp_path, tied), params)
+    tensors = hf_tensors(params)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][1:]
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"tensor `lm_head.weight` has shape \(39, 32\)"):
+        weights.load_params(tmp_path, tied)
+
+
+@pytest.mark.parametrize("stored, want", [("F64", "float32"), ("F32", "float32"),
+                                          ("F16", "float16"), ("BF16", "bfloat16")])
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_a_config_without_a_dtype_means_the_tensors_own(tmp_path, stored, want, num_shards):
+    params = write_checkpoint(tmp_path, SMALL, num_shards=num_shards)
+    kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+    for file in tmp_path.glob("*.safetensors"):
+        tensors = safetensors.numpy.load_file(file)
+        safetensors.numpy.save_file(
+            {name: tensor.astype(kinds[stored]) for name, tensor in tensors.items()}, file
+        )
+    raw = hf_config(SMALL)
+    for name in ("torch_dtype", "dtype"):
+        for odd in (None, "auto", "float64", "int8", "torch.float64", "bf16", "", 16, ["x"], {}):
+            raw = {key: value for key, value in raw.items() if "dtype" not in key} | {name: odd}
+            (tmp_path / "config.json").write_text(json.dumps(raw))
+            assert checkpoint.read_model_config(tmp_path).dtype == want
+    del raw["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = checkpoint.read_model_config(tmp_path)
+    assert config.dtype == want
+    loaded = weights.load_params(tmp_path, config)
+    assert_same(
+        loaded, jax.tree.map(lambda x: np.asarray(x).astype(kinds[stored]).astype(want), params)
+    )
+    for name, value, meant in (
+        ("dtype", "torch.bfloat16", "bfloat16"), ("torch_dtype", "torch.float16", "float16"),
+        ("torch_dtype", "float32", "float32"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(raw | {name: value}))
+        assert checkpoint.read_model_config(tmp_path).dtype == meant
+        assert checkpoint.read_model_config(tmp_path, "float16").dtype == "float16"
+    (tmp_path / "config.json").write_text(
+        json.dumps(raw | {"dtype": "bfloat16", "torch_dtype": "float16"}))
+    assert checkpoint.read_model_config(tmp_path).dtype == "bfloat16"
+
+
+def test_of_several_dtypes_the_first_tensors_by_name_counts(tmp_path):
+    params = write_checkpoint(tmp_path, SMALL)
+    tensors = {name: x.astype(jnp.bfloat16) for name, x in hf_tensors(params).items()}
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
+    tensors["a.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    raw = hf_config(SMALL) | {"torch_dtype": None}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert checkpoint.read_model_config(tmp_path).dtype == "bfloat16"
+    safetensors.numpy.save_file({"x": np.ones(3, np.int32)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors: no tensor is one of F64, F32"):
+        checkpoint.read_model_config(tmp_path)
 
 
 def _change(name, change):
@@ -117,10 +186,89 @@ def test_tensors_are_refused_by_name_before_any_is_read(tmp_path, monkeypatch, e
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path):
-    params = write_checkpoint(tmp_path, SMALL)
-    one = {"model.norm.weight": hf_tensors(params)["model.norm.weight"]}
-    safetensors.numpy.save_file(one, tmp_path / "more.safetensors")
-    with pytest.raises(ValueError, match="`model.norm.weight` is in model.safetensors too"):
+    params = write_checkpoint(tmp_path, SMALL, num_shards=2)
+    tensors = hf_tensors(params)
+    for i in (1, 2):  # whichever of them has it by right
+        file = tmp_path / f"model-0000{i}-of-00002.safetensors"
+        held = safetensors.numpy.load_file(file)
+        held["model.norm.weight"] = tensors["model.norm.weight"]
+        safetensors.numpy.save_file(held, file)
+    with pytest.raises(ValueError, match="00002-of-00002.safetensors: tensor `model.norm.weight` is"
+                                         " in model-00001-of-00002.safetensors too"):
+        weights.load_params(tmp_path, SMALL)
+
+
+def test_only_the_files_of_the_model_are_read(tmp_path):
+    """Others lie beside them in many folders: whole models under other names, adapters, parts."""
+    others = {
+        "consolidated.safetensors": {"tok_embeddings.weight": np.ones((3, 3), np.float32)},
+        "adapter_model.safetensors": {"base_model.lora_A.weight": np.ones(3, np.float32)},
+        "model-00001-of-00099.safetensors": {"model.norm.weight": np.ones(32, np.float32)},
+        "model.fp16.safetensors": {"model.norm.weight": np.ones(32, np.float16)},
+    }
+    for num_shards in (1, 3):
+        folder = tmp_path / str(num_shards)
+        folder.mkdir()
+        params = write_checkpoint(folder, SMALL, num_shards=num_shards)
+        for name, tensors in others.items():
+            safetensors.numpy.save_file(tensors, folder / name)
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "pytorch_model.bin").write_bytes(b"?")
+        (folder / "broken.safetensors").write_bytes(b"?")
+        assert_same(weights.load_params(folder, SMALL), params)
+
+
+def test_one_file_goes_before_an_index_and_a_named_file_before_both(tmp_path):
+    write_checkpoint(tmp_path, SMALL, seed=1, num_shards=2)
+    params = write_checkpoint(tmp_path, SMALL, seed=2)
+    assert_same(weights.load_params(tmp_path, SMALL), params)
+    tensors = hf_tensors(weights.random_params(SMALL, 3))
+    safetensors.numpy.save_file(tensors, tmp_path / "other.safetensors")
+    for name, seed in (("other.safetensors", 3), ("model.safetensors.index.json", 1)):
+        raw = hf_config(SMALL) | {"transformers_weights": name}
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        assert_same(weights.load_params(tmp_path, SMALL), weights.random_params(SMALL, seed))
+    for name, error in (("none.safetensors", FileNotFoundError), ("../x", ValueError)):
+        raw = hf_config(SMALL) | {"transformers_weights": name}
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        with pytest.raises(error, match="`transformers_weights`"):
+            weights.load_params(tmp_path, SMALL)
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "pytorch_model.bin",
+                                  "model-00001-of-00002.safetensors"])
+def test_a_folder_without_the_models_file_is_refused_by_what_it_has(tmp_path, name):
+    write_checkpoint(tmp_path, SMALL)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=f"no model.safetensors and no .*; there is {name}"):
+        weights.load_params(tmp_path, SMALL)
+
+
+def test_an_index_and_its_files_must_agree(tmp_path):
+    write_checkpoint(tmp_path, SMALL, num_shards=2)
+    index = tmp_path / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    name, shard = "model.norm.weight", raw["weight_map"]["model.norm.weight"]
+    tensors = safetensors.numpy.load_file(tmp_path / shard)
+    del tensors[name]
+    safetensors.numpy.save_file(tensors, tmp_path / shard)
+    with pytest.raises(ValueError, match=rf"{shard}: tensor `{name}` is missing, though"
+                                         r" model.safetensors.index.json says that it is here$"):
+        weights.load_params(tmp_path, SMALL)
+    del raw["weight_map"][name]
+    index.write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=rf"index.json: tensor `{name}` is missing$"):
+        weights.load_params(tmp_path, SMALL)
+    for wrong in (7, None, "", "../model.safetensors", "/etc/passwd", ["x"]):
+        index.write_text(json.dumps({"weight_map": raw["weight_map"] | {name: wrong}}))
+        with pytest.raises(ValueError, match=rf"index.json: `weight_map` has .* for `{name}`"):
+            weights.load_params(tmp_path, SMALL)
+    for wrong in ([], "x", {}, None):
+        index.write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(ValueError, match="index.json: `weight_map` is missing or empty"):
+            weights.load_params(tmp_path, SMALL)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="index.json: no JSON object"):
         weights.load_params(tmp_path, SMALL)
 
 
@@ -146,7 +294,7 @@ def test_missing_files_are_named(tmp_path):
         weights.load_params(tmp_path, SMALL)
     index.unlink()
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="no \\*.safetensors file"):
+    with pytest.raises(FileNotFoundError, match="there is no \\*.safetensors file"):
         weights.load_params(tmp_path, SMALL)
 
 
@@ -164,25 +312,123 @@ def test_missing_files_are_named(tmp_path):
         ({"rope_scaling": {"rope_type": "longrope"}}, "RoPE of type 'longrope' is not served"),
         ({"rope_scaling": "yarn"}, "`rope_scaling` is 'yarn'; wanted an object"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "`factor` is '2', which is no"),
-        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "argument `factor` is 0.5"),
-        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "argument `original_max_position`"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}},
+         r"`factor` is 0.5, which is no finite number >= 1; .* \(in `rope_scaling`\)"),
+        ({"rope_scaling": {"type": "linear", "factor": True}}, "`factor` is True, which is no num"),
+        ({"rope_parameters": {"type": "linear"}},
+         r"`factor` is missing; .* \(in `rope_parameters`\)"),
+        ({"rope_scaling": {"type": "yarn"}}, "`factor` is missing"),
+        ({"rope_scaling": {"type": "yarn", "factor": float("inf")}}, "`factor` is inf, which is"),
+        ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "`factor` is 1000"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 2.5}},
+         "`original_max_position_embeddings` is 2.5, which is no int >= 1; .* `rope_scaling`"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}, "original_max_position_embeddings": "8"},
+         "`original_max_position_embeddings` is '8', which is no int >= 1; wanted an int >= 1$"),
+        ({"rope_scaling": {"type": "yarn", "factor": None},
+          "original_max_position_embeddings": 257},
+         "`original_max_position_embeddings` is 257; wanted at most `max_position_embeddings`, 2"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": "32"}}, "`beta_fast` is '32'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "truncate": 1}}, "`truncate` is 1; w"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "mscale": [1]}}, r"`mscale` is \[1\]"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "attention_factor": -1}},
+         "`attention_factor` is -1"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "rope_theta": 1}}, "`rope_theta` is 1; w"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "`low_freq_factor` is missing"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4,
+                           "high_freq_factor": 4}}, "`high_freq_factor` is 4; wanted more than"),
+        ({"rope_scaling": {"type": ["yarn"]}}, r"RoPE of type \['yarn'\] is not served"),
+        ({"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}},
+         r"`partial_rotary_factor` is 0.5; only 1 is served \(in `rope_scaling`\)"),
+        ({"partial_rotary_factor": 0.5}, "`partial_rotary_factor` is 0.5; only 1 is served$"),
+        ({"rope_scaling": []}, r"`rope_scaling` is \[\]; wanted an object"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+         "RoPE that differs by layer is not served"),
+        ({"rope_theta": 0}, "`rope_theta` is 0; wanted a number above 0"),
+        ({"rope_theta": None}, "`rope_theta` is missing"),
+        ({"rope_theta": "10000"}, "`rope_theta` is '10000', which is no number"),
+        ({"rope_theta": float("nan")}, "`rope_theta` is nan, which is no finite number"),
+        ({"rms_norm_eps": "1e-6"}, "`rms_norm_eps` is '1e-6', which is no number"),
+        ({"rms_norm_eps": True}, "`rms_norm_eps` is True, which is no number"),
+        ({"rms_norm_eps": -1e-6}, "`rms_norm_eps` is -1e-06, which is no finite number >= 0"),
         ({"hidden_size": None}, "`hidden_size` is missing"),
         ({"hidden_size": "32"}, "`hidden_size` is '32', which is no int"),
         ({"num_hidden_layers": True}, "`num_hidden_layers` is True"),
-        ({"num_key_value_heads": 3}, "argument `num_heads` is 4; wanted a multiple"),
+        ({"hidden_size": 64.0}, "`hidden_size` is 64.0, which is no int"),
+        ({"num_hidden_layers": 0}, "`num_hidden_layers` is 0, which is no int >= 1"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` is 0"),
+        ({"vocab_size": [40]}, r"`vocab_size` is \[40\], which is no int"),
+        ({"intermediate_size": -3}, "`intermediate_size` is -3"),
+        ({"max_position_embeddings": "256"}, "`max_position_embeddings` is '256'"),
+        ({"tie_word_embeddings": "false"}, "`tie_word_embeddings` is 'false'; wanted true or"),
+        ({"attention_bias": 0}, "`attention_bias` is 0; wanted true or false"),
+        ({"num_key_value_heads": 3},
+         "`num_key_value_heads` is 3; wanted a divisor of `num_attention_heads`, 4"),
+        ({"num_key_value_heads": "2"}, "`num_key_value_heads` is '2', which is no int"),
+        ({"head_dim": 15}, "`head_dim` is 15; wanted one that makes heads even"),
+        ({"head_dim": "16"}, "`head_dim` is '16', which is no int"),
+        ({"head_dim": None, "num_attention_heads": 6}, "`head_dim` is missing; .* `hidden_size`"),
+        ({"head_dim": None, "hidden_size": 36}, "`hidden_size` is 36; wanted one that makes"),
+        ({"layer_types": 5}, "`layer_types` is 5; wanted a list"),
+        ({"architectures": 5}, "`architectures` 5; served are"),
+        ({"architectures": "LlamaForCausalLM"}, "`architectures` 'LlamaForCausalLM'; served are"),
+        ({"model_type": ["qwen3"]}, r"`model_type` is \['qwen3'\]"),
+        ({"hidden_act": None}, "`hidden_act` is None; only 'silu' is served"),
     ],
 )
 def test_models_that_are_not_served_are_refused_by_field(tmp_path, fields, message):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(SMALL) | fields))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
         checkpoint.read_model_config(tmp_path)
 
 
+def test_what_a_missing_field_means_depends_on_the_family(tmp_path):
+    raw = hf_config(dataclasses.replace(SMALL, num_heads=64, num_kv_heads=32))
+    for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "hidden_act",
+                 "tie_word_embeddings", "rms_norm_eps", "attention_bias", "architectures"):
+        del raw[name]
+
+    def read(family, **fields):
+        (tmp_path / "config.json").write_text(json.dumps(raw | {"model_type": family} | fields))
+        return checkpoint.read_model_config(tmp_path)
+
+    for family, num_kv_heads, head_dim, longest in (
+        ("llama", 64, 2, 2048), ("qwen2", 32, 2, 32_768), ("qwen3", 32, 128, 32_768),
+    ):
+        got = read(family, hidden_size=128)
+        assert (got.num_kv_heads, got.head_dim, got.max_position) == (
+            num_kv_heads, head_dim, longest)
+        assert not got.tie_embeddings and got.rms_norm_eps == 1e-6
+        null = read(family, hidden_size=128, num_key_value_heads=None, head_dim=None)
+        assert (null.num_kv_heads, null.head_dim) == (64, 2)
+    with pytest.raises(ValueError, match="`num_key_value_heads` is missing; wanted a divisor of"
+                                         " `num_attention_heads`, 4, or 32 as qwen2 has them"):
+        read("qwen2", num_attention_heads=4)
+    assert read("llama", hidden_act="swish", hidden_size=128)
+
+
+@pytest.mark.parametrize("rope, longest", [
+    (None, 256), ({"type": "default"}, 256), ({"type": "linear", "factor": 4.0}, 1024),
+    ({"type": "linear", "factor": 2.5}, 640), ({"type": "yarn", "factor": 4.0}, 1024),
+    ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+    ({"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 128}, 1024),
+    ({"type": "yarn", "factor": None, "original_max_position_embeddings": 64}, 256),
+    ({"type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4,
+      "original_max_position_embeddings": 32}, 256),
+])
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_the_longest_context_is_what_rope_reaches(tmp_path, rope, longest, name):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(SMALL) | {name: rope}))
+    assert checkpoint.read_model_config(tmp_path).max_position == longest
+
+
 def test_a_config_that_is_no_json_is_refused(tmp_path):
-    for text in ("{", "[1]"):
+    for text in ("{", "[1]", "", "null", "7", "\x00", "[" * 99_999):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match="config.json: no JSON"):
             checkpoint.read_model_config(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff{}")
+    with pytest.raises(ValueError, match="config.json: no JSON"):
+        checkpoint.read_model_config(tmp_path)
 
 
 def test_families_and_forms_of_rope(tmp_path):
@@ -218,5 +464,11 @@ def test_end_of_text_ids_are_found(tmp_path):
     assert eos(None, {}) == ()
     assert eos({"eos_token_id": [3, 4]}, {"eos_token_id": 7}) == (3, 4)
     assert eos({}, {"eos_token_id": 7}) == (7,)
-    with pytest.raises(ValueError, match="`eos_token_id` is 'x'"):
-        eos({"eos_token_id": "x"}, {})
+    for wrong in ("x", True, -1, 2.0, [[3]], [3, None], {"id": 3}):
+        with pytest.raises(ValueError, match="generation_config.json: `eos_token_id` is"):
+            eos({"eos_token_id": wrong}, {"eos_token_id": 7})
+        with pytest.raises(ValueError, match=r"/config.json: `eos_token_id` is"):
+            eos({}, {"eos_token_id": wrong})
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="generation_config.json: no JSON object"):
+        checkpoint.read_generation_config(tmp_path)

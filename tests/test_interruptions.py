@@ -29,12 +29,22 @@ from tests.checkpoints import byte_tokenizer, write_checkpoint
 
 VOCAB = 31
 MODEL = ModelConfig(
-    vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1,
-    num_kv_heads=1, head_dim=8,
+    vocab_size=VOCAB,
+    hidden_size=8,
+    intermediate_size=8,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
 )
 CONFIG = EngineConfig(
-    page_size=4, num_pages=24, max_model_len=64, max_num_batched_tokens=16, max_num_seqs=5,
-    token_buckets=(16,), seq_buckets=(5,),
+    page_size=4,
+    num_pages=24,
+    max_model_len=64,
+    max_num_batched_tokens=16,
+    max_num_seqs=5,
+    token_buckets=(16,),
+    seq_buckets=(5,),
 )
 
 
@@ -57,7 +67,7 @@ def wanted_tokens(prompt, num_tokens) -> list[int]:
     tokens = list(prompt)
     for _ in range(num_tokens):
         tokens.append(next_token(tokens))
-    return tokens[len(prompt):]
+    return tokens[len(prompt) :]
 
 
 class ToyEngine(Engine):
@@ -143,8 +153,11 @@ def test_on_finish_may_abort_whatever_it_likes(victims):
     def on_finish(request):
         told.append(request.request_id)
         ids = {
-            "itself": [request.request_id], "its twin": [0, 1], "all": range(8),
-            "twice": [2, 2], "unknown": [99, -1],
+            "itself": [request.request_id],
+            "its twin": [0, 1],
+            "all": range(8),
+            "twice": [2, 2],
+            "unknown": [99, -1],
         }[victims]
         for i in ids:
             was_alive = (alive := engine.scheduler.get(i)) is not None and not alive.finish_reason
@@ -335,8 +348,11 @@ class Event:
 
 
 events = st.builds(
-    Event, st.integers(0, 12), st.sampled_from(("before", "model", "finish")),
-    st.sampled_from(("abort", "abort", "add", "raise", "lose")), st.integers(-1, 9),
+    Event,
+    st.integers(0, 12),
+    st.sampled_from(("before", "model", "finish")),
+    st.sampled_from(("abort", "abort", "add", "raise", "lose")),
+    st.integers(-1, 9),
 )
 
 
@@ -388,9 +404,7 @@ def test_whatever_befalls_a_step_pages_balance_and_tokens_are_right(happenings, 
 # A second interrupt while the first is dealt with, and one that takes what was handed over away
 # from the caller, are beyond what a function can do.
 _EXEMPT = {"restart", "reset", "forget_all", "_recover", "_hand_over"}
-_FILES = {
-    engine_lib.__file__, scheduler_lib.__file__, sys.modules[PagePool.__module__].__file__
-}
+_FILES = {engine_lib.__file__, scheduler_lib.__file__, sys.modules[PagePool.__module__].__file__}
 
 
 def interrupted_step(engine, after):
@@ -478,9 +492,12 @@ def test_a_second_thread_is_told_and_changes_nothing():
     jobs = add_some(engine)
     request = engine.scheduler.get(0)
     calls = {
-        "step": engine.step, "add_request": lambda: engine.add_request([1]),
-        "abort": lambda: engine.abort(0), "warm_up": engine.warm_up,
-        "read_kv": lambda: engine.read_kv(request), "run": engine.run,
+        "step": engine.step,
+        "add_request": lambda: engine.add_request([1]),
+        "abort": lambda: engine.abort(0),
+        "warm_up": engine.warm_up,
+        "read_kv": lambda: engine.read_kv(request),
+        "run": engine.run,
     }
     errors = {}
 
@@ -524,10 +541,18 @@ def test_threads_may_take_turns():
 def llm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     write_checkpoint(folder, tokenizer=byte_tokenizer())
-    return LLM(folder, EngineConfig(
-        page_size=8, num_pages=64, max_model_len=64, max_num_batched_tokens=32, max_num_seqs=4,
-        token_buckets=(32,), seq_buckets=(4,),
-    ))
+    return LLM(
+        folder,
+        EngineConfig(
+            page_size=8,
+            num_pages=64,
+            max_model_len=64,
+            max_num_batched_tokens=32,
+            max_num_seqs=4,
+            token_buckets=(32,),
+            seq_buckets=(4,),
+        ),
+    )
 
 
 def test_an_llm_is_for_one_thread_too(llm, monkeypatch):
@@ -536,10 +561,12 @@ def test_an_llm_is_for_one_thread_too(llm, monkeypatch):
     stream = llm.stream("the dog", params)
     first = next(stream)
     calls = {
-        "generate": lambda: llm.generate("x", params), "step": llm.step,
-        "abort": lambda: llm.abort(first.request_id), "stream": lambda: next(llm.stream("x")),
-        "open stream": lambda: next(stream), "chat": lambda: llm.chat([
-            {"role": "user", "content": "x"}], params),
+        "generate": lambda: llm.generate("x", params),
+        "step": llm.step,
+        "abort": lambda: llm.abort(first.request_id),
+        "stream": lambda: next(llm.stream("x")),
+        "open stream": lambda: next(stream),
+        "chat": lambda: llm.chat([{"role": "user", "content": "x"}], params),
     }
     real, errors = engine_lib.run_step, {}
 

@@ -27,8 +27,8 @@ STOP_TOKEN = 0
 class Job:
     """A request of a simulated run: when it comes, its lengths, and when it is taken back.
 
-    The first `num_common` tokens are the same in all requests, as far as they have them. It is taken
-    back at the end of its step, or, inside of it, when it is "planned" or when it is "committed".
+    The first `num_common` tokens are the same in all requests, as far as they have them.
+    `abort_when`: at the step's "ended", or inside of it when it is "planned" or "committed".
     """
 
     arrival: int

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import random
 import warnings
 
 import numpy as np
@@ -13,7 +14,7 @@ from reference_engine.config import EngineConfig
 from reference_engine.engine import Engine
 from reference_engine.llm import LLM
 from reference_engine.request import SamplingParams
-from reference_engine.rope import RopeScaling
+from reference_engine.rope import RopeScaling, frequencies
 from reference_engine.weights import load_params
 
 torch = pytest.importorskip(
@@ -22,6 +23,7 @@ torch = pytest.importorskip(
 transformers = pytest.importorskip(
     "transformers", reason="the test extra brings it, as torch, for Python 3.11 alone"
 )
+safetensors_torch = pytest.importorskip("safetensors.torch")
 torch.set_num_threads(1)  # the models are tiny
 
 SIZES = {
@@ -138,6 +140,104 @@ def test_a_wrong_config_is_seen(tmp_path, name, fields):
     with torch.no_grad():
         theirs = model(torch.tensor([PROMPTS[1]])).logits[0, -1]
     assert np.abs(rows[0] - theirs.numpy()).max() > 1e-3
+
+
+def random_rope(rng):
+    """A config with one of the many ways to write RoPE down, some of them wrong."""
+    family = rng.choice(("Llama", "Qwen2", "Qwen3"))
+    raw = {
+        "model_type": family.lower(), "architectures": [f"{family}ForCausalLM"], "vocab_size": 50,
+        "hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": rng.choice((8, 16, 128)),
+        "max_position_embeddings": rng.choice((256, 4096, 131072)),
+    }
+    kind = rng.choice(("default", "linear", "llama3", "yarn", "yarn", "yarn"))
+    rope = {rng.choice(("type", "rope_type")): kind, "factor": rng.choice((1, 2.0, 8.5, 40))}
+    if kind == "llama3":
+        rope |= {"low_freq_factor": rng.choice((1, 2.0)), "high_freq_factor": rng.choice((4, 8.0))}
+    choices = {
+        "original_max_position_embeddings": (32, 64, 256), "beta_fast": (0, 16, 32.0, None),
+        "beta_slow": (0, 1, 2.0, None), "attention_factor": (None, 1.0, 1.5, 2),
+        "mscale": (0, 1, 0.707, None), "mscale_all_dim": (0, 1.0, 0.5, None),
+        "truncate": (True, False, None), "rope_theta": (500.0, 10000, 1e6),
+    }
+    rope |= {name: rng.choice(values) for name, values in choices.items() if rng.random() < 0.4}
+    newer = rng.random() < 0.5
+    raw["rope_parameters" if newer else "rope_scaling"] = rope
+    if rng.random() < 0.5:
+        raw["rope_theta"] = rng.choice((500000.0, 10000))
+    if rng.random() < 0.1:
+        raw["original_max_position_embeddings"] = rng.choice((32, 128))
+    if rng.random() < 0.2:  # both forms at once
+        raw["rope_scaling" if newer else "rope_parameters"] = rng.choice(
+            ({}, None, {"rope_type": "linear", "factor": 3.0})
+        )
+    for name in ("factor", "low_freq_factor", "head_dim", "max_position_embeddings"):
+        if rng.random() < 0.1:
+            (rope if name.endswith("factor") else raw).pop(name, None)
+    if kind == "yarn" and rng.random() < 0.1:
+        rope["factor"] = None
+    return raw
+
+
+def test_every_way_to_write_rope_down_means_what_it_means_to_transformers(tmp_path):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    rng, num_refused, kinds = random.Random(0), 0, set()
+    for _ in range(400):
+        raw = random_rope(rng)
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                config = transformers.AutoConfig.from_pretrained(tmp_path)
+                theirs = LlamaRotaryEmbedding(config)
+            except (KeyError, TypeError) as error:  # a number is missing
+                with pytest.raises(ValueError, match=r"config.json: `\w*factor` is missing"):
+                    checkpoint.read_model_config(tmp_path)
+                num_refused += 1
+                assert "factor" in str(error) or "NoneType" in str(error)
+                continue
+        ours = checkpoint.read_model_config(tmp_path)
+        got, factor = frequencies(ours.head_dim, ours.rope_theta, ours.rope_scaling)
+        np.testing.assert_allclose(got, theirs.inv_freq.numpy(), rtol=2e-5, err_msg=str(raw))
+        assert factor == pytest.approx(theirs.attention_scaling, rel=1e-6), raw
+        assert ours.num_kv_heads == config.num_key_value_heads
+        kinds.add(ours.rope_scaling.kind)
+    assert num_refused > 5 and len(kinds) == 4
+    transformers.logging.set_verbosity(verbosity)
+
+
+@pytest.mark.parametrize("stored", ["both", "equal", "head", "embedding"])
+def test_tied_embeddings_are_what_transformers_makes_of_the_files(tmp_path, stored):
+    """Two that differ are two, whatever the config says; of two names for one, either will do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write_checkpoint(tmp_path, "llama-tied")
+        tensors = {}
+        for file in tmp_path.glob("*.safetensors"):
+            tensors |= safetensors_torch.load_file(file)
+            file.unlink()
+        (tmp_path / "model.safetensors.index.json").unlink()
+        head = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"] = head.flip(0) if stored == "both" else head
+        if stored in ("head", "embedding"):
+            unread = {"head": "model.embed_tokens", "embedding": "lm_head"}[stored]
+            del tensors[f"{unread}.weight"]
+        safetensors_torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        # The order of looking: neither of these is the model.
+        safetensors_torch.save_file({"x": head}, tmp_path / "consolidated.safetensors")
+        safetensors_torch.save_file({"x": head}, tmp_path / "adapter_model.safetensors")
+        (tmp_path / "model.safetensors.index.json").write_text("stale")
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    llm = LLM(tmp_path, ENGINE, dtype="float32")
+    llm.engine.add_request(PROMPTS[0], SamplingParams(max_tokens=1))
+    (output,) = llm.engine.step()
+    with torch.no_grad():
+        theirs = model(torch.tensor(PROMPTS[:1])).logits[0, -1].numpy()
+    np.testing.assert_allclose(output.logits, theirs, rtol=0, atol=1e-4)
 
 
 def test_older_configs_say_the_same(tmp_path):
