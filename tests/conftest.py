@@ -36,8 +36,8 @@ if _ROOT not in sys.path:
 # they are left out where that is missing; elsewhere it is an error.
 _FILES_WITH = {
     "hypothesis": (
-        "test_interruptions.py", "test_page_pool.py", "test_scheduler.py", "test_validate.py",
-        "test_write_indices.py", "test_write_plan.py",
+        "test_interruptions.py", "test_page_pool.py", "test_planted.py", "test_scheduler.py",
+        "test_validate.py", "test_write_indices.py", "test_write_plan.py",
     ),
     "safetensors": (
         "checkpoints.py", "test_checkpoint.py", "test_cli.py", "test_interruptions.py",

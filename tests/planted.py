@@ -1,10 +1,25 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Plants a bug: one snippet of a module's source replaced, the modules around it made anew."""
+"""Plants a bug: one snippet of a module's source replaced, the modules around it made anew.
+
+A file that plants lists its bugs as PLANTED, (full name of the module, snippet, what stands there
+instead), for test_planted.py, which looks for each snippet in the source.
+"""
 
 import pathlib
 import sys
 import types
 from collections.abc import Sequence
+
+
+class NotPlantedError(Exception):
+    """The bug is not in the source. No AssertionError: those are what a bug should cause."""
+
+
+def replace_once(source: str, old: str, new: str) -> str:
+    """`source` with `old`, which must occur once, replaced by `new`."""
+    if source.count(old) != 1:
+        raise NotPlantedError(f"{source.count(old)} times in the source: {old!r}")
+    return source.replace(old, new)
 
 
 def plant(
@@ -23,8 +38,7 @@ def plant(
         path = pathlib.Path(str(sys.modules[full_name].__file__))
         source = path.read_text()
         if module_name == name:
-            assert source.count(old) == 1, f"the snippet occurs {source.count(old)} times"
-            source = source.replace(old, new)
+            source = replace_once(source, old, new)
         module = types.ModuleType(full_name)
         module.__file__ = str(path)
         monkeypatch.setitem(sys.modules, full_name, module)

@@ -69,6 +69,11 @@ BUGS = {
 }
 
 
+PLANTED = [
+    (f"{package.__name__}.mosaic_gpu{suffix}", old, new) for suffix, old, new, _ in BUGS.values()
+]
+
+
 def _run(monkeypatch, name, old, new):
     """What is wrong with the result of a call whose kernels have a bug; None if nothing is."""
     plant(monkeypatch, package, _MODULES, f"mosaic_gpu{name}", old, new)

@@ -667,6 +667,13 @@ def _leave_out(monkeypatch, walk, call):
         monkeypatch.setattr(walk, "_find_shifts", lambda *args: None)
 
 
+NOTHING = ("mosaic_tpu", '"""Ragged paged attention on TPU', '"""Attention on TPU')
+PLANTED = [
+    (f"{package.__name__}.{module}", old, new)
+    for module, old, new, *_ in (*BUGS.values(), NOTHING)
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(n, id=f"{n}-{b[4]}-{b[5]}") for n, b in BUGS.items()]
 )
@@ -681,8 +688,7 @@ def test_bug_is_caught(name, monkeypatch):
 @pytest.mark.parametrize("call", CONTROLS, ids=lambda call: call.id)
 def test_without_a_bug_nothing_shows(call, monkeypatch):
     """The same machinery with nothing planted."""
-    old = '"""Ragged paged attention on TPU'
-    module = plant(monkeypatch, package, _MODULES, "mosaic_tpu", old, '"""Attention on TPU')
+    module = plant(monkeypatch, package, _MODULES, *NOTHING)
     _stream(monkeypatch, module, call)
     _leave_out(monkeypatch, package.mosaic_tpu_walk, call)
     assert _symptom(module, call, "on_wait") is None

@@ -81,15 +81,20 @@ BUGS = {
     "e5m2_infinity": ("_convert", "| 1 << (info.nmant - 1)", "", E5M2, "bytes"),
     "bf16_nan": ("_convert", "sign | _nan_code(dtype), jnp", "sign, jnp", BF16, "bytes"),
 }  # fmt: skip
+NOTHING = ("", '"""Writes on Hopper', '"""Writes on a Hopper')
+PLANTED = [
+    (f"{kv_write.__name__}.mosaic_gpu{suffix}", old, new)
+    for suffix, old, new, *_ in (*BUGS.values(), NOTHING)
+]
 CONTROLS = [
     *(PAGES, MANY, LONG, HOLES, SLICES, LIVE_SLICES, TOKENS, PADDED),
     *(INT8, E4M3, E5M2, BF16, COPIES),
 ]
 
 
-def _plant(monkeypatch, name, old, new):
+def _plant(monkeypatch, suffix, old, new):
     modules = ("mosaic_gpu_convert", "mosaic_gpu")
-    plant(monkeypatch, kv_write, modules, name, old, new)
+    plant(monkeypatch, kv_write, modules, f"mosaic_gpu{suffix}", old, new)
 
 
 def _run(call):
@@ -118,12 +123,12 @@ def _symptom(call):
 @pytest.mark.parametrize("name", [pytest.param(n, id=f"{n}-{b[4]}") for n, b in BUGS.items()])
 def test_gpu_bug_is_caught(name, monkeypatch):
     suffix, old, new, case, symptom = BUGS[name]
-    _plant(monkeypatch, f"mosaic_gpu{suffix}", old, new)
+    _plant(monkeypatch, suffix, old, new)
     assert _symptom(make(case)) in symptom.split("/")
 
 
 @pytest.mark.parametrize("case", CONTROLS, ids=lambda case: case.id)
 def test_without_a_gpu_bug_nothing_shows(case, monkeypatch):
     """The same machinery with nothing planted."""
-    _plant(monkeypatch, "mosaic_gpu", '"""Writes on Hopper', '"""Writes on a Hopper')
+    _plant(monkeypatch, *NOTHING)
     assert _symptom(make(case)) is None

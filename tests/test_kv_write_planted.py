@@ -385,6 +385,17 @@ ORACLE_BUGS = {
 }
 
 
+NOTHING = ("mosaic_tpu", '"""Writes on TPU', '"""Writes on a TPU')
+PLANTED = [
+    (f"{kv_write.__name__}.{module}", old, new)
+    for module, old, new, *_ in (
+        *(("oracle", *bug) for bug in ORACLE_BUGS.values()),
+        *KERNEL_BUGS.values(),
+        NOTHING,
+    )
+]
+
+
 @pytest.mark.parametrize("name", ORACLE_BUGS)
 def test_oracle_bug_is_caught(name, monkeypatch):
     old, new, case = ORACLE_BUGS[name]
@@ -405,5 +416,5 @@ def test_kernel_bug_is_caught(name, monkeypatch):
 @pytest.mark.parametrize("case", CONTROLS, ids=lambda case: case.id)
 def test_without_a_bug_nothing_shows(case, monkeypatch):
     """The same machinery with nothing planted."""
-    module = _plant(monkeypatch, "mosaic_tpu", '"""Writes on TPU', '"""Writes on a TPU')
+    module = _plant(monkeypatch, *NOTHING)
     assert _symptom(make(case), module, "on_wait") is None

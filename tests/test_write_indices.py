@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import pallas_paged
 from pallas_paged.kv_write import indices
 from tests.cases import INT_MAX, INT_MIN
+from tests.planted import replace_once
 
 # (S, M, page_size, T): few, because each is a program to compile.
 SHAPES = ((8, 6, 3, 24), (3, 4, 16, 70), (5, 7, 1, 11), (1, 3, 3, 8))
@@ -430,10 +431,7 @@ FAULTS = {
         "is_seq = jnp.arange(max_seqs) < num_seqs[0] - 1",
     ),
     "padding rows are searched": ("jnp.where(is_seq, q_end, num_tokens)", "q_end"),
-    "searched from the left": (
-        'jnp.searchsorted(q_end, tokens, side="right")',
-        'jnp.searchsorted(q_end, tokens, side="left")',
-    ),
+    "searched from the left": ('side="right", method', 'side="left", method'),
     "tokens behind the last sequence": ("(nth >= 0) & (nth < q_len[seq])", "(nth >= 0)"),
     "page sources a token late": (
         "token_start = q_start[seq] +",
@@ -467,14 +465,16 @@ FAULTS = {
 }
 
 
+PLANTED = [(indices.__name__, *fault) for fault in FAULTS.values()]
+
+
 def planted(old, new):
     """write_indices from the module's source with one snippet replaced."""
-    source = inspect.getsource(indices)
-    assert source.count(old) == 1, f"{source.count(old)} times in the source: {old}"
+    source = replace_once(inspect.getsource(indices), old, new)
     module = types.ModuleType("planted_indices")
     sys.modules[module.__name__] = module
     try:
-        exec(compile(source.replace(old, new), "planted_indices", "exec"), module.__dict__)
+        exec(compile(source, "planted_indices", "exec"), module.__dict__)
     finally:
         del sys.modules[module.__name__]
     return jax.jit(module.write_indices, static_argnames=("page_size", "num_tokens"))
@@ -515,5 +515,6 @@ def test_the_checks_pass_without_a_fault():
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_checks_find_planted_faults(name):
+    faulty = planted(*FAULTS[name])
     with pytest.raises(AssertionError):
-        check_all(planted(*FAULTS[name]))
+        check_all(faulty)
