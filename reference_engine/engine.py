@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -134,6 +134,19 @@ def run_step(
 ) -> tuple[jax.Array, jax.Array]:
     """`model_step` on the device of now; donates the pool."""
     return jitted_step(dispatch.platform())(params, kv_pages, packed, **options)
+
+
+def _outputs(
+    plan: StepPlan, tokens: list[int], extras: list, finished: Sequence[Request],
+    aborted: Set[int],
+) -> list[Output]:
+    """Of every request that got a token and is there to take it."""
+    reasons = {request.request_id: request.finish_reason for request in finished}
+    return [
+        Output(segment.request_id, token, reasons.get(segment.request_id), *extra)
+        for segment, token, extra in zip(plan.segments, tokens, extras, strict=True)
+        if segment.samples and segment.request_id not in aborted
+    ]
 
 
 class Engine:
@@ -432,15 +445,11 @@ class Engine:
         }
         before = None
         try:
+            aborted = frozenset(self._aborts)
             self._take_aborts()
             before = self._outputs
             finished = self.scheduler.commit(plan, new_tokens)
-            reasons = {request.request_id: request.finish_reason for request in finished}
-            outputs = [
-                Output(segment.request_id, token, reasons.get(segment.request_id), *extra)
-                for segment, token, extra in zip(plan.segments, tokens, extras, strict=True)
-                if segment.samples and self.scheduler.get(segment.request_id) is not None
-            ]
+            outputs = _outputs(plan, tokens, extras, finished, aborted)
             self._finished = finished
             self._outputs = before + outputs
         except BaseException:

@@ -216,9 +216,9 @@ class Scheduler:
           The requests that finished. They hold their pages until `release`.
         """
         finished = []
-        page_size = self.config.page_size
+        page_size, requests = self.config.page_size, self._requests
         for request_id, start, token_ids, page_ids, samples in plan.segments:
-            request = self._requests.get(request_id)
+            request = requests.get(request_id)
             if request is None or request.page_ids is not page_ids or request.num_computed != start:
                 continue  # what the step computed of it has no place any more
             request.num_computed = end = start + len(token_ids)

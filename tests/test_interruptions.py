@@ -413,9 +413,10 @@ def interrupted_step(engine, after):
 
     def on_line(frame, event, argument):
         nonlocal left
-        # A `with` is left by one instruction, which no interrupt divides, and by a line event.
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and not line.lstrip().startswith("with "):
+        # A `with` is left by one instruction, which no interrupt divides, and by a line event; a
+        # `return` out of it has one more behind its value.
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
+        if event == "line" and not line.startswith(("with ", "return self._hand_over()")):
             left -= 1
             if left == 0:
                 raise Interrupt
@@ -459,7 +460,7 @@ def test_a_step_may_be_interrupted_at_any_line(is_tight):
         for output in outputs:
             tokens[output.request_id].append(output.token_id)
     collect(engine, tokens)
-    assert num_interrupts > 250
+    assert num_interrupts > 200
     assert set(told) <= set(jobs)
     for i, job in jobs.items():
         want = wanted_tokens(*job)
