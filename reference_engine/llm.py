@@ -103,8 +103,8 @@ class LLM:
         """Reads the folder; refuses it, by name of what is wrong, before memory is allocated.
 
         Args:
-          path: config.json, *.safetensors with or without an index, and, where there are, the
-            tokenizer's files and generation_config.json.
+          path: config.json, model.safetensors or the files that model.safetensors.index.json names,
+            and, where there are, the tokenizer's files and generation_config.json.
           config: see EngineConfig; None for its defaults, cut to the model's longest context.
           dtype: of parameters, activations and pool; "auto" for the checkpoint's.
           seed: for requests that sample and have no seed.
