@@ -84,6 +84,17 @@ SPECIAL = [
     Case("slice_write", 9, 4, 3, 128, "int8", num_rows=22, scale="tensor", block_tokens=4),
     Case("token_write", 16, 4, 2, 128, num_rows=6, is_flat=False, block_tokens=4),
 ]
+# Heads that the pool has more lanes for; k and v that are quantised already.
+SPECIAL += [
+    Case("page_write", 33, 16, 2, 80, entries="holes"),
+    Case("slice_write", 9, 4, 1, 160, "float8_e4m3fn", scale="head", extreme=True),
+    Case("token_write", 21, 4, 3, 32, "float32", "any", "float32", is_flat=False),
+    Case("token_write", 21, 4, 3, 8, "int8", "any", scale="tensor"),
+    Case("page_write", 33, 4, 2, 240, "bfloat16", "any", "float16", is_flat=False),
+    Case("token_write", 33, 4, 2, 128, "float8_e4m3fn", "any", "float8_e4m3fn", scale="head"),
+    Case("page_write", 33, 16, 3, 64, "float8_e5m2", "holes", "float8_e5m2", is_flat=False),
+    Case("slice_write", 9, 4, 1, 96, "int8", "any", "int8", scale="tensor"),
+]
 COPIES = [
     Case("copy_pages", 5, 4, 2, 128, "bfloat16", "holes"),
     Case("copy_pages", 19, 1, 1, 64, "int8", "holes"),

@@ -21,6 +21,7 @@ __all__ = [
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -50,6 +51,8 @@ _VMEM_LIMIT = 14 * 2**20
 ENTRIES_PER_STEP = 8192
 # At most this many DMAs in one unrolled body: past it the issue cost no longer falls.
 _MAX_UNROLL = 16
+# Which floats hold an 8-bit code, as a number, on their way to an int8 pool.
+_CODES_AS = jnp.bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +113,8 @@ def unsupported(kv_pages, k, num_kv_heads: int, head_dim: int) -> str | None:
     """Why the kernels cannot run a write, as a sentence; None if they can."""
     if k.dtype == jnp.float16:
         return "a TPU has no float16; cast k and v to bfloat16 or float32"
+    if layout.is_quantized(k.dtype):
+        k = jax.ShapeDtypeStruct(k.shape, _CODES_AS)
     reason = unsupported_pool(kv_pages)
     if reason is None:
         smallest = vmem_bytes(slots_of(kv_pages, k, num_kv_heads), k, Config(16))
@@ -129,6 +134,26 @@ def unsupported_pool(kv_pages) -> str | None:
     return None
 
 
+def _takes_codes(write):
+    """A write that also takes k and v in the pool's own 8-bit dtype, and stores their very bits.
+
+    They go as the numbers from -128 to 127, whatever they stand for: an int8 pool's quantising by 1
+    changes none.
+    """
+
+    @functools.wraps(write)
+    def wrapped(kv_pages, k, v, *metadata, k_scale, v_scale, **options):
+        if not layout.is_quantized(k.dtype):
+            return write(kv_pages, k, v, *metadata, k_scale=k_scale, v_scale=v_scale, **options)
+        k, v = (lax.bitcast_convert_type(x, jnp.int8).astype(_CODES_AS) for x in (k, v))
+        pool = lax.bitcast_convert_type(kv_pages, jnp.int8)
+        pool = write(pool, k, v, *metadata, k_scale=None, v_scale=None, **options)
+        return lax.bitcast_convert_type(pool, kv_pages.dtype)
+
+    return wrapped
+
+
+@_takes_codes
 def page_write(
     kv_pages, k, v, page_ids, token_starts, *, k_scale, v_scale, num_kv_heads, config
 ):
@@ -156,6 +181,7 @@ def page_write(
     )
 
 
+@_takes_codes
 def slice_write(
     kv_pages, k, v, slices, num_slices, *, k_scale, v_scale, num_kv_heads, config
 ):
@@ -183,6 +209,7 @@ def slice_write(
     )
 
 
+@_takes_codes
 def token_write(kv_pages, k, v, slots, *, k_scale, v_scale, num_kv_heads, config):
     """See api.token_write. One DMA a token, whatever the slots."""
     if k.shape[0] == 0:
