@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_paged
 from pallas_paged import dispatch, layout, ragged_paged_attention
 from pallas_paged.ragged_paged_attention import mosaic_gpu, mosaic_tpu
 from pallas_paged.ragged_paged_attention.mosaic_gpu import Config
@@ -226,6 +227,98 @@ def test_absurd_metadata_ends_in_bounds(name):
     case = dataclasses.replace(case, **absurd)
     out, _ = run_kernels(case, {"sm_scale": 0.1, "num_kv_heads": 1}, detect_races=False)
     assert out.shape == case.q.shape
+
+
+# ---- Tables that people have: shared pages, rings, more rows than tokens, and large ones
+
+
+def _shared_prefixes(case):
+    """Every sequence begins with the pages of the first: two whole ones."""
+    table = case.page_indices.copy()
+    table[1 : len(case.keys), :2] = table[0, :2]
+    return dataclasses.replace(case, page_indices=table)
+
+
+def _rings(case):
+    """Pages of a sequence that come round again, as an engine with a window keeps them."""
+    table = case.page_indices.copy()
+    for row, keys in zip(table, case.keys, strict=False):
+        count = max(1, -(-len(keys) // 16 // 2))
+        row[: 2 * count] = np.resize(row[:count], 2 * count)
+    return dataclasses.replace(case, page_indices=table)
+
+
+def _fewer_tokens_than_rows(case):
+    """The last rows are the tokens; those before them have no position and are 0."""
+    lens = case.kv_lens.copy()
+    lens[1] = 20  # of 40 new ones
+    return dataclasses.replace(case, kv_lens=lens)
+
+
+TABLES = {
+    "shared prefixes": ([(1, 70), (40, 90), (3, 40), (20, 33)], _shared_prefixes),
+    "rings": ([(1, 70), (40, 90), (3, 40), (20, 33)], _rings),
+    "more rows than tokens": ([(1, 70), (40, 90), (3, 40), (20, 33)], _fewer_tokens_than_rows),
+}
+if ON_GPU:
+    RNG = np.random.default_rng(5)
+    TABLES |= {
+        "4,096 sequences": (
+            [(int(n % 3 + 1), int(n)) for n in RNG.integers(3, 300, 4096)], lambda case: case,
+        ),
+        "150,001 keys": ([(1, 150_001), (200, 150_001)], lambda case: case),
+    }  # fmt: skip
+
+
+@needs_new_jax
+@pytest.mark.parametrize("name", TABLES)
+def test_tables(name):
+    lens, change = TABLES[name]
+    case, options = Call(tuple(lens), heads=(2, 1), head_dim=64, config=SMALL).make()
+    case = change(case)
+    found = mismatch(*run_kernels(case, options, detect_races=False), *run_oracle(case, options))
+    assert found is None, found
+
+
+@needs_new_jax
+@pytest.mark.skipif(not ON_GPU, reason="9 GB")
+def test_a_pool_of_more_than_2_to_the_32_values():
+    """The last pages are written, copied and read where they are."""
+    num_pages, heads, dim = 131_072 + 64, 8, 128
+    pool = layout.make_kv_pages(num_pages, 16, heads, dim)
+    assert pool.size > 2**32
+    small = layout.make_kv_pages(64, 16, heads, dim)
+    first = num_pages - 64
+    rng = np.random.default_rng(0)
+    k, v = (jnp.asarray(rng.standard_normal((512, heads, dim)), jnp.bfloat16) for _ in "kv")
+    pages = jnp.asarray(rng.permutation(32), jnp.int32)
+    slots = jnp.asarray(rng.permutation(np.arange(512, 1024))[:100], jnp.int32)
+    src, dst = jnp.arange(8, dtype=jnp.int32), jnp.arange(50, 58, dtype=jnp.int32)
+
+    def write(pool, base):
+        options = {"backend": "mosaic_gpu"}
+        pool = pallas_paged.page_write(pool, k, v, pages + base, **options)
+        pool = pallas_paged.token_write(pool, k[:100], v[:100], slots + 16 * base, **options)
+        slices = jnp.array([[16 * (58 + base) + 3], [7], [11]], jnp.int32)
+        pool = pallas_paged.slice_write(pool, k, v, slices, jnp.array([1], jnp.int32), **options)
+        return pallas_paged.copy_pages(pool, src + base, dst + base, **options)
+
+    pool, small = write(pool, first), write(small, 0)
+    np.testing.assert_array_equal(
+        np.asarray(pool[first:]).view(np.uint16), np.asarray(small).view(np.uint16)
+    )
+    assert not jnp.any(pool[: num_pages // 2]) and not jnp.any(pool[num_pages // 2 : first])
+    table = jnp.asarray(rng.permutation(32)[None], jnp.int32)
+    kv_lens, cu_q_lens, num_seqs = (jnp.array(x, jnp.int32) for x in ([400], [0, 80], [1]))
+    q = jnp.asarray(rng.standard_normal((80, 32, dim)), jnp.bfloat16)
+
+    def attend(pool, base):
+        return ragged_paged_attention(
+            q, pool, kv_lens, table + base, cu_q_lens, num_seqs, sm_scale=0.1, num_kv_heads=heads,
+            backend="mosaic_gpu",
+        )
+
+    np.testing.assert_array_equal(attend(pool, first), attend(small, 0))
 
 
 def _lower(call: Call, **options):
