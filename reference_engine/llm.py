@@ -19,7 +19,7 @@ from reference_engine.compiles import use_persistent_cache
 from reference_engine.config import EngineConfig
 from reference_engine.engine import Engine, Output
 from reference_engine.request import FinishReason, SamplingParams
-from reference_engine.tokenizer import Detokenizer, Message, StopStrings, Tokenizer
+from reference_engine.tokenizer import Message, StopStrings, Tokenizer
 from reference_engine.weights import load_params, param_shapes
 
 Prompt = str | Sequence[int]
@@ -214,7 +214,13 @@ class LLM:
         use_tqdm: bool = True,
         **options: Any,
     ) -> list[RequestOutput]:
-        """Completes a conversation; `options` are for the chat template. See `generate`."""
+        """Completes a conversation.
+
+        Args:
+          messages, **options: see `Tokenizer.apply_chat_template`: `tools`, `chat_template`,
+            `chat_template_kwargs`, `add_generation_prompt`, `continue_final_message` and others.
+          params, use_tqdm: see `generate`.
+        """
         return self.generate(self.chat_prompt(messages, **options), params, use_tqdm=use_tqdm)
 
     def chat_prompt(self, messages: Sequence[Message], **options: Any) -> list[int]:
@@ -320,7 +326,7 @@ class _Stream:
         self._waiting: list[int] = []  # tokens without their text
         self._detokenizer = None
         if tokenizer is not None:
-            self._detokenizer = Detokenizer(tokenizer.decode, job.prompt_ids)
+            self._detokenizer = tokenizer.detokenizer(job.prompt_ids)
         self._stop = StopStrings(job.params.stop)
         self._num_tokens = 0
 

@@ -130,7 +130,7 @@ def test_a_chat_is_laid_out_by_its_template(tmp_path):
 
 def test_a_template_may_stand_in_a_file_of_its_own_or_in_a_list(tmp_path):
     folder = folder_with(tmp_path, template=[{"name": "default", "template": "listed"}])
-    assert Tokenizer(folder).apply_chat_template([]) == "listed"
+    assert Tokenizer(folder).apply_chat_template([{"content": "é"}]) == "listed"
     (folder / "chat_template.jinja").write_text("{{ messages | tojson }}{{ strftime_now('%%') }}")
     assert Tokenizer(folder).apply_chat_template([{"content": "é"}]) == '[{"content": "é"}]%'
 
