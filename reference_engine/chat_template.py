@@ -131,6 +131,11 @@ def _choose(
             raise ValueError(
                 f"chat: chat_template is {wanted!r}; wanted a template's name or its text"
             )
+        if wanted not in templates and "{" not in wanted:  # a name, then
+            raise ValueError(
+                f"chat: {folder} has no chat template {wanted!r}; wanted a template's text, or one"
+                f" of its names: {', '.join(sorted(templates)) or 'it has none'}"
+            )
         return templates.get(wanted) or ChatTemplate(wanted, "chat_template")
     if not templates:
         raise ValueError(
@@ -242,9 +247,10 @@ def _messages(messages: Any, form: str) -> list[dict[str, Any]]:
         message = {name: value for name, value in message.items() if value is not None}
         content = message.get("content")
         if isinstance(content, list | tuple):
-            texts = [_text_of(part, f"{where}.content[{j}]") for j, part in enumerate(content)]
+            parts = [_text_part(part, f"{where}.content[{j}]") for j, part in enumerate(content)]
+            message["content"] = parts
             if form == "string":
-                message["content"] = "\n".join(texts)
+                message["content"] = "\n".join(part["text"] for part in parts)
         elif isinstance(content, str) and form == "openai":
             message["content"] = [{"type": "text", "text": content}]
         reasoning = next((message[name] for name in _REASONING if name in message), None)
@@ -256,22 +262,22 @@ def _messages(messages: Any, form: str) -> list[dict[str, Any]]:
     return chat
 
 
-def _text_of(part: Any, where: str) -> str:
-    """The text of a part of a message."""
+def _text_part(part: Any, where: str) -> dict[str, Any]:
+    """A part of a message in the form that templates know: of type "text", with a `text`."""
     if isinstance(part, str):
-        return part
+        return {"type": "text", "text": part}
     if not isinstance(part, dict):
         raise ValueError(f"chat: {where} is {part!r}; wanted an object with `type` and `text`")
     kind = part.get("type", "text")
-    name = "refusal" if kind == "refusal" else "text"
     if kind not in ("text", "input_text", "output_text", "refusal"):
         raise ValueError(
             f"chat: {where} is of type {kind!r}; only text is served: wanted"
             ' {"type": "text", "text": "..."}'
         )
+    name = "refusal" if kind == "refusal" else "text"
     if not isinstance(part.get(name), str):
         raise ValueError(f"chat: {where}.{name} is {part.get(name)!r}; wanted a text")
-    return part[name]
+    return part if kind == "text" else {"type": "text", "text": part[name]}
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -316,11 +322,8 @@ def _mark_final(chat: list[dict[str, Any]], field: bool | str) -> str:
     value = final.get(name)
     if name == "content" and isinstance(value, list | tuple) and value:  # its last part
         *parts, last = value
-        if isinstance(last, str):
-            last = {"type": "text", "text": last}
-        key = "refusal" if last.get("type") == "refusal" else "text"
-        final[name] = [*parts, last | {key: last[key] + _CUT}]
-        return last[key]
+        final[name] = [*parts, last | {"text": last["text"] + _CUT}]
+        return last["text"]
     if not isinstance(value, str):
         raise ValueError(
             f"chat: continue_final_message: the last message's `{name}` is {value!r}; wanted a"
@@ -367,7 +370,10 @@ def _templates_in(file: pathlib.Path, raw: Mapping[str, Any]) -> dict[str, ChatT
             f"{file}: `chat_template` is {str(raw['chat_template'])[:80]!r}; wanted a text, or a"
             " list of objects with `name` and `template`"
         )
-    return {name: ChatTemplate(text, f"{file} (`{name}`)") for name, text in found.items()}
+    return {
+        name: ChatTemplate(text, f"{file} (`chat_template` {name!r})")
+        for name, text in found.items()
+    }
 
 
 @functools.lru_cache(maxsize=32)
@@ -376,7 +382,8 @@ def _takes_parts(template: ChatTemplate) -> bool:
 
     One that does not would print Python's form of a list, fail, or leave the content out. Seen are
     loops over a message's `content`, filters that take its parts' attributes and parts taken by
-    number, also by way of a variable or a macro's argument.
+    number, also by way of a variable or a macro's argument. One that never looks at a content, or
+    only puts it into JSON, takes it as it comes.
     """
     nodes = import_extra("jinja2.nodes")
     try:
@@ -409,10 +416,14 @@ def _takes_parts(template: ChatTemplate) -> bool:
     pairs = list(_bindings(tree, nodes))
     for _ in pairs:  # at the most so many steps
         names |= {name for name, value in pairs if is_content(value)}
+    filters = list(tree.find_all(nodes.Filter))
+    accesses = list(tree.find_all((nodes.Getattr, nodes.Getitem)))
+    is_dumped = sum(f.name == "tojson" and is_content(f.node) for f in filters)
     return (
         any(is_content(loop.iter) for loop in tree.find_all(nodes.For))
-        or any(f.name in _OF_PARTS and is_content(f) for f in tree.find_all(nodes.Filter))
-        or any(is_part(item.node) for item in tree.find_all((nodes.Getattr, nodes.Getitem)))
+        or any(f.name in _OF_PARTS and is_content(f.node) for f in filters)
+        or any(is_part(access.node) for access in accesses)
+        or is_dumped == sum(is_content(access) for access in accesses)  # `messages | tojson`, too
     )
 
 

@@ -70,15 +70,15 @@ class Tokenizer:
         """Token ids of a text, with what the tokenizer puts around one unless told not to.
 
         Raises:
-          ValueError: it is no text, or has half of a surrogate pair.
+          ValueError: it is no text, or has half a character.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"encode: {text!r} is a {type(text).__name__}; wanted a str")
         try:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        except TypeError as error:
-            raise ValueError(
-                f"encode: {str(text)[:80]!r} is a {type(text).__name__}; wanted a str without"
-                " halves of surrogate pairs"
-            ) from error
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{text!r}: no text, because UTF-8 has none of it: {error}") from error
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids, special tokens left out unless told not to."""
