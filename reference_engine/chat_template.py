@@ -20,6 +20,7 @@ from reference_engine.checkpoint import import_extra
 
 Message = Mapping[str, Any]
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing, the usual first
+_SPEAKERS = ("system", "developer", "user", "assistant")
 _FORMATS = ("auto", "string", "openai")
 _OF_PARTS = ("map", "selectattr", "rejectattr")  # filters that only a list of parts has use for
 _OF_LISTS = ("list", "select", "reject", "reverse", "default", "d")
@@ -155,11 +156,8 @@ def _run(template: ChatTemplate, variables: Mapping[str, Any]) -> str:
     try:
         return _compile(template.text).render(variables)
     except Exception as error:  # a template is a program, which fails in every way
-        kind = (
-            ""
-            if isinstance(error, import_extra("jinja2").TemplateError)
-            else (f"{type(error).__name__}: ")
-        )
+        is_its_own = isinstance(error, import_extra("jinja2").TemplateError)
+        kind = "" if is_its_own else f"{type(error).__name__}: "
         raise ValueError(f"chat: the template of {template.where} says: {kind}{error}") from error
 
 
@@ -246,7 +244,7 @@ def _messages(messages: Any, form: str) -> list[dict[str, Any]]:
             )
         message = {name: value for name, value in message.items() if value is not None}
         content = message.get("content")
-        if isinstance(content, list | tuple):
+        if _is_in_parts(message):
             parts = [_text_part(part, f"{where}.content[{j}]") for j, part in enumerate(content)]
             message["content"] = parts
             if form == "string":
@@ -260,6 +258,15 @@ def _messages(messages: Any, form: str) -> list[dict[str, Any]]:
     if not chat:
         raise ValueError("chat: messages is empty; wanted a message or more")
     return chat
+
+
+def _is_in_parts(message: Mapping[str, Any]) -> bool:
+    """Whether a message's content is a list of parts: what a tool returns may be any list."""
+    content = message.get("content")
+    return isinstance(content, list | tuple) and (
+        message.get("role") in _SPEAKERS
+        or any(isinstance(part, dict) and "type" in part for part in content)
+    )
 
 
 def _text_part(part: Any, where: str) -> dict[str, Any]:
@@ -290,7 +297,8 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         return {_plain(key, where): _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_plain(item, f"{where}[{i}]") for i, item in enumerate(value))
+        items = [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value)]
         return {name: _plain(getattr(value, name), f"{where}.{name}") for name in names}
@@ -320,7 +328,7 @@ def _mark_final(chat: list[dict[str, Any]], field: bool | str) -> str:
     name = field if isinstance(field, str) else "content"
     final = chat[-1]
     value = final.get(name)
-    if name == "content" and isinstance(value, list | tuple) and value:  # its last part
+    if name == "content" and value and _is_in_parts(final):  # its last part
         *parts, last = value
         final[name] = [*parts, last | {"text": last["text"] + _CUT}]
         return last["text"]

@@ -106,9 +106,10 @@ class Tokenizer:
 
         Args:
           messages: `{"role": ..., "content": ...}` each, and what else the template knows, such as
-            `tool_calls` and `reasoning_content`. `content` is a text or a list of parts,
-            `{"type": "text", "text": ...}`; a template that does not go through parts gets their
-            texts, joined by a line break.
+            `tool_calls` (with `arguments` as objects: templates write them as JSON) and
+            `reasoning_content`. `content` is a text or a list of parts, `{"type": "text", "text":
+            ...}`; a template that does not go through parts gets their texts, joined by a line
+            break.
           chat_template_kwargs: variables for the template, such as `enable_thinking`; it may hold
             any of the options as well.
           **options: the names of vLLM and transformers, and variables for the template.

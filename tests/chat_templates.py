@@ -33,7 +33,9 @@ LLAMA3 = """
         {%- set date_string = "26 Jul 2024" %}
     {%- endif %}
 {%- endif %}
-{%- macro header(role) %}{{ '<|start_header_id|>' ~ role ~ '<|end_header_id|>\\n\\n' }}{% endmacro %}
+{%- macro header(role) %}
+    {{- '<|start_header_id|>' ~ role ~ '<|end_header_id|>\\n\\n' }}
+{%- endmacro %}
 {{- header('system') }}
 {%- if tools is not none %}{{ 'Environment: ipython\\n' }}{% endif %}
 {{- 'Today Date: ' + date_string + '\\n\\n' }}
@@ -47,13 +49,16 @@ LLAMA3 = """
 {{- '<|eot_id|>' }}
 {%- for message in messages %}
     {%- if message.tool_calls %}
-        {%- if message.tool_calls | length != 1 %}{{ raise_exception('One call at a time!') }}{% endif %}
+        {%- if message.tool_calls | length != 1 %}
+            {{- raise_exception('One call at a time!') }}
+        {%- endif %}
         {%- set call = message.tool_calls[0].function %}
         {{- header('assistant') + '{"name": "' + call.name + '", "parameters": ' }}
         {{- call.arguments | tojson }}{{ '}<|eot_id|>' }}
     {%- elif message.role in ['tool', 'ipython'] %}
         {{- header('ipython') }}
-        {%- if message.content is mapping %}{{ message.content | tojson }}
+        {%- if message.content is mapping or message.content is not string %}
+            {{- message.content | tojson }}
         {%- else %}{{ message.content }}{% endif %}{{ '<|eot_id|>' }}
     {%- else %}
         {{- header(message.role) + message.content | trim + '<|eot_id|>' }}
@@ -92,7 +97,9 @@ QWEN2 = """
             {{- "<|im_start|>user" }}
         {%- endif %}
         {{- "\\n<tool_response>\\n" + message.content + "\\n</tool_response>" }}
-        {%- if loop.last or messages[loop.index0 + 1].role != "tool" %}{{ "<|im_end|>\\n" }}{% endif %}
+        {%- if loop.last or messages[loop.index0 + 1].role != "tool" %}
+            {{- "<|im_end|>\\n" }}
+        {%- endif %}
     {%- else %}
         {{- "<|im_start|>" + message.role + "\\n" + message.content + "<|im_end|>" + "\\n" }}
     {%- endif %}
@@ -110,7 +117,9 @@ QWEN3 = """
         {%- set ns.last = index %}
     {%- endif %}
 {%- endfor %}
-{%- if tools %}{{ '<tools>\\n' ~ (tools | map('tojson') | join('\\n')) ~ '\\n</tools>\\n' }}{% endif %}
+{%- if tools %}
+    {{- '<tools>\\n' ~ (tools | map('tojson') | join('\\n')) ~ '\\n</tools>\\n' }}
+{%- endif %}
 {%- for message in messages %}
     {%- if message.content is string %}
         {%- set content = message.content %}
@@ -167,7 +176,8 @@ MISTRAL = """
 {%- for turn in turns %}
     {%- if turn['role'] == 'user' %}
         {%- if names and loop.last %}
-            {{- '[AVAILABLE_TOOLS]' + (tools | tojson(separators=(',', ':'))) + '[/AVAILABLE_TOOLS]' }}
+            {{- '[AVAILABLE_TOOLS]' + (tools | tojson(separators=(',', ':'))) }}
+            {{- '[/AVAILABLE_TOOLS]' }}
         {%- endif %}
         {{- '[INST] ' }}{% if loop.last and system is defined %}{{ system + '\\n\\n' }}{% endif %}
         {{- turn['content'] + '[/INST]' }}
@@ -257,7 +267,9 @@ DEEPSEEK = """
         {%- set ns.is_tool = true %}{{ '<\uff5ctool\uff5c>' + content }}
     {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt and not ns.is_tool %}{{ '<\uff5cAssistant\uff5c><think>\\n' }}{% endif %}
+{%- if add_generation_prompt and not ns.is_tool %}
+    {{- '<\uff5cAssistant\uff5c><think>\\n' }}
+{%- endif %}
 """
 
 # Goes through parts in a macro, sorts documents, and prints whatever it is given.
@@ -273,9 +285,10 @@ PARTS = """
 {%- for m in messages %}[{{ m.role }}|{{ m.name if m.name is defined }}|{{ words(m.content) }}]
 {% endfor %}
 {%- if tools is none %}no tools{% endif %}{% if documents is none %} no documents{% endif %}
-{{ unknown_token }}{{ unknown is defined }} {{ pad_token }} {{ image_token }} {{ eos_token is defined }}
-{{ {'b': '\u00e9<&', 'a': [1.5, none, true]} | tojson(indent=1, ensure_ascii=true, sort_keys=true) }}
-{{ range(3) | list }} {{ dict(a=1).a }} {{ cycler('x', 'y').next() }} {{ strftime_now('%Y') | length }}
+{{ unknown_token }}{{ unknown is defined }} {{ pad_token }} {{ image_token }}
+{{ {'b': '\u00e9<&', 'a': [1.5, none]} | tojson(indent=1, ensure_ascii=true, sort_keys=true) }}
+{{ range(3) | list }} {{ dict(a=1).a }} {{ cycler('x', 'y').next() }}
+{{ eos_token is defined }} {{ strftime_now('%Y') | length }}
 {{- mode | default('plain') }} {{ add_generation_prompt }}
 """
 
@@ -319,12 +332,15 @@ CONVERSATIONS = {
     "empty tools": ([_USER], {"tools": []}),
     "call": ([_USER, _CALL, {"role": "tool", "name": "weather", "content": "22 \u00b0C"},
               {"role": "tool", "content": "23"}], {"tools": TOOLS}),
+    "results": ([_USER, _CALL, {"role": "tool", "content": {"degrees": 22, "sky": "azul \u00e9"}},
+                 {"role": "tool", "content": [1, {"degrees": 2}]}], {"tools": TOOLS}),
     "call with text": ([_USER, _CALL | {"content": "Un momento"}],
                        {"tools": TOOLS, "add_generation_prompt": False}),
     "arguments as text": ([_USER, {"role": "assistant", "content": "", "tool_calls": [
         {"type": "function", "id": "call00002",
          "function": {"name": "f", "arguments": "{\"a\": 1}"}}]}], {}),
-    "documents": ([_USER], {"documents": [{"title": "z", "text": "1"}, {"title": "a", "text": "2"}]}),
+    "documents": ([_USER], {"documents": [{"title": "z", "text": "1"},
+                                          {"title": "a", "text": "2"}]}),
     "variables": ([_USER | {"name": "Eva", "weight": 1}], {"mode": "loud", "bos_token": "<bos>"}),
     "continue": ([_USER, {"role": "assistant", "content": "Hace sol"}],
                  {"continue_final_message": True, "add_generation_prompt": False}),

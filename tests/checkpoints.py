@@ -63,7 +63,9 @@ def sentencepiece_tokenizer() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def write_tokenizer(folder: pathlib.Path, *, tokenizer: dict | None = None, **files) -> pathlib.Path:
+def write_tokenizer(
+    folder: pathlib.Path, *, tokenizer: dict | None = None, **files
+) -> pathlib.Path:
     """Writes the files of a tokenizer, and returns the folder.
 
     Args:

@@ -136,7 +136,7 @@ def test_conversations_are_laid_out_as_transformers_does(family, conversation):
     except Exception as error:  # of the template
         with pytest.raises(ValueError) as refusal:
             tokenizer.apply_chat_template(messages, **options)
-        assert str(refusal.value).endswith(f"says: {error}")
+        assert " says: " in str(refusal.value) and str(refusal.value).endswith(str(error))
         return
     given = (CONVERSATIONS | IN_PARTS)[conversation][0]
     assert tokenizer.apply_chat_template(given, **options) == want
