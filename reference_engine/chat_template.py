@@ -243,7 +243,7 @@ def _messages(messages: Any, form: str) -> list[dict[str, Any]]:
                 " `content`, and one conversation at a time"
             )
         message = {name: value for name, value in message.items() if value is not None}
-        content = message.get("content")
+        content: Any = message.get("content")
         if _is_in_parts(message):
             parts = [_text_part(part, f"{where}.content[{j}]") for j, part in enumerate(content)]
             message["content"] = parts

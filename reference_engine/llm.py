@@ -214,17 +214,14 @@ class LLM:
         use_tqdm: bool = True,
         **options: Any,
     ) -> list[RequestOutput]:
-        """Completes a conversation.
-
-        Args:
-          messages, **options: see `Tokenizer.apply_chat_template`: `tools`, `chat_template`,
-            `chat_template_kwargs`, `add_generation_prompt`, `continue_final_message` and others.
-          params, use_tqdm: see `generate`.
-        """
+        """Completes a conversation; `options` are for the chat template. See `generate`."""
         return self.generate(self.chat_prompt(messages, **options), params, use_tqdm=use_tqdm)
 
     def chat_prompt(self, messages: Sequence[Message], **options: Any) -> list[int]:
-        """Token ids of a conversation, as the model was taught to read it."""
+        """Token ids of a conversation, as the model was taught to read it.
+
+        Args, errors: see `Tokenizer.apply_chat_template`.
+        """
         tokenizer = self._need_tokenizer("chat")
         text = tokenizer.apply_chat_template(messages, **options)
         return tokenizer.encode(text, add_special_tokens=False)  # the template has them

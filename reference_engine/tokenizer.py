@@ -126,6 +126,10 @@ class Tokenizer:
           ValueError: the model has no template, an argument is wrong, or the template refuses the
             messages; the message says which template, and what it says.
         """
+        if not isinstance(chat_template_kwargs, Mapping | None):
+            raise ValueError(
+                f"chat: chat_template_kwargs is {chat_template_kwargs!r}; wanted a dict of variables"
+            )
         return chat_template.render(
             self._templates, self._where, self._special_tokens, messages,
             **(options | dict(chat_template_kwargs or {})),

@@ -142,6 +142,7 @@ def test_messages_that_are_none_are_refused(plain, messages, message):
         ({"chat_template_content_format": "xml"}, "format is 'xml'; wanted one of auto, "),
         ({"chat_template_kwargs": {"messages": []}}, "has `messages`"),
         ({"chat_template_kwargs": {"when": object()}}, r"chat_template_kwargs.when is a object"),
+        ({"chat_template_kwargs": ["thinking"]}, r"kwargs is \['thinking'\]; wanted a dict"),
         ({"tokenize": True}, "`tokenize` is not served"),
         ({"return_tensors": "np"}, "`return_tensors` is not served"),
         ({"chat_template": "tool_use"}, "no chat template 'tool_use'; wanted a template's text"),
