@@ -128,7 +128,7 @@ class Tokenizer:
         """
         if not isinstance(chat_template_kwargs, Mapping | None):
             raise ValueError(
-                f"chat: chat_template_kwargs is {chat_template_kwargs!r}; wanted a dict of variables"
+                f"chat: chat_template_kwargs is {chat_template_kwargs!r}; wanted a dict"
             )
         return chat_template.render(
             self._templates, self._where, self._special_tokens, messages,
