@@ -29,12 +29,22 @@ from reference_engine.batch import (
 from reference_engine.config import EngineConfig, ModelConfig, num_pages_for
 from reference_engine.model import forward, make_pool
 from reference_engine.page_pool import PagePool
-from reference_engine.request import MAX_STOP_IDS, FinishReason, Request, SamplingParams
+from reference_engine.request import (
+    MAX_STOP_IDS,
+    FinishReason,
+    Request,
+    SamplingParams,
+    as_int,
+)
 from reference_engine.sampler import (
+    add_bias,
     greedy,
-    is_greedy,
     log_probabilities,
+    make_bias,
+    make_penalties,
     make_sampling,
+    next_tokens,
+    penalise,
     sample,
 )
 from reference_engine.scheduler import Scheduler, StepPlan
@@ -48,7 +58,7 @@ class Output(NamedTuple):
       request_id: whose it is.
       token_id: the token.
       finish_reason: why the request ended with it; None if it goes on.
-      logits: f32[vocab_size] that the token was taken from; None unless asked for.
+      logits: the model's f32[vocab_size], before any bias or penalty; None unless asked for.
       logprobs: id -> log probability, the token's first, then the likeliest; None unless asked for.
     """
 
@@ -167,7 +177,7 @@ class Engine:
           model_config: their shape.
           config: see EngineConfig.
           eos_token_ids: ids that end a request unless it ignores them.
-          seed: gives every request without a seed of its own one.
+          seed: at least 0; gives every request without a seed of its own one.
           on_finish: called with every request that finished by itself, while its pages are still
             its own (`read_kv` works).
         """
@@ -178,7 +188,12 @@ class Engine:
         self.stats = Stats()
         self._params = params
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._seed = seed
+        number = as_int(seed)
+        require(
+            number is not None and number >= 0, "Engine", "seed", got=f"{seed!r}",
+            wanted="an int >= 0", hint="it is for requests without a seed of their own",
+        )
+        self._seed = number
         self._compiles_after_warm_up: int | None = None
         self._on_finish = on_finish
         self._kv_pages = make_pool(model_config, config.num_pages, config.page_size)
@@ -227,6 +242,8 @@ class Engine:
         for shape in batch_shapes(self.config):
             logits, self._kv_pages = self._run(make_batch_of(shape, (), self.config))
             tokens = sample(logits, make_sampling([], shape.num_seqs))
+            add_bias(logits, make_bias([], shape.num_seqs))
+            penalise(logits, make_penalties([], shape.num_seqs, self.config.max_model_len))
             jax.block_until_ready((greedy(logits), log_probabilities(logits, tokens)))
             if on_shape is not None:
                 on_shape(shape)
@@ -249,10 +266,7 @@ class Engine:
             batch = make_batch(plan.segments, self.config)
             dispatched = time.perf_counter()
             logits, kv_pages = self._run(batch)
-            if all(map(is_greedy, requests)):
-                device_tokens = greedy(logits)
-            else:
-                device_tokens = sample(logits, make_sampling(requests, logits.shape[0]))
+            device_tokens = next_tokens(logits, requests, self.config.max_model_len)
             tokens = np.asarray(device_tokens)[: len(requests)].tolist()
             self.stats.device_seconds += time.perf_counter() - dispatched
             extras = self._extras(requests, device_tokens, logits)
@@ -372,7 +386,7 @@ class Engine:
         vocab_size = self.model_config.vocab_size
         wrong = [
             f"{token!r} at index {i}" for i, token in enumerate(prompt)
-            if not isinstance(token, int | np.integer) or not 0 <= token < vocab_size
+            if (type(token) is not int and as_int(token) is None) or not 0 <= token < vocab_size
         ]
         require(
             not wrong, op, "prompt_ids", got=", ".join(wrong[:1]),
@@ -385,13 +399,19 @@ class Engine:
             hint="shorten it, or raise max_model_len",
         )
         # The last token is never written: nothing reads it.
-        longest = min(len(prompt) + params.max_tokens, config.max_model_len) - 1
+        most = config.max_model_len if params.max_tokens is None else params.max_tokens
+        longest = min(len(prompt) + most, config.max_model_len) - 1
         num_pages = num_pages_for(longest, config.page_size)
         require(
             num_pages <= config.num_pages, op, "prompt_ids",
             got=f"{len(prompt)} tokens long with max_tokens={params.max_tokens}: up to"
             f" {num_pages} pages", wanted=f"at most the pool's {config.num_pages} pages",
             hint="lower max_tokens, shorten the prompt, or raise num_pages",
+        )
+        params.check_ids(op, vocab_size)
+        require(
+            params.n == 1, op, "n", got=f"{params.n}", wanted="1",
+            hint="LLM.generate returns n outputs; an Engine takes a request for each",
         )
         num_stops = len(self._eos_ids(params) | set(params.stop_token_ids))
         require(
