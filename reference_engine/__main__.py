@@ -161,11 +161,12 @@ def _generate() -> None:
         raise ValueError("--model is missing; wanted the folder of a model")
     if not FLAGS.prompt and not FLAGS.prompt_ids:
         raise ValueError("--prompt is missing; wanted a prompt, or --prompt_ids")
-    params = SamplingParams(**{name: FLAGS[name].value for name in (
+    fields: dict[str, Any] = {name: FLAGS[name].value for name in (
         "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
         "presence_penalty", "frequency_penalty", "bad_words", "n", "stop", "ignore_eos",
         "include_stop_str_in_output", "skip_special_tokens",
-    )})
+    )}
+    params = SamplingParams(**fields)
     with _announced():
         config = _serving_config()
     with _interpreted(config):

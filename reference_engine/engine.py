@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -181,6 +181,7 @@ class Engine:
           on_finish: called with every request that finished by itself, while its pages are still
             its own (`read_kv` works).
         """
+        _check_numbers(seed, eos_token_ids)
         self.config = config
         self.model_config = model_config
         self.scheduler = Scheduler(config, PagePool(config.num_pages))
@@ -188,12 +189,7 @@ class Engine:
         self.stats = Stats()
         self._params = params
         self._eos_token_ids = frozenset(eos_token_ids)
-        number = as_int(seed)
-        require(
-            number is not None and number >= 0, "Engine", "seed", got=f"{seed!r}",
-            wanted="an int >= 0", hint="it is for requests without a seed of their own",
-        )
-        self._seed = number
+        self._seed = int(seed)
         self._compiles_after_warm_up: int | None = None
         self._on_finish = on_finish
         self._kv_pages = make_pool(model_config, config.num_pages, config.page_size)
@@ -380,6 +376,15 @@ class Engine:
         """Raises the ValueError that `add_request` would, and changes nothing."""
         op, config = "Engine.add_request", self.config
         require(
+            isinstance(params, SamplingParams), op, "params", got=f"{params!r}",
+            wanted="SamplingParams", hint="or None for greedy ones",
+        )
+        require(
+            hasattr(prompt, "__len__") and not isinstance(prompt, bytes | bytearray | Mapping), op,
+            "prompt_ids", got=f"{prompt!r}", wanted="a list of token ids",
+            hint="an Engine takes no text",
+        )
+        require(
             len(prompt) > 0, op, "prompt_ids", got="empty", wanted="at least one token id",
             hint="start the prompt with the model's beginning-of-text token",
         )
@@ -419,3 +424,15 @@ class Engine:
             got=f"{num_stops} ids, the model's own included", wanted=f"at most {MAX_STOP_IDS}"
             " with min_tokens", hint="name fewer, or leave min_tokens at 0",
         )
+
+
+def _check_numbers(seed: int, eos_token_ids: Sequence[int]) -> None:
+    seed_number, eos = as_int(seed), [as_int(token) for token in eos_token_ids]
+    require(
+        seed_number is not None and seed_number >= 0, "Engine", "seed", got=f"{seed!r}",
+        wanted="an int >= 0", hint="it is for requests without a seed of their own",
+    )
+    require(
+        all(token is not None and 0 <= token < 2**31 for token in eos), "Engine", "eos_token_ids",
+        got=f"{eos_token_ids!r}", wanted="ids in [0, 2**31)", hint="() for none",
+    )

@@ -292,7 +292,12 @@ class LLM:
             "LLM.chat", {name: options.pop(name) for name in _CALL_OPTIONS if name in options},
             _CALL_OPTIONS,
         )
-        options |= options.pop("chat_template_kwargs", None) or {}
+        more = options.pop("chat_template_kwargs", None) or {}
+        require(
+            isinstance(more, Mapping), "LLM.chat", "chat_template_kwargs", got=f"{more!r}",
+            wanted="a dict", hint="of what the template is to know",
+        )
+        options |= more
         prompts = [self.chat_prompt(each, **options) for each in _conversations(messages)]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -323,10 +328,12 @@ class LLM:
         if params is None:
             params = self.get_default_sampling_params()
         each = [params] * len(many) if isinstance(params, SamplingParams) else _listed(params)
+        wrong = [params] if each is None else [
+            one for one in each if not isinstance(one, SamplingParams)
+        ]
         require(
-            each is not None and all(isinstance(one, SamplingParams) for one in each),
-            "LLM.generate", "sampling_params", got=f"{params!r}", wanted="SamplingParams",
-            hint="or a list of them, one for each prompt",
+            not wrong, "LLM.generate", "sampling_params", got=", ".join(map(repr, wrong[:1])),
+            wanted="SamplingParams", hint="or a list of them, one for each prompt",
         )
         assert each is not None
         require(

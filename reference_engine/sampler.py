@@ -161,7 +161,7 @@ def penalise(logits: jax.Array, penalties: Penalties) -> jax.Array:
     """
     p = penalties
     rows = jnp.arange(logits.shape[0])[:, None]
-    places = jnp.arange(p.token_ids.shape[1])[None, :]
+    places = jnp.arange(p.token_ids.shape[1], dtype=jnp.int32)[None, :]
     is_output = (places >= p.num_prompt[:, None]).astype(jnp.float32)
     nothing = jnp.zeros_like(logits)
     counts = nothing.at[rows, p.token_ids].add(is_output, mode="drop")

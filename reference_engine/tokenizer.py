@@ -46,7 +46,15 @@ class Tokenizer:
         self._where = str(folder)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with what the tokenizer puts around one unless told not to."""
+        """Token ids of a text, with what the tokenizer puts around one unless told not to.
+
+        Raises:
+          ValueError: the text has half a character.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{text!r}: no text, because UTF-8 has none of it: {error}") from error
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
