@@ -268,7 +268,8 @@ class SamplingParams:
         ):
             wrong = [token for token in ids if not 0 <= int(token) < vocab_size]
             require(
-                not wrong, op, name, got=", ".join(map(str, wrong[:1])), wanted=f"ids in [0, {vocab_size})",
+                not wrong, op, name, got=", ".join(map(str, wrong[:1])),
+                wanted=f"ids in [0, {vocab_size})",
                 hint="use the tokenizer that the model came with",
             )
         count = len(self.logit_bias) + len(self.bad_words)

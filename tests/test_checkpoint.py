@@ -267,7 +267,7 @@ def sampling(tmp_path, **generation):
           "cache_implementation": "static", "renormalize_logits": True,
           "prompt_lookup_num_tokens": 3, "chat_format": "chatml", "_from_model_config": True}, {}),
     ],
-    ids=range(15),
+    ids=range(14),
 )
 def test_generation_config_is_served(tmp_path, generation, want):
     assert sampling(tmp_path, **generation) == SamplingParams(**want)
