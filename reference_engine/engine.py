@@ -39,11 +39,11 @@ from reference_engine.request import (
 from reference_engine.sampler import (
     add_bias,
     greedy,
+    is_greedy,
     log_probabilities,
     make_bias,
     make_penalties,
     make_sampling,
-    next_tokens,
     penalise,
     sample,
 )
@@ -141,6 +141,29 @@ def run_step(
 ) -> tuple[jax.Array, jax.Array]:
     """`model_step` on the device of now; donates the pool."""
     return jitted_step(dispatch.platform())(params, kv_pages, packed, **options)
+
+
+def next_tokens(
+    logits: jax.Array, requests: Sequence[Request], max_model_len: int
+) -> jax.Array:
+    """The next token of each row: f32[S, V] -> i32[S].
+
+    A batch pays for what one of its requests asks for and for nothing else: what changes logits,
+    and what draws, are programs of their own.
+
+    Args:
+      logits: the model's.
+      requests: of the first rows; the others' tokens mean nothing.
+      max_model_len: most tokens of a request.
+    """
+    num_seqs = logits.shape[0]
+    if any(request.has_bias for request in requests):
+        logits = add_bias(logits, make_bias(requests, num_seqs))
+    if any(request.has_penalties for request in requests):
+        logits = penalise(logits, make_penalties(requests, num_seqs, max_model_len))
+    if all(map(is_greedy, requests)):
+        return greedy(logits)
+    return sample(logits, make_sampling(requests, num_seqs))
 
 
 class Engine:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from reference_engine.compiles import use_persistent_cache
 from reference_engine.config import EngineConfig
 from reference_engine.engine import Engine, Output
 from reference_engine.request import FinishReason, SamplingParams, as_int, refuse_unserved
-from reference_engine.tokenizer import Detokenizer, Message, StopStrings, Tokenizer
+from reference_engine.tokenizer import Message, StopStrings, Tokenizer
 from reference_engine.weights import load_params, param_shapes
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -286,18 +285,12 @@ class LLM:
         Args:
           messages: of a conversation, or a list of conversations.
           sampling_params, use_tqdm: see `generate`.
-          **options: for the chat template; `chat_template_kwargs` is a dict of more of them.
+          **options: for the chat template, see `Tokenizer.apply_chat_template`.
         """
         refuse_unserved(
             "LLM.chat", {name: options.pop(name) for name in _CALL_OPTIONS if name in options},
             _CALL_OPTIONS,
         )
-        more = options.pop("chat_template_kwargs", None) or {}
-        require(
-            isinstance(more, Mapping), "LLM.chat", "chat_template_kwargs", got=f"{more!r}",
-            wanted="a dict", hint="of what the template is to know",
-        )
-        options |= more
         prompts = [self.chat_prompt(each, **options) for each in _conversations(messages)]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -519,10 +512,9 @@ class _Stream:
         params = job.params
         self._includes_stop = params.include_stop_str_in_output
         if tokenizer is not None:
-            decode = functools.partial(
-                tokenizer.decode, skip_special_tokens=params.skip_special_tokens
+            self._detokenizer = tokenizer.detokenizer(
+                job.prompt_ids, skip_special_tokens=params.skip_special_tokens
             )
-            self._detokenizer = Detokenizer(decode, job.prompt_ids)
         self._stop = StopStrings(params.stop, is_included=self._includes_stop)
         self._num_tokens = 0
 

@@ -19,6 +19,7 @@ from pallas_paged.checks import require
 MAX_STOP_IDS = 32  # of one request with min_tokens: their place in the sampler is static
 MAX_BIASED_IDS = 1024  # of one request, by logit_bias and bad_words: static as well
 MAX_LOGPROBS = 20
+MAX_N = 16384  # as vLLM's
 _MAX_FLOAT = float(np.finfo(np.float32).max)  # what the device computes with
 
 # What vLLM's SamplingParams have beside these: name -> (what changes nothing, what to do instead).
@@ -180,7 +181,7 @@ class SamplingParams:
         self._check_int("min_tokens", 0, self.max_tokens, hint="0 lets any token stop it")
         self._check_int("top_k", -1, hint="0 keeps all, as -1 does")
         self._set("top_k", max(self.top_k, 0))
-        self._check_int("n", 1, hint="a prompt has at least one output")
+        self._check_int("n", 1, MAX_N, hint="a prompt has at least one output")
         if self.logprobs is not None:
             self._check_int("logprobs", 0, MAX_LOGPROBS, hint="None reports nothing")
         if self.seed is not None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -60,6 +61,13 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids, special tokens left out unless they are asked for."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def detokenizer(
+        self, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> Detokenizer:
+        """What makes text of the tokens that follow a prompt, while they come."""
+        decode = functools.partial(self.decode, skip_special_tokens=skip_special_tokens)
+        return Detokenizer(decode, prompt_ids)
 
     def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> str:
         """A conversation as the model was taught to read it, ready for the assistant's turn.

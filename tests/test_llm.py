@@ -254,12 +254,14 @@ def test_penalties_choose_what_their_definition_chooses(folder):
     llm = LLM(folder, dataclasses.replace(CONFIG, return_logits=True))
     prompt = llm.tokenizer.encode(PROMPTS[2])
     flat = SamplingParams(max_tokens=30, logit_bias={9: 1.5}, repetition_penalty=1.3,
-                          presence_penalty=0.4, frequency_penalty=0.2)
+                          presence_penalty=0.4, frequency_penalty=0.2, logprobs=0)
     llm.engine.add_request(prompt, flat)
     output, differences = [], 0
     while llm.engine.has_work:
         for step in llm.engine.step():
             logits = step.logits.copy()
+            own = logits[step.token_id] - np.log(np.exp(logits).sum())  # before bias and penalties
+            assert step.logprobs == {step.token_id: pytest.approx(own, rel=1e-4)}
             logits[9] += np.float32(1.5)
             for token in {*prompt, *output}:
                 logits[token] *= np.float32(1.3) if logits[token] <= 0 else 1 / np.float32(1.3)
@@ -364,7 +366,7 @@ def test_a_chat_is_a_prompt_laid_out(llm):
     other = [{"role": "user", "content": "quick"}]
     several = llm.chat(messages=[messages, other, messages], use_tqdm=False, lora_request=None,
                        sampling_params=[params, params, SamplingParams(max_tokens=2)],
-                       chat_template_kwargs={"add_generation_prompt": False})
+                       add_generation_prompt=False)
     assert [len(of(each).token_ids) for each in several] == [5, 5, 2]
     assert several[0].prompt_token_ids == tuple(prompt[:-1])
     assert several[1].prompt_token_ids == tuple(
@@ -376,12 +378,8 @@ def test_a_chat_is_a_prompt_laid_out(llm):
     ):
         with pytest.raises(ValueError, match=message):
             llm.chat(wrong, params)
-    for options, message in (
-        ({"lora_request": 1}, "LLM.chat: argument `lora_request` is 1, which is not served"),
-        ({"chat_template_kwargs": 1}, "`chat_template_kwargs` is 1; wanted a dict"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            llm.chat(messages, params, **options)
+    with pytest.raises(ValueError, match="LLM.chat: argument `lora_request` is 1, which is not"):
+        llm.chat(messages, params, lora_request=1)
 
 
 def test_the_models_own_defaults(folder):

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from reference_engine import engine as engine_lib
 from reference_engine import sampler
+from reference_engine.engine import next_tokens
 from reference_engine.request import MAX_BIASED_IDS, MAX_LOGPROBS, Request, SamplingParams
 from reference_engine.sampler import (
     add_bias,
@@ -18,7 +20,6 @@ from reference_engine.sampler import (
     make_bias,
     make_penalties,
     make_sampling,
-    next_tokens,
     penalise,
     sample,
 )
@@ -233,10 +234,10 @@ def test_requests_without_them_do_not_pay_for_them(monkeypatch):
 
     logits, plain = np.tile(LOGITS, (2, 1)), request(temperature=1.0)
     for name in ("add_bias", "penalise", "make_bias", "make_penalties"):
-        monkeypatch.setattr(sampler, name, fail)
+        monkeypatch.setattr(engine_lib, name, fail)
     want = sample(logits, make_sampling([plain], 2))
     assert next_tokens(logits, [plain], 8).tolist() == want.tolist()
-    monkeypatch.setattr(sampler, "sample", fail)
+    monkeypatch.setattr(engine_lib, "sample", fail)
     assert next_tokens(logits, [request()], 8).tolist() == greedy(logits).tolist()
     for params in ({"presence_penalty": 0.1}, {"logit_bias": {1: 0.5}}, {"bad_words": [[1]]}):
         with pytest.raises(AssertionError):
@@ -276,7 +277,8 @@ def test_log_probabilities():
         ({"top_p": np.nan}, "argument `top_p` is nan"),
         ({"max_tokens": True}, "argument `max_tokens` is True"),
         ({"max_tokens": np.bool_(True)}, "argument `max_tokens` is np.True_"),
-        ({"n": 0}, "argument `n` is 0; wanted an int >= 1"),
+        ({"n": 0}, r"argument `n` is 0; wanted an int in \[1, 16384\]"),
+        ({"n": 10**9}, "argument `n` is 1000000000"),
         ({"logprobs": -1}, r"argument `logprobs` is -1"),
         ({"logprobs": True}, r"argument `logprobs` is True"),
         ({"seed": -(2**63) - 1}, "argument `seed` is -9223372036854775809"),
