@@ -8,6 +8,8 @@ import pytest
 
 from reference_engine import LLM, EngineConfig, FinishReason, SamplingParams, compiles
 from reference_engine import engine as engine_lib
+from reference_engine import llm as llm_lib
+from reference_engine.engine import Output
 from tests.checkpoints import MODEL, byte_tokenizer, write_checkpoint
 
 CONFIG = EngineConfig(
@@ -194,6 +196,38 @@ def test_a_stop_string_may_begin_before_min_tokens_and_end_behind(llm):
     short = dataclasses.replace(params, stop=stop, max_tokens=i + 1)
     got = of(llm.generate(PROMPTS[0], short)[0])
     assert (got.text, got.finish_reason) == ("".join(pieces[: i + 1]), "length")
+
+
+@pytest.mark.parametrize("is_included", [False, True])
+@pytest.mark.parametrize("text, stops, shown", [
+    ("ab🐙c", ["🐙"], "ab"),  # several tokens a character
+    ("ab🐙🦊c", ["x", "🐙🦊"], "ab"),
+    ("ab\n\nab", ["\n\nab", "b\n\nx"], "ab"),
+    ("the dogs", ["dogs"], "the "),
+])
+def test_nothing_of_a_stop_string_is_streamed(llm, text, stops, shown, is_included):
+    ids = llm.tokenizer.encode(text, add_special_tokens=False)
+    stop = next(stop for stop in stops if stop in text)
+    ends_at = next(n for n in range(len(ids) + 1) if stop in llm.tokenizer.decode(ids[:n]))
+    for min_tokens in range(len(ids)):
+        params = SamplingParams(max_tokens=len(ids), stop=stops, min_tokens=min_tokens,
+                                include_stop_str_in_output=is_included)
+        stream = llm_lib._Stream(0, llm_lib._Job(0, 0, None, (1,), params), llm.tokenizer, True)
+        for i, token in enumerate(ids):
+            is_last = i == len(ids) - 1
+            ended = stream.push(Output(0, token, FinishReason.LENGTH if is_last else None))
+            so_far = "".join(delta.text for delta in stream.deltas)
+            if ended:
+                break
+            assert ends_at <= min_tokens or shown.startswith(so_far)
+        if ends_at > min_tokens:
+            assert ended and i + 1 == ends_at
+            assert so_far == shown + (stop if is_included else "")
+            assert stream.deltas[-1].stop_reason == stop
+            assert stream.deltas[-1].finish_reason is FinishReason.STOP
+        else:
+            assert not ended and so_far == text
+            assert stream.deltas[-1].finish_reason is FinishReason.LENGTH
 
 
 def test_a_stop_string_may_be_in_the_output(llm):
