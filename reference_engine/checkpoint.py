@@ -7,7 +7,6 @@ by name, before a parameter is read or memory for one allocated.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import pathlib
@@ -15,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from reference_engine.config import DTYPES, ModelConfig
-from reference_engine.request import SamplingParams, as_int
 from reference_engine.rope import KINDS, RopeScaling
 
 # model_type -> (biases on q, k and v; norms on the heads of q and k). None: as the config says.
@@ -28,27 +26,6 @@ _ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 # Buffers that old checkpoints hold beside their parameters.
 _IGNORED = "rotary_emb.inv_freq"
-
-
-# generation_config.json's field -> SamplingParams': those that hold, and those of do_sample.
-_ALWAYS = {
-    "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop",
-    "num_return_sequences": "n",
-} | {name: name for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")}
-_SAMPLED = ("temperature", "top_k", "top_p", "min_p")
-# Fields of transformers that would change the tokens and are not served, with what they are where
-# they change nothing (None, or none of it, beside that). Not here is what only concerns speed,
-# other outputs, beams' scores, encoders' models, or max_length, for which EngineConfig has a bound.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,), "num_beam_groups": (1,), "diversity_penalty": (0,), "constraints": (),
-    "force_words_ids": (), "penalty_alpha": (0,), "dola_layers": (), "typical_p": (1,),
-    "top_h": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "encoder_repetition_penalty": (1,),
-    "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "bad_words_ids": (),
-    "suppress_tokens": (), "begin_suppress_tokens": (), "forced_bos_token_id": (),
-    "forced_eos_token_id": (), "forced_decoder_ids": (), "exponential_decay_length_penalty": (),
-    "sequence_bias": (), "token_healing": (False,), "guidance_scale": (1,),
-    "watermarking_config": (), "min_length": (0, 1), "max_time": (),
-}
 
 
 def read_model_config(path: str | pathlib.Path, dtype: str = "auto") -> ModelConfig:
@@ -116,43 +93,11 @@ def read_generation_config(path: str | pathlib.Path) -> dict[str, Any]:
     raw = _read_json(file) if file.exists() else {}
     eos = raw.get("eos_token_id")
     if eos is None:
-        file = folder / "config.json"
-        eos = _read_json(file).get("eos_token_id")
+        eos = _read_json(folder / "config.json").get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(as_int(token) is not None and 0 <= token < 2**31 for token in ids):
+    if not all(isinstance(token, int) for token in ids):
         _fail(file, f"`eos_token_id` is {eos!r}; wanted an id or a list of them")
     return raw | {"eos_token_id": tuple(ids)}
-
-
-def sampling_params(path: str | pathlib.Path, generation: Mapping[str, Any]) -> SamplingParams:
-    """What generation_config.json asks for, in transformers' meaning; greedy without one.
-
-    Args:
-      path: the model's folder.
-      generation: what `read_generation_config` read there.
-
-    Raises:
-      ValueError: it asks for what is not served; the message names the file and the field.
-    """
-    file = pathlib.Path(path) / "generation_config.json"
-    given = {name: value for name, value in generation.items() if value is not None}
-    for name, neutral in _NEUTRAL.items():
-        value = given.get(name)
-        if not (value is None or value in ([], {}) or value in neutral):
-            _fail(file, f"`{name}` is {value!r}, which is not served; leave it out, or give"
-                        " SamplingParams with each call")
-    is_sampled = given.get("do_sample", False)
-    if not isinstance(is_sampled, bool):
-        _fail(file, f"`do_sample` is {is_sampled!r}; wanted true or false")
-    names = _ALWAYS | ({name: name for name in _SAMPLED} if is_sampled else {})
-    params = SamplingParams(temperature=1.0 if is_sampled else 0.0)
-    for name, field in names.items():
-        if name in given:
-            try:
-                params = dataclasses.replace(params, **{field: given[name]})
-            except ValueError as error:
-                _fail(file, f"`{name}` is {given[name]!r}: {error}")
-    return params
 
 
 def find_tensors(

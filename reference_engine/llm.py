@@ -18,6 +18,7 @@ from reference_engine.batch import batch_shapes
 from reference_engine.compiles import use_persistent_cache
 from reference_engine.config import EngineConfig
 from reference_engine.engine import Engine, Output
+from reference_engine.generation_config import sampling_params
 from reference_engine.request import FinishReason, SamplingParams, as_int, refuse_unserved
 from reference_engine.tokenizer import Message, StopStrings, Tokenizer
 from reference_engine.weights import load_params, param_shapes
@@ -212,7 +213,7 @@ class LLM:
         Raises:
           ValueError: it asks for what is not served; the message names the file and the field.
         """
-        return checkpoint.sampling_params(self._folder, self._generation)
+        return sampling_params(self._folder, self._generation)
 
     def generate(
         self,
