@@ -107,10 +107,18 @@ flags.DEFINE_integer(
     " model was made for if that is less.",
 )
 flags.DEFINE_float("temperature", 0.0, "generate: 0 for greedy.")
-flags.DEFINE_integer("top_k", 0, "generate: 0 for all.")
+flags.DEFINE_integer("top_k", 0, "generate: 0 or -1 for all.")
 flags.DEFINE_float("top_p", 1.0, "generate: see SamplingParams.")
 flags.DEFINE_float("min_p", 0.0, "generate: see SamplingParams.")
+flags.DEFINE_float("repetition_penalty", 1.0, "generate: see SamplingParams; 1 for none.")
+flags.DEFINE_float("presence_penalty", 0.0, "generate: see SamplingParams; 0 for none.")
+flags.DEFINE_float("frequency_penalty", 0.0, "generate: see SamplingParams; 0 for none.")
+flags.DEFINE_multi_string("bad_words", [], "generate: a string that is not generated.")
+flags.DEFINE_integer("n", 1, "generate: completions of each prompt.")
 flags.DEFINE_multi_string("stop", [], "generate: a string that ends a completion.")
+flags.DEFINE_bool("include_stop_str_in_output", False, "generate: print that string too.")
+flags.DEFINE_bool("skip_special_tokens", True, "generate: print no special tokens.")
+flags.DEFINE_integer("min_tokens", 0, "generate: tokens before any may end a completion.")
 flags.DEFINE_bool("ignore_eos", False, "generate: do not stop at the model's end of text.")
 flags.DEFINE_enum("dtype", "auto", ["auto", *DTYPES], "generate: of weights and pool.")
 flags.DEFINE_bool("warm_up", False, "generate: compile every shape first.")
@@ -153,10 +161,12 @@ def _generate() -> None:
         raise ValueError("--model is missing; wanted the folder of a model")
     if not FLAGS.prompt and not FLAGS.prompt_ids:
         raise ValueError("--prompt is missing; wanted a prompt, or --prompt_ids")
-    params = SamplingParams(
-        max_tokens=FLAGS.max_tokens, temperature=FLAGS.temperature, top_k=FLAGS.top_k,
-        top_p=FLAGS.top_p, min_p=FLAGS.min_p, stop=tuple(FLAGS.stop), ignore_eos=FLAGS.ignore_eos,
-    )
+    fields: dict[str, Any] = {name: FLAGS[name].value for name in (
+        "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+        "presence_penalty", "frequency_penalty", "bad_words", "n", "stop", "ignore_eos",
+        "include_stop_str_in_output", "skip_special_tokens",
+    )}
+    params = SamplingParams(**fields)
     with _announced():
         config = _serving_config()
     with _interpreted(config):
@@ -168,12 +178,13 @@ def _generate() -> None:
         if FLAGS.prompt_ids:
             prompts.append(_ids(FLAGS.prompt_ids))
         start = time.perf_counter()
-        if len(prompts) == 1:
+        if len(prompts) == params.n == 1:
             _print_as_it_comes(llm, prompts[0], params)
         else:
             for i, output in enumerate(llm.generate(prompts, params)):
-                completion = output.outputs[0]
-                print(f"[{i}] {completion.text if llm.tokenizer else completion.token_ids}")
+                for completion in output.outputs:
+                    which = f"{i}" if params.n == 1 else f"{i}.{completion.index}"
+                    print(f"[{which}] {completion.text if llm.tokenizer else completion.token_ids}")
         _report(llm, time.perf_counter() - start)
 
 

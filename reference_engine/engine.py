@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -32,12 +32,22 @@ from reference_engine.config import EngineConfig, ModelConfig, num_pages_for
 from reference_engine.model import forward, make_pool
 from reference_engine.one_thread import OneThread
 from reference_engine.page_pool import PagePool
-from reference_engine.request import MAX_STOP_IDS, FinishReason, Request, SamplingParams
+from reference_engine.request import (
+    MAX_STOP_IDS,
+    FinishReason,
+    Request,
+    SamplingParams,
+    as_int,
+)
 from reference_engine.sampler import (
+    add_bias,
     greedy,
     is_greedy,
     log_probabilities,
+    make_bias,
+    make_penalties,
     make_sampling,
+    penalise,
     sample,
 )
 from reference_engine.scheduler import Scheduler, StepPlan
@@ -51,7 +61,7 @@ class Output(NamedTuple):
       request_id: whose it is.
       token_id: the token.
       finish_reason: why the request ended with it; None if it goes on.
-      logits: f32[vocab_size] that the token was taken from; None unless asked for.
+      logits: the model's f32[vocab_size], before any bias or penalty; None unless asked for.
       logprobs: id -> log probability, the token's first, then the likeliest; None unless asked for.
     """
 
@@ -149,6 +159,29 @@ def _outputs(
     ]
 
 
+def next_tokens(
+    logits: jax.Array, requests: Sequence[Request], max_model_len: int
+) -> jax.Array:
+    """The next token of each row: f32[S, V] -> i32[S].
+
+    A batch pays for what one of its requests asks for and for nothing else: what changes logits,
+    and what draws, are programs of their own.
+
+    Args:
+      logits: the model's.
+      requests: of the first rows; the others' tokens mean nothing.
+      max_model_len: most tokens of a request.
+    """
+    num_seqs = logits.shape[0]
+    if any(request.has_bias for request in requests):
+        logits = add_bias(logits, make_bias(requests, num_seqs))
+    if any(request.has_penalties for request in requests):
+        logits = penalise(logits, make_penalties(requests, num_seqs, max_model_len))
+    if all(map(is_greedy, requests)):
+        return greedy(logits)
+    return sample(logits, make_sampling(requests, num_seqs))
+
+
 class Engine:
     """Serves token-id prompts from one paged pool.
 
@@ -188,11 +221,12 @@ class Engine:
           model_config: their shape.
           config: see EngineConfig.
           eos_token_ids: ids that end a request unless it ignores them.
-          seed: gives every request without a seed of its own one.
+          seed: at least 0; gives every request without a seed of its own one.
           on_finish: called with every request that finished by itself, while its pages are still
             its own (`read_kv` works). What it raises passes on from `step` when all have been
             called.
         """
+        _check_numbers(seed, eos_token_ids)
         self.config = config
         self.model_config = model_config
         self.scheduler = Scheduler(config, PagePool(config.num_pages))
@@ -200,7 +234,7 @@ class Engine:
         self.stats = Stats()
         self._params = params
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._seed = seed
+        self._seed = int(seed)
         self._compiles_after_warm_up: int | None = None
         self._on_finish = on_finish
         self.alone = OneThread()
@@ -291,6 +325,8 @@ class Engine:
         try:
             logits, self._kv_pages = self._run(make_batch_of(shape, (), self.config))
             tokens = sample(logits, make_sampling([], shape.num_seqs))
+            add_bias(logits, make_bias([], shape.num_seqs))
+            penalise(logits, make_penalties([], shape.num_seqs, self.config.max_model_len))
             jax.block_until_ready((greedy(logits), log_probabilities(logits, tokens)))
         except BaseException:
             self._recover()
@@ -341,10 +377,7 @@ class Engine:
             batch = make_batch(plan.segments, self.config)
             dispatched = time.perf_counter()
             logits, kv_pages = self._run(batch)
-            if all(map(is_greedy, requests)):
-                device_tokens = greedy(logits)
-            else:
-                device_tokens = sample(logits, make_sampling(requests, logits.shape[0]))
+            device_tokens = next_tokens(logits, requests, self.config.max_model_len)
             tokens = np.asarray(device_tokens)[: len(requests)].tolist()
             self.stats.device_seconds += time.perf_counter() - dispatched
             extras = self._extras(requests, device_tokens, logits)
@@ -484,13 +517,22 @@ class Engine:
         """Raises the ValueError that `add_request` would, and changes nothing."""
         op, config = "Engine.add_request", self.config
         require(
+            isinstance(params, SamplingParams), op, "params", got=f"{params!r}",
+            wanted="SamplingParams", hint="or None for greedy ones",
+        )
+        require(
+            hasattr(prompt, "__len__") and not isinstance(prompt, bytes | bytearray | Mapping), op,
+            "prompt_ids", got=f"{prompt!r}", wanted="a list of token ids",
+            hint="an Engine takes no text",
+        )
+        require(
             len(prompt) > 0, op, "prompt_ids", got="empty", wanted="at least one token id",
             hint="start the prompt with the model's beginning-of-text token",
         )
         vocab_size = self.model_config.vocab_size
         wrong = [
             f"{token!r} at index {i}" for i, token in enumerate(prompt)
-            if not isinstance(token, int | np.integer) or not 0 <= token < vocab_size
+            if (type(token) is not int and as_int(token) is None) or not 0 <= token < vocab_size
         ]
         require(
             not wrong, op, "prompt_ids", got=", ".join(wrong[:1]),
@@ -503,7 +545,8 @@ class Engine:
             hint="shorten it, or raise max_model_len",
         )
         # The last token is never written: nothing reads it.
-        longest = min(len(prompt) + params.max_tokens, config.max_model_len) - 1
+        most = config.max_model_len if params.max_tokens is None else params.max_tokens
+        longest = min(len(prompt) + most, config.max_model_len) - 1
         num_pages = num_pages_for(longest, config.page_size)
         require(
             num_pages <= config.num_pages, op, "prompt_ids",
@@ -511,9 +554,26 @@ class Engine:
             f" {num_pages} pages", wanted=f"at most the pool's {config.num_pages} pages",
             hint="lower max_tokens, shorten the prompt, or raise num_pages",
         )
+        params.check_ids(op, vocab_size)
+        require(
+            params.n == 1, op, "n", got=f"{params.n}", wanted="1",
+            hint="LLM.generate returns n outputs; an Engine takes a request for each",
+        )
         num_stops = len(self._eos_ids(params) | set(params.stop_token_ids))
         require(
             params.min_tokens == 0 or num_stops <= MAX_STOP_IDS, op, "stop_token_ids",
             got=f"{num_stops} ids, the model's own included", wanted=f"at most {MAX_STOP_IDS}"
             " with min_tokens", hint="name fewer, or leave min_tokens at 0",
         )
+
+
+def _check_numbers(seed: int, eos_token_ids: Sequence[int]) -> None:
+    seed_number, eos = as_int(seed), [as_int(token) for token in eos_token_ids]
+    require(
+        seed_number is not None and seed_number >= 0, "Engine", "seed", got=f"{seed!r}",
+        wanted="an int >= 0", hint="it is for requests without a seed of their own",
+    )
+    require(
+        all(token is not None and 0 <= token < 2**31 for token in eos), "Engine", "eos_token_ids",
+        got=f"{eos_token_ids!r}", wanted="ids in [0, 2**31)", hint="() for none",
+    )

@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,52 @@ from reference_engine.batch import batch_shapes
 from reference_engine.compiles import use_persistent_cache
 from reference_engine.config import EngineConfig
 from reference_engine.engine import Engine, Output
-from reference_engine.request import FinishReason, SamplingParams
+from reference_engine.generation_config import sampling_params
+from reference_engine.request import FinishReason, SamplingParams, as_int, refuse_unserved
 from reference_engine.tokenizer import Message, StopStrings, Tokenizer
 from reference_engine.weights import load_params, param_shapes
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]
 DEFAULT_MODEL_LEN = 1024
+
+# What vLLM's LLM takes beside EngineConfig's fields: see request.refuse_unserved.
+_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "tokenizer": ((None,), "the folder's own is used; give token ids made by another"),
+    "skip_tokenizer_init": ((None, False), "take tokenizer.json out of the folder"),
+    "trust_remote_code": ((None, False), "no code of a model's folder is ever run; leave it out"),
+    "tensor_parallel_size": ((None, 1), "one device serves a model"),
+    "pipeline_parallel_size": ((None, 1), "one device serves a model"),
+    "data_parallel_size": ((None, 1), "one device serves a model"),
+    "quantization": ((None,), "quantised weights are left out on purpose"),
+    "kv_cache_dtype": ((None, "auto"), "the pool has the parameters' dtype; give dtype"),
+    "load_format": ((None, "auto"), "a folder has safetensors"),
+    "revision": ((None,), "download the revision, and give its folder"),
+    "tokenizer_revision": ((None,), "download the revision, and give its folder"),
+    "download_dir": ((None,), "download the model, and give its folder"),
+    "hf_overrides": ((None, {}), "change the folder's config.json"),
+    "generation_config": ((None, "auto"), "give SamplingParams with each call"),
+    "gpu_memory_utilization": ((None,), "give num_pages, the pages of the pool"),
+    "kv_cache_memory_bytes": ((None,), "give num_pages, the pages of the pool"),
+    "num_gpu_blocks_override": ((None,), "it is num_pages here"),
+    "block_size": ((None,), "it is page_size here"),
+    "swap_space": ((None, 0), "what loses its pages is computed again"),
+    "cpu_offload_gb": ((None, 0), "parameters and pool are on the device"),
+    "enforce_eager": ((None, False), "every step is a compiled program; leave it out"),
+    "enable_chunked_prefill": ((None, True), "prefills are always chunked"),
+    "enable_lora": ((None, False), "LoRA is left out on purpose"),
+    "limit_mm_per_prompt": ((None, {}), "multimodal prompts are left out on purpose"),
+    "speculative_config": ((None,), "drafts are not served"),
+    "disable_log_stats": ((None, True), "read engine.stats"),
+}
+# And its generate and chat.
+_CALL_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "lora_request": ((None,), "LoRA is left out on purpose"),
+    "guided_options_request": ((None,), "guided decoding is left out on purpose"),
+    "priority": ((None,), "requests are served as they come"),
+    "prompt_token_ids": ((None,), "give them as prompts"),
+    "tokenization_kwargs": ((None, {}), "encode the text yourself, and give token ids"),
+    "mm_processor_kwargs": ((None, {}), "multimodal prompts are left out on purpose"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +71,9 @@ class CompletionOutput:
     """What was generated for a prompt.
 
     Attributes:
-      index: 0; a prompt has one completion.
-      text: without stop strings and special tokens; "" if the model has no tokenizer.
+      index: which of the prompt's `n` completions it is.
+      text: without stop strings and special tokens unless SamplingParams ask for them; "" if the
+        model has no tokenizer.
       token_ids: all that were generated, a stop token included.
       logprobs: of each token, see engine.Output; None unless asked for.
       finish_reason: why it ended.
@@ -49,7 +90,14 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:
-    """A finished request. `prompt` is None where token ids were given."""
+    """A prompt and its `n` completions, in order.
+
+    Attributes:
+      request_id: the first completion's number.
+      prompt: its text; None where token ids alone were given.
+      prompt_token_ids: its token ids.
+      outputs: the completions.
+    """
 
     request_id: int
     prompt: str | None
@@ -62,12 +110,13 @@ class Delta:
     """What a step added to a request.
 
     Attributes:
-      request_id: for `LLM.abort`.
+      request_id: for `LLM.abort`; each of a prompt's `n` completions has one.
       prompt_index: which of the prompts of the call it is.
-      text: whole characters only, and nothing of a stop string; may be "".
+      text: whole characters only, and nothing of a stop string unless it was asked for; may be "".
       token_ids: what was generated; not all of their text may be in `text` yet.
       logprobs: of each of them; None unless asked for.
       finish_reason, stop_reason: see CompletionOutput; None while it goes on.
+      index: which of the prompt's completions it is.
     """
 
     request_id: int
@@ -77,6 +126,7 @@ class Delta:
     logprobs: tuple[dict[int, float], ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    index: int = 0
 
 
 class LLM:
@@ -91,54 +141,68 @@ class LLM:
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        model: str | os.PathLike,
         config: EngineConfig | None = None,
         *,
         dtype: str = "auto",
-        seed: int = 0,
+        seed: int | None = 0,
         warm_up: bool = False,
         compilation_cache: str | os.PathLike | None = None,
         use_tqdm: bool = True,
+        **options: Any,
     ):
         """Reads the folder; refuses it, by name of what is wrong, before memory is allocated.
 
         Args:
-          path: config.json, model.safetensors or the files that model.safetensors.index.json names,
+          model: a folder with config.json, model.safetensors or the files that its index names,
             and, where there are, the tokenizer's files and generation_config.json.
           config: see EngineConfig; None for its defaults, cut to the model's longest context.
           dtype: of parameters, activations and pool; "auto" for the checkpoint's.
-          seed: for requests that sample and have no seed.
+          seed: at least 0, for requests that sample and have no seed; None for 0.
           warm_up: compile every shape now, and none later.
           compilation_cache: a folder that keeps what is compiled, for the next process.
           use_tqdm: show progress, if standard error is a terminal.
+          **options: fields of EngineConfig, in place of `config`'s. vLLM's other arguments are
+            known, and refused by a sentence unless they ask for nothing.
 
         Raises:
           OSError: a file is missing.
-          ValueError: the model is not served, or the files are corrupt.
+          ValueError: the model is not served, the files are corrupt, or an option is not served.
         """
+        fields = {
+            name: value for name, value in options.items()
+            if name in EngineConfig.__dataclass_fields__
+        }
+        refuse_unserved(
+            "LLM", {name: options[name] for name in options if name not in fields}, _OPTIONS
+        )
         if compilation_cache is not None:
             use_persistent_cache(compilation_cache)
-        folder = pathlib.Path(path)
-        model = checkpoint.read_model_config(folder, dtype)
-        longest = model.max_position
+        folder = pathlib.Path(model)
+        shape = checkpoint.read_model_config(folder, dtype)
+        longest = shape.max_position
         if config is None:
-            config = EngineConfig(max_model_len=min(longest or DEFAULT_MODEL_LEN,
-                                                    DEFAULT_MODEL_LEN))
+            fields.setdefault("max_model_len", min(longest or DEFAULT_MODEL_LEN, DEFAULT_MODEL_LEN))
+            config = EngineConfig(**fields)
+        elif fields:
+            config = dataclasses.replace(config, **fields)
         require(
             longest is None or config.max_model_len <= longest, "LLM", "max_model_len",
             got=f"{config.max_model_len}", wanted=f"at most the model's {longest}",
             hint="lower EngineConfig.max_model_len: config.json's max_position_embeddings and RoPE"
             " scaling reach no further",
         )
+        self._folder = folder
         self._generation = checkpoint.read_generation_config(folder)
         has_tokenizer = (folder / "tokenizer.json").exists()
         self.tokenizer = Tokenizer(folder) if has_tokenizer else None
         self._use_tqdm = use_tqdm
-        num_tensors = len(param_shapes(model)["layers"]) * model.num_layers
+        num_tensors = len(param_shapes(shape)["layers"]) * shape.num_layers
         with progress.bar(num_tensors, "loading", "tensor", shown=use_tqdm) as bar:
-            params = load_params(folder, model, on_tensor=lambda _: bar.update())
+            params = load_params(folder, shape, on_tensor=lambda _: bar.update())
         self.engine = Engine(
-            params, model, config, eos_token_ids=self._generation["eos_token_id"], seed=seed
+            params, shape, config, eos_token_ids=self._generation["eos_token_id"],
+            seed=0 if seed is None else seed,
         )
         self._streams: dict[int, _Stream] = {}
         self._outputs: collections.deque[Output] = collections.deque()  # not in their streams yet
@@ -149,30 +213,29 @@ class LLM:
                 self.engine.warm_up(lambda _: bar.update())
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the model's generation_config.json asks for; greedy without one."""
-        given = self._generation
-        fields: dict[str, Any] = {}
-        if given.get("do_sample"):
-            fields = {name: given[name] for name in ("top_k", "top_p", "min_p")
-                      if given.get(name) is not None}
-            fields["temperature"] = float(given.get("temperature") or 1.0)
-        if given.get("max_new_tokens"):
-            fields["max_tokens"] = given["max_new_tokens"]
-        return SamplingParams(**fields)
+        """What the model's generation_config.json asks for; greedy without one.
+
+        Raises:
+          ValueError: it asks for what is not served; the message names the file and the field.
+        """
+        return sampling_params(self._folder, self._generation)
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        **options: Any,
     ) -> list[RequestOutput]:
         """Completes prompts, all together.
 
         Args:
-          prompts: a text, a list of token ids, or a list of such.
-          params: for all, or one for each; None for `get_default_sampling_params()`.
+          prompts: a text, a list of token ids, a dict with `prompt`, `prompt_token_ids` or both
+            (the ids are served), or a list of such.
+          sampling_params: for all, or one for each; None for `get_default_sampling_params()`.
           use_tqdm: show progress, if standard error is a terminal.
+          **options: vLLM's other arguments; refused by a sentence unless they ask for nothing.
 
         Returns:
           One output a prompt, in order.
@@ -181,7 +244,8 @@ class LLM:
           ValueError: a prompt cannot be served; it is named, none of the call's is begun, and
             requests that others have begun are left alone.
         """
-        jobs = self._jobs(prompts, params)
+        refuse_unserved("LLM.generate", options, _CALL_OPTIONS)
+        jobs = self._jobs(prompts, sampling_params)
         with self.engine.alone("LLM.generate"):
             return self._generate(jobs, use_tqdm)
 
@@ -198,33 +262,47 @@ class LLM:
                     bar.update(now - done)
                     done = now
                     bar.set_postfix_str(f"{self.engine.stats.num_tokens:,} tokens computed")
-            return [_collect(stream) for stream in streams]
+            prompts_of: dict[int, list[_Stream]] = {}
+            for stream in streams:
+                prompts_of.setdefault(stream.job.prompt_index, []).append(stream)
+            return [_collect(completions) for completions in prompts_of.values()]
         finally:
             self._drop(ids)
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[Delta]:
-        """Completes prompts and yields what each step adds to each of them.
+        """Completes prompts and yields what each step adds to each of their completions.
 
         Args, errors: see `generate`; prompts are checked at the call, begun with the first `next`.
         Several iterators may be open at a time: whichever is asked next computes for all of them.
         Closing one ends its requests.
         """
-        return self._iterate(self._jobs(prompts, params))
+        return self._iterate(self._jobs(prompts, sampling_params))
 
     def chat(
         self,
-        messages: Sequence[Message],
-        params: SamplingParams | None = None,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
         **options: Any,
     ) -> list[RequestOutput]:
-        """Completes a conversation; `options` are for the chat template. See `generate`."""
-        return self.generate(self.chat_prompt(messages, **options), params, use_tqdm=use_tqdm)
+        """Completes a conversation, or each of several. See `generate`.
+
+        Args:
+          messages: of a conversation, or a list of conversations.
+          sampling_params, use_tqdm: see `generate`.
+          **options: for the chat template, see `Tokenizer.apply_chat_template`.
+        """
+        refuse_unserved(
+            "LLM.chat", {name: options.pop(name) for name in _CALL_OPTIONS if name in options},
+            _CALL_OPTIONS,
+        )
+        prompts = [self.chat_prompt(each, **options) for each in _conversations(messages)]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def chat_prompt(self, messages: Sequence[Message], **options: Any) -> list[int]:
         """Token ids of a conversation, as the model was taught to read it.
@@ -258,29 +336,51 @@ class LLM:
                     self.engine.abort(output.request_id, FinishReason.STOP)
 
     def _jobs(self, prompts: Any, params: Any) -> list[_Job]:
-        """Every prompt with its parameters, all of them checked."""
-        is_one = len(prompts) == 0 or isinstance(prompts, str)
-        is_one = is_one or isinstance(prompts[0], int | np.integer)
-        many: list[Any] = [prompts] if is_one else list(prompts)
+        """A job for each completion of every prompt, all of them checked."""
+        many = _prompts(prompts)
         if params is None:
             params = self.get_default_sampling_params()
-        each = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
+        each = [params] * len(many) if isinstance(params, SamplingParams) else _listed(params)
+        wrong = [params] if each is None else [
+            one for one in each if not isinstance(one, SamplingParams)
+        ]
         require(
-            len(each) == len(many), "LLM.generate", "params", got=f"{len(each)} SamplingParams",
-            wanted=f"one for each of the {len(many)} prompts", hint="or one for all of them",
+            not wrong, "LLM.generate", "sampling_params", got=", ".join(map(repr, wrong[:1])),
+            wanted="SamplingParams", hint="or a list of them, one for each prompt",
+        )
+        assert each is not None
+        require(
+            len(each) == len(many), "LLM.generate", "sampling_params",
+            got=f"{len(each)} SamplingParams", wanted=f"one for each of the {len(many)} prompts",
+            hint="or one for all of them",
         )
         jobs = []
         for index, (prompt, param) in enumerate(zip(many, each, strict=True)):
-            text = prompt if isinstance(prompt, str) else None
+            text, ids = _text_and_ids(index, prompt)
             if param.stop:
                 self._need_tokenizer("stop strings")
-            ids = self._need_tokenizer("text prompts").encode(text) if text is not None else prompt
+            param = self._with_word_ids(param)
+            if ids is None:
+                ids = self._need_tokenizer("text prompts").encode(text or "")
+            completions = _each_completion(param)
             try:
-                self.engine.check_request(ids, param)
+                self.engine.check_request(ids, completions[0])
             except ValueError as error:
                 raise ValueError(f"LLM.generate: prompt {index}: {error}") from error
-            jobs.append(_Job(index, text, tuple(map(int, ids)), param))
+            prompt_ids = tuple(map(int, ids))
+            jobs += [
+                _Job(index, i, text, prompt_ids, one) for i, one in enumerate(completions)
+            ]
         return jobs
+
+    def _with_word_ids(self, params: SamplingParams) -> SamplingParams:
+        """The same, words that must not be generated given as their tokens."""
+        if not any(isinstance(word, str) for word in params.bad_words):
+            return params
+        tokenizer, found = self._need_tokenizer("bad_words"), []
+        for word in params.bad_words:
+            found += _word_ids(tokenizer, word) if isinstance(word, str) else [word]
+        return dataclasses.replace(params, bad_words=tuple(dict.fromkeys(found)))
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -337,8 +437,99 @@ class LLM:
                 raise
 
 
+def _listed(values: Any) -> list[Any] | None:
+    """What a sequence holds; None for what is none."""
+    is_text = isinstance(values, str | bytes | bytearray | Mapping | set | frozenset)
+    if is_text or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+        return None
+    return list(values)
+
+
+def _prompts(given: Any) -> list[Any]:
+    """The prompts of a call: one alone, or a sequence of them."""
+    if isinstance(given, str | Mapping):
+        return [given]
+    many = _listed(given)
+    require(
+        many is not None, "LLM.generate", "prompts", got=f"{given!r}",
+        wanted="a text, token ids, a dict, or a list of such", hint="see LLM.generate",
+    )
+    assert many is not None
+    is_one = not many or as_int(many[0]) is not None or isinstance(many[0], bool | np.bool_)
+    return [many] if is_one else many
+
+
+def _text_and_ids(index: int, prompt: Any) -> tuple[str | None, list[Any] | None]:
+    """A prompt's text and its token ids, where they are given; one of them is."""
+    given = prompt if isinstance(prompt, Mapping) else {}
+    known = ("prompt", "prompt_token_ids")
+    others = [name for name in given if name not in known and given[name] is not None]
+    require(
+        not others, "LLM.generate", f"prompts[{index}]", got=f"a dict with {others}",
+        wanted=f"no other keys than {' and '.join(known)}",
+        hint="multimodal prompts, embeddings and cache salts are not served",
+    )
+    if isinstance(prompt, Mapping):
+        text, ids = given.get("prompt"), given.get("prompt_token_ids")
+    else:
+        text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+    found = None if ids is None else _listed(ids)
+    is_right = (text is None or isinstance(text, str)) and (ids is None) == (found is None)
+    require(
+        is_right and not (text is None and ids is None), "LLM.generate", f"prompts[{index}]",
+        got=f"{prompt!r}", wanted="a text, token ids, or a dict with `prompt`, a text, or"
+        " `prompt_token_ids`, a list", hint="see LLM.generate",
+    )
+    return text, found
+
+
+def _conversations(messages: Any) -> list[Any]:
+    """The conversations of a call: one, a list of messages, or a list of such."""
+    many = _listed(messages)
+    require(
+        many is not None, "LLM.chat", "messages", got=f"{messages!r}",
+        wanted="a list of messages, which are dicts, or a list of such lists",
+        hint='as [{"role": "user", "content": "..."}]',
+    )
+    assert many is not None
+    if not many or isinstance(many[0], Mapping):
+        many = [many]
+    for i, each in enumerate(many):
+        found = _listed(each)
+        require(
+            found is not None and all(isinstance(message, Mapping) for message in found),
+            "LLM.chat", f"messages[{i}]", got=f"{each!r}", wanted="a list of messages, which are"
+            " dicts", hint='as [{"role": "user", "content": "..."}]',
+        )
+    return many
+
+
+def _word_ids(tokenizer: Tokenizer, word: str) -> list[tuple[int, ...]]:
+    """The tokens of a word at the start of a text, and of it behind a space."""
+    bare = word.lstrip() or word
+    found = [
+        tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (bare, " " + bare)
+    ]
+    require(
+        all(found), "LLM.generate", "bad_words", got=f"{word!r}, which has no tokens",
+        wanted="words that the tokenizer knows", hint="leave it out",
+    )
+    return found
+
+
+def _each_completion(params: SamplingParams) -> list[SamplingParams]:
+    """Of each of the `n` completions; the first has the seed that was given."""
+    if params.n == 1:
+        return [params]
+    seeds: list[int | None] = [None] * params.n
+    if params.seed is not None:  # the sums wrap around as 64 bits do
+        seeds = [(params.seed + i + 2**63) % 2**64 - 2**63 for i in range(params.n)]
+    return [dataclasses.replace(params, n=1, seed=seed) for seed in seeds]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Job:
+    prompt_index: int
     index: int
     prompt: str | None
     prompt_ids: tuple[int, ...]
@@ -357,9 +548,13 @@ class _Stream:
         self._is_live = is_live or bool(job.params.stop)
         self._waiting: list[int] = []  # tokens without their text
         self._detokenizer = None
+        params = job.params
+        self._includes_stop = params.include_stop_str_in_output
         if tokenizer is not None:
-            self._detokenizer = tokenizer.detokenizer(job.prompt_ids)
-        self._stop = StopStrings(job.params.stop)
+            self._detokenizer = tokenizer.detokenizer(
+                job.prompt_ids, skip_special_tokens=params.skip_special_tokens
+            )
+        self._stop = StopStrings(params.stop, is_included=self._includes_stop)
         self._num_tokens = 0
 
     def push(self, output: Output) -> bool:
@@ -368,8 +563,8 @@ class _Stream:
         reason = output.finish_reason
         stop_reason: str | int | None = None
         if reason is FinishReason.STOP:
-            stop_reason = output.token_id  # its own text is not part of the output
-        else:
+            stop_reason = output.token_id
+        if reason is not FinishReason.STOP or self._includes_stop:
             self._waiting.append(output.token_id)
         text, stop = self._text(is_last=reason is not None)
         if stop is not None:
@@ -387,9 +582,9 @@ class _Stream:
             return "", None
         decode = self._detokenizer.finish if is_last else self._detokenizer.push
         text, self._waiting = decode(self._waiting), []
-        if self._num_tokens < self.job.params.min_tokens:
-            return text, None
-        text, stop = self._stop.push(text)
+        # Text before min_tokens ends nothing, and is looked at for what it may be the front of.
+        may_stop = self._num_tokens > self.job.params.min_tokens
+        text, stop = self._stop.push(text, may_stop=may_stop)
         return (text + self._stop.finish(), None) if is_last and stop is None else (text, stop)
 
     def _put(self, output: Output | None, text: str, reason: Any, stop_reason: Any) -> None:
@@ -397,23 +592,28 @@ class _Stream:
         token_ids = () if output is None else (output.token_id,)
         logprobs = None if output is None or output.logprobs is None else (output.logprobs,)
         self.deltas.append(Delta(
-            self.request_id, self.job.index, text, token_ids, logprobs, reason, stop_reason
+            self.request_id, self.job.prompt_index, text, token_ids, logprobs, reason, stop_reason,
+            self.job.index,
         ))
 
 
-def _collect(stream: _Stream) -> RequestOutput:
-    """All deltas of a finished request as one output."""
+def _collect(streams: Sequence[_Stream]) -> RequestOutput:
+    """A prompt's completions, each the sum of its deltas."""
+    job = streams[0].job
+    completions = tuple(map(_completion, streams))
+    return RequestOutput(streams[0].request_id, job.prompt, job.prompt_ids, completions)
+
+
+def _completion(stream: _Stream) -> CompletionOutput:
     deltas = stream.deltas
     reason = deltas[-1].finish_reason
     assert reason is not None
     logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
-    completion = CompletionOutput(
-        index=0,
+    return CompletionOutput(
+        index=stream.job.index,
         text="".join(delta.text for delta in deltas),
         token_ids=tuple(token for delta in deltas for token in delta.token_ids),
         logprobs=tuple(logprobs) if stream.job.params.logprobs is not None else None,
         finish_reason=reason,
         stop_reason=deltas[-1].stop_reason,
     )
-    job = stream.job
-    return RequestOutput(stream.request_id, job.prompt, job.prompt_ids, (completion,))

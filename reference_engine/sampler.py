@@ -12,9 +12,11 @@ import numpy as np
 from jax import lax
 
 from reference_engine.batch import Array
-from reference_engine.request import MAX_LOGPROBS, MAX_STOP_IDS, Request
+from reference_engine.request import MAX_BIASED_IDS, MAX_LOGPROBS, MAX_STOP_IDS, Request
 
 _NO_TOKEN = 2**31 - 1  # outside every vocabulary
+_FLOAT32 = np.finfo(np.float32)
+_MAX_INT32 = 2**31 - 1
 
 
 class Sampling(NamedTuple):
@@ -27,6 +29,23 @@ class Sampling(NamedTuple):
     seed: Array  # i32[S, 2], the two halves of 64 bits
     num_output: Array  # i32[S], tokens generated before
     banned: Array  # i32[S, MAX_STOP_IDS], ids that must not come yet
+
+
+class Bias(NamedTuple):
+    """What is added to the logits of S rows: logit_bias, and -inf for what bad_words forbid."""
+
+    ids: Array  # i32[S, MAX_BIASED_IDS]
+    values: Array  # f32[S, MAX_BIASED_IDS]
+
+
+class Penalties(NamedTuple):
+    """Penalties of S rows, and the tokens that they are for."""
+
+    token_ids: Array  # i32[S, max_model_len], a row's prompt and then its output
+    num_prompt: Array  # i32[S]
+    repetition: Array  # f32[S], 1 for none
+    presence: Array  # f32[S]
+    frequency: Array  # f32[S]
 
 
 def is_greedy(request: Request) -> bool:
@@ -46,8 +65,9 @@ def make_sampling(requests: Sequence[Request], num_seqs: int) -> Sampling:
     for row, request in enumerate(requests):
         params = request.params
         if params.temperature > 0:
-            sampling.temperature[row] = params.temperature
-            sampling.top_k[row] = params.top_k
+            # A number that float32 calls 0, or subnormal, is as good as the least that it has.
+            sampling.temperature[row] = max(params.temperature, _FLOAT32.tiny)
+            sampling.top_k[row] = min(params.top_k, _MAX_INT32)
             sampling.top_p[row] = params.top_p
             sampling.min_p[row] = params.min_p
             sampling.seed[row] = np.array([request.seed], np.int64).view(np.int32)
@@ -55,6 +75,85 @@ def make_sampling(requests: Sequence[Request], num_seqs: int) -> Sampling:
         if len(request.output_ids) < params.min_tokens:
             sampling.banned[row, : len(request.stop_ids)] = sorted(request.stop_ids)
     return sampling
+
+
+def make_bias(requests: Sequence[Request], num_seqs: int) -> Bias:
+    """Numpy arrays of `num_seqs` rows: those of the requests, and rows without a bias."""
+    bias = Bias(
+        ids=np.full((num_seqs, MAX_BIASED_IDS), _NO_TOKEN, np.int32),
+        values=np.zeros((num_seqs, MAX_BIASED_IDS), np.float32),
+    )
+    for row, request in enumerate(requests):
+        changes = [*request.params.logit_bias, *((token, -np.inf) for token in _forbidden(request))]
+        if changes:
+            ids, values = zip(*changes, strict=True)
+            bias.ids[row, : len(ids)] = ids
+            bias.values[row, : len(ids)] = values
+    return bias
+
+
+def _forbidden(request: Request) -> list[int]:
+    """The last ids of the bad words whose others are the output's last."""
+    output, forbidden = request.output_ids, []
+    for front, last in request.bad_words:
+        start = len(output) - len(front)
+        if start >= 0 and output[start:] == front:
+            forbidden.append(last)
+    return forbidden
+
+
+def make_penalties(
+    requests: Sequence[Request], num_seqs: int, max_model_len: int
+) -> Penalties:
+    """Numpy arrays of `num_seqs` rows: those of the requests, and rows without a penalty."""
+    penalties = Penalties(
+        token_ids=np.full((num_seqs, max_model_len), _NO_TOKEN, np.int32),
+        num_prompt=np.zeros(num_seqs, np.int32), repetition=np.ones(num_seqs, np.float32),
+        presence=np.zeros(num_seqs, np.float32), frequency=np.zeros(num_seqs, np.float32),
+    )
+    for row, request in enumerate(requests):
+        if request.has_penalties:
+            params = request.params
+            penalties.token_ids[row, : request.num_prompt] = request.prompt_ids
+            penalties.token_ids[row, request.num_prompt : request.num_tokens] = request.output_ids
+            penalties.num_prompt[row] = request.num_prompt
+            penalties.repetition[row] = params.repetition_penalty
+            penalties.presence[row] = params.presence_penalty
+            penalties.frequency[row] = params.frequency_penalty
+    return penalties
+
+
+@jax.jit
+def add_bias(logits: jax.Array, bias: Bias) -> jax.Array:
+    """Logits with what their rows add: f32[S, V] -> f32[S, V]."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return _finite_above(logits.at[rows, bias.ids].add(bias.values, mode="drop"))
+
+
+@jax.jit
+def penalise(logits: jax.Array, penalties: Penalties) -> jax.Array:
+    """Logits with their rows' penalties, see SamplingParams: f32[S, V] -> f32[S, V].
+
+    A row without penalties keeps its bits, so that it does not depend on the others.
+    """
+    p = penalties
+    rows = jnp.arange(logits.shape[0])[:, None]
+    places = jnp.arange(p.token_ids.shape[1], dtype=jnp.int32)[None, :]
+    is_output = (places >= p.num_prompt[:, None]).astype(jnp.float32)
+    nothing = jnp.zeros_like(logits)
+    counts = nothing.at[rows, p.token_ids].add(is_output, mode="drop")
+    known = nothing.at[rows, p.token_ids].set(1.0, mode="drop") > 0
+    repetition = p.repetition[:, None]
+    penalised = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(known, penalised, logits)
+    logits -= p.frequency[:, None] * counts
+    logits -= p.presence[:, None] * (counts > 0).astype(jnp.float32)
+    return _finite_above(logits)
+
+
+def _finite_above(logits: jax.Array) -> jax.Array:
+    """No logit above float32's largest: the difference of two infinite ones is no number."""
+    return jnp.minimum(logits, float(_FLOAT32.max))
 
 
 @jax.jit

@@ -360,6 +360,6 @@ def _finish_reason(request: Request, config: EngineConfig) -> FinishReason | Non
     num_output, params = len(request.output_ids), request.params
     if request.output_ids[-1] in request.stop_ids and num_output >= params.min_tokens:
         return FinishReason.STOP
-    if num_output >= params.max_tokens or request.num_tokens >= config.max_model_len:
+    if num_output >= request.max_tokens or request.num_tokens >= config.max_model_len:
         return FinishReason.LENGTH
     return None

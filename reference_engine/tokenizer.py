@@ -211,24 +211,36 @@ class StopStrings:
     [('an ', None), ('', None), ('', 'END')]
     """
 
-    def __init__(self, stops: Sequence[str]):
+    def __init__(self, stops: Sequence[str], *, is_included: bool = False):
+        """Takes the strings, and whether the text is to end behind the one that ends it."""
         self._stops = stops
+        self._is_included = is_included
         self._kept = ""
+        self._num_free = 0  # of what is kept: characters in which no stop string ends the text
 
-    def push(self, text: str) -> tuple[str, str | None]:
-        """Text to show now, and the stop string that ends it there."""
+    def push(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
+        """Text to show now, and the stop string that ends it there.
+
+        Without `may_stop` none does that ends in this text; one that begins in it still may later.
+        """
         text = self._kept + text
-        found = [(text.index(stop), len(stop), stop) for stop in self._stops if stop in text]
+        if not may_stop:
+            self._num_free = len(text)
+        places = [text.find(stop, max(0, self._num_free + 1 - len(stop))) for stop in self._stops]
+        found = [
+            (at, len(stop), stop) for at, stop in zip(places, self._stops, strict=True) if at >= 0
+        ]
         if found:
-            at, _, stop = min(found)
+            at, length, stop = min(found)
             self._kept = ""
-            return text[:at], stop
+            return text[: at + length if self._is_included else at], stop
         length = max(
             (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
             default=0,
         )
         shown = text[: len(text) - length]
         self._kept = text[len(shown):]
+        self._num_free = max(0, self._num_free - len(shown))
         return shown, None
 
     def finish(self) -> str:

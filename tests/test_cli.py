@@ -14,7 +14,7 @@ from absl.testing import flagsaver
 from reference_engine import __main__ as cli
 from reference_engine import batch as batch_lib
 from reference_engine import engine as engine_lib
-from reference_engine.llm import LLM
+from reference_engine.llm import LLM, CompletionOutput, RequestOutput
 from reference_engine.request import SamplingParams
 from tests.checkpoints import byte_tokenizer, write_checkpoint
 
@@ -187,6 +187,21 @@ def test_generate_takes_several_prompts_and_chats(capsys, folder):
     assert "0 programs compiled after warm-up" in err
 
 
+def test_generates_flags_are_sampling_params(capsys, folder, monkeypatch):
+    fields = {"n": 2, "temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.5,
+              "frequency_penalty": 0.25, "bad_words": ["dog"], "min_tokens": 3, "top_k": -1,
+              "skip_special_tokens": False, "include_stop_str_in_output": True, "stop": ["the"]}
+
+    def generate(self, prompts, params):
+        assert params == SamplingParams(max_tokens=8, **fields)
+        outputs = (CompletionOutput(i, f"text {i}", (), None, "stop", None) for i in range(2))
+        return [RequestOutput(0, prompts[0], (1,), tuple(outputs))]
+
+    monkeypatch.setattr(LLM, "generate", generate)
+    main("generate", model=str(folder), prompt=["the quick"], **(GENERATE | fields))
+    assert capsys.readouterr().out == "[0.0] text 0\n[0.1] text 1\n"
+
+
 def test_generate_serves_token_ids_without_a_tokenizer(capsys, tmp_path):
     write_checkpoint(tmp_path)
     main("generate", model=str(tmp_path), prompt_ids=["1", "7", "3"], **GENERATE)
@@ -202,6 +217,10 @@ def test_generate_serves_token_ids_without_a_tokenizer(capsys, tmp_path):
         ({"prompt": ["x"], "max_model_len": 999}, "is 999; wanted at most the model's 256"),
         ({"prompt": ["x"], "num_pages": 1, "max_tokens": 60}, "at most the pool's 1 pages"),
         ({"prompt": ["x"], "page_size": 0}, "--page_size is 0; wanted at least 1"),
+        ({"prompt": ["x"], "repetition_penalty": 0.0}, "argument `repetition_penalty` is 0.0"),
+        ({"prompt": ["x"], "temperature": float("nan")}, "argument `temperature` is nan"),
+        ({"prompt": ["x"], "bad_words": [""]}, "argument `bad_words` is"),
+        ({"prompt": ["x"], "seed": -1}, "argument `seed` is -1; wanted an int >= 0"),
     ],
 )
 def test_generates_mistakes_are_one_sentence(capsys, folder, values, message):

@@ -617,6 +617,9 @@ def test_finish_reasons():
         ([5, 6.5], 4, "is 6.5 at index 1"),
         ("text", 4, "is 't' at index 0"),
         ([5, 6, -1], 4, "is -1 at index 2"),
+        ([5, True], 4, "is True at index 1"),
+        (b"text", 4, "is b'text'; wanted a list of token ids"),
+        (5, 4, "argument `prompt_ids` is 5; wanted a list of token ids"),
         ([1] * 128, 4, "is 128 tokens long; wanted fewer than max_model_len=128"),
         ([1] * 30, 52, "up to 11 pages; wanted at most the pool's 10 pages"),
     ],
@@ -635,6 +638,17 @@ def test_a_request_may_fill_the_pool_to_its_last_row():
     engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, num_pages=10))
     engine.add_request([1] * 30, SamplingParams(51))  # the 51st token is never written
     assert len(engine.run()[0]) == 51
+
+
+def test_an_engines_numbers_are_checked():
+    for fields, message in (
+        ({"seed": -1}, "argument `seed` is -1; wanted an int >= 0"),
+        ({"eos_token_ids": (-1,)}, r"argument `eos_token_ids` is \(-1,\); wanted ids in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Engine(params(), MODEL, CONFIG, **fields)
+    with pytest.raises(ValueError, match="argument `params` is 5; wanted SamplingParams"):
+        Engine(params(), MODEL, CONFIG).add_request([1], 5)
 
 
 def test_sampling_params_are_checked():

@@ -138,6 +138,32 @@ def test_stop_strings_end_the_text_before_the_first_of_them(pieces, stops):
         assert not any(stop in "".join(pieces[: num_pushed - 1]) for stop in stops), "too late"
 
 
+@SETTINGS
+@hypothesis.given(
+    pieces=st.lists(st.text(alphabet="abc", max_size=3), max_size=20), stops=STOPS,
+    min_tokens=st.integers(0, 8), is_included=st.booleans(),
+)
+def test_a_stop_string_may_begin_before_min_tokens_and_must_end_behind(
+    pieces, stops, min_tokens, is_included
+):
+    checker = StopStrings(stops, is_included=is_included)
+    free = len("".join(pieces[:min_tokens]))  # where a stop string must not end yet
+    whole, shown, stopped = "", "", None
+    for i, piece in enumerate(pieces):
+        text, stopped = checker.push(piece, may_stop=i >= min_tokens)
+        whole, shown = whole + piece, shown + text
+        ends = [(at, len(stop), stop) for stop in stops for at in range(len(whole))
+                if whole.startswith(stop, at) and at + len(stop) > free]
+        if i < min_tokens or not ends:
+            assert stopped is None and whole.startswith(shown)
+            continue
+        at, length, stop = min(ends)
+        assert stopped == stop and shown == whole[: at + length if is_included else at]
+        break
+    if stopped is None:
+        assert shown + checker.finish() == "".join(pieces)
+
+
 def test_nothing_is_kept_back_that_cannot_become_a_stop_string():
     checker = StopStrings(["ab", "bcd"])
     assert [checker.push(text)[0] for text in ("xa", "c", "b", "b", "c", "c")] == [
@@ -298,6 +324,12 @@ def test_the_newest_of_versioned_tokenizers_is_read(tmp_path):
     for name, kind in zip(names[1:], ("bytes", "pieces"), strict=True):
         TOKENIZERS[kind].save(str(folder / name))
     assert Tokenizer(folder).encode("the dog") == TOKENIZERS["pieces"].encode("the dog").ids
+
+
+def test_half_a_character_is_refused_by_a_sentence(tmp_path):
+    tokenizer = Tokenizer(folder_with(tmp_path))
+    with pytest.raises(ValueError, match="no text, because UTF-8 has none of it"):
+        tokenizer.encode("a\ud800b")
 
 
 def test_a_corrupt_tokenizer_is_refused(tmp_path):

@@ -1,0 +1,64 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""What generation_config.json asks for, as SamplingParams."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from reference_engine.request import SamplingParams
+
+# generation_config.json's field -> SamplingParams': those that hold, and those of do_sample.
+_ALWAYS = {
+    "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop",
+    "num_return_sequences": "n",
+} | {name: name for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")}
+_SAMPLED = ("temperature", "top_k", "top_p", "min_p")
+# Fields of transformers that would change the tokens and are not served, with what they are where
+# they change nothing (None, or none of it, beside that). Not here is what only concerns speed,
+# other outputs, beams' scores, encoders' models, or max_length, for which EngineConfig has a bound.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,), "num_beam_groups": (1,), "diversity_penalty": (0,), "constraints": (),
+    "force_words_ids": (), "penalty_alpha": (0,), "dola_layers": (), "typical_p": (1,),
+    "top_h": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "encoder_repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "bad_words_ids": (),
+    "suppress_tokens": (), "begin_suppress_tokens": (), "forced_bos_token_id": (),
+    "forced_eos_token_id": (), "forced_decoder_ids": (), "exponential_decay_length_penalty": (),
+    "sequence_bias": (), "token_healing": (False,), "guidance_scale": (1,),
+    "watermarking_config": (), "min_length": (0, 1), "max_time": (),
+}
+
+
+def sampling_params(path: str | pathlib.Path, generation: Mapping[str, Any]) -> SamplingParams:
+    """What generation_config.json asks for, in transformers' meaning; greedy without one.
+
+    Args:
+      path: the model's folder.
+      generation: what `checkpoint.read_generation_config` read there.
+
+    Raises:
+      ValueError: it asks for what is not served; the message names the file and the field.
+    """
+    file = pathlib.Path(path) / "generation_config.json"
+    given = {name: value for name, value in generation.items() if value is not None}
+    for name, neutral in _NEUTRAL.items():
+        value = given.get(name)
+        if not (value is None or value in ([], {}) or value in neutral):
+            raise ValueError(
+                f"{file}: `{name}` is {value!r}, which is not served; leave it out, or give"
+                " SamplingParams with each call"
+            )
+    is_sampled = given.get("do_sample", False)
+    if not isinstance(is_sampled, bool):
+        raise ValueError(f"{file}: `do_sample` is {is_sampled!r}; wanted true or false")
+    names = _ALWAYS | ({name: name for name in _SAMPLED} if is_sampled else {})
+    params = SamplingParams(temperature=1.0 if is_sampled else 0.0)
+    for name, field in names.items():
+        if name in given:
+            try:
+                params = dataclasses.replace(params, **{field: given[name]})
+            except ValueError as error:
+                raise ValueError(f"{file}: `{name}` is {given[name]!r}: {error}") from error
+    return params
