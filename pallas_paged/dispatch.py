@@ -98,10 +98,10 @@ def choose(op: str, backend: str, reasons: Mapping[str, str | None]) -> str:
     >>> choose("page_write", "oracle", {"oracle": None})
     'oracle'
     """
-    if backend == "auto":
+    if isinstance(backend, str) and backend == "auto":
         order = _AUTO_ORDER.get(platform(), ("oracle",))
         return next(name for name in order if reasons.get(name) is None and name in reasons)
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(
             f'{op}: backend is {backend!r}; wanted "auto" or one of '
             f"{', '.join(map(repr, BACKENDS))}"
