@@ -33,10 +33,12 @@ def describe(x: Any) -> str:
     >>> describe(jnp.zeros((2, 3)))
     'float32[2,3]'
     """
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
-        return f"{x.dtype}[{','.join(map(str, x.shape))}]"
-    text = " ".join(repr(x).split())
-    return f"{text if len(text) <= 120 else text[:117] + '...'} of type {type(x).__name__}"
+    text = scalars.show(x)
+    return (
+        text
+        if hasattr(x, "shape") and hasattr(x, "dtype")
+        else f"{text} of type {type(x).__name__}"
+    )
 
 
 def require_array(op: str, argument: str, x: Any) -> None:
@@ -160,7 +162,7 @@ def infer_heads(op: str, kv_pages: Any, k: Any, num_kv_heads: int | None) -> tup
 def _heads_of_flat(op: str, kv_pages: Any, k: Any) -> int:
     """K of k [T, K*H] where exactly one K and H make such a pool."""
     found = layout.heads_of_width(k.shape[1], kv_pages.shape[2], kv_pages.shape[3], kv_pages.dtype)
-    several = " or ".join(f"{heads} heads of {head_dim}" for heads, head_dim in found)
+    several = " or ".join(f"{n} head{'s' * (n > 1)} of {head_dim}" for n, head_dim in found)
     require(
         len(found) == 1,
         op,
@@ -356,12 +358,11 @@ def _refuse(
     op: str, argument: str, x: Any, wanted: str, hint: str, is_bad: np.ndarray | None = None
 ) -> NoReturn:
     """Raises the sentence, with the value where it is known, of an array the first bad one."""
-    got = describe(x)
+    is_array = hasattr(x, "dtype")
+    got = scalars.show(x) if scalars.is_real(x) else describe(x)
     if isinstance(x, jax.core.Tracer):
         got += ", traced"
-    elif scalars.is_real(x) and not hasattr(x, "dtype"):
-        got = got.removesuffix(f" of type {type(x).__name__}")
-    elif scalars.is_real(x) and (values := scalars.known_values(x)) is not None:
+    elif is_array and scalars.is_real(x) and (values := scalars.known_values(x)) is not None:
         if values.ndim == 0:
             got += f" {values}"
         elif is_bad is not None:

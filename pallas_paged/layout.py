@@ -146,8 +146,11 @@ def make_kv_pages(
     }
     for name, value in sizes.items():
         size = scalars.read_int(value)
-        if size is None or size < 1:
-            raise ValueError(f"make_kv_pages: {name} is {value!r}; wanted an integer >= 1")
+        if size is None or not 1 <= size < 2**31:
+            raise ValueError(
+                f"make_kv_pages: {name} is {scalars.show(value)}; wanted an integer >= 1 and below "
+                "2**31"
+            )
         sizes[name] = size
     num_pages, page_size, num_kv_heads, head_dim = sizes.values()
     if head_dim > 2 * LANES:
@@ -156,7 +159,7 @@ def make_kv_pages(
         )
     if _dtype_or_none(dtype) not in POOL_DTYPES:
         raise ValueError(
-            f"make_kv_pages: dtype is {_dtype_or_none(dtype) or repr(dtype)}; "
+            f"make_kv_pages: dtype is {_dtype_or_none(dtype) or scalars.show(dtype)}; "
             f"wanted one of {', '.join(map(str, POOL_DTYPES))}"
         )
     if num_pages * page_size >= 2**31:
@@ -168,9 +171,11 @@ def make_kv_pages(
 
 
 def _dtype_or_none(dtype: jax.typing.DTypeLike) -> np.dtype | None:
-    """None for what names no dtype (for numpy None is float64)."""
+    """None for what names no dtype: an array has one, and for numpy None is float64."""
+    if dtype is None or isinstance(dtype, jax.Array | np.ndarray | np.generic):
+        return None
     try:
-        return None if dtype is None else jnp.dtype(dtype)
+        return jnp.dtype(dtype)
     except TypeError:
         return None
 

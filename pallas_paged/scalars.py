@@ -1,7 +1,7 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Reads the numbers that a caller gives: of Python, numpy and jax alike. The sentences are checks'.
+"""Reads the numbers that a caller gives: Python's, numpy's and jax's alike.
 
-A bool is no number here, a string or a list never one.
+A bool is no number here, nor is a string or a list. What is wrong with a number is said in checks.
 """
 
 import operator
@@ -35,10 +35,10 @@ def read_real(x: Any) -> float | None:
 
     Waits for a jax array.
     """
-    if not is_real(x) or isinstance(x, jax.core.Tracer):
+    if not is_real(x) or isinstance(x, jax.core.Tracer) or shape_of(x) not in ((), (1,)):
         return None
     values = np.asarray(x) if isinstance(x, jax.Array) else known_values(x)
-    return float(values.reshape(())) if values is not None and values.size == 1 else None
+    return None if values is None else float(values.reshape(()))
 
 
 def is_real(x: Any) -> bool:
@@ -69,14 +69,17 @@ def known_values(x: Any) -> np.ndarray | None:
     if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
         return None
     if isinstance(x, jax.Array):
-        on_host = x.is_fully_addressable and all(d.platform == "cpu" for d in x.devices())
-        return np.asarray(x) if on_host else None
+        return np.asarray(x) if _lies_on_host(x) else None
     if _is_array(x):
         return np.asarray(x)
     try:
         return np.asarray(float(x))
     except OverflowError:
         return np.asarray(np.inf if x > 0 else -np.inf)
+
+
+def _lies_on_host(x: jax.Array) -> bool:
+    return x.is_fully_addressable and all(d.platform == "cpu" for d in x.devices())
 
 
 def to_float32(values: np.ndarray) -> np.ndarray:
@@ -112,6 +115,21 @@ def as_int32(x: Any) -> Any:
 def as_scalar(x: Any) -> Any:
     """An array of shape [] or [1] as one of shape []."""
     return x if x.shape == () else x.reshape(())
+
+
+def show(x: Any) -> str:
+    """What came, for a sentence: dtype[shape] of an array, else the value, in one short line.
+
+    >>> show(jnp.zeros((2, 3))), show([1, "a"])
+    ('float32[2,3]', "[1, 'a']")
+    """
+    if _is_array(x):
+        return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+    try:
+        text = " ".join(repr(x).split())
+    except ValueError:  # an int of more digits than Python prints
+        text = "a very large number"
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _is_array(x: Any) -> bool:

@@ -145,7 +145,7 @@ def _to_numpy(argument: str, x: Any) -> np.ndarray:
     shape = _SHAPES.get(argument, "[n]")
     try:
         array = np.asarray(x)
-    except ValueError:  # a list of lists of several lengths
+    except (TypeError, ValueError):  # a list of lists of several lengths, random keys
         array = np.empty((), object)
     is_integer = np.issubdtype(array.dtype, np.integer) or (isinstance(x, list) and not array.size)
     checks.require(
@@ -220,7 +220,7 @@ def _num_tokens(num_tokens: int | None, arrays: dict[str, np.ndarray]) -> int | 
         num_tokens is None or (count is not None and count >= 0),
         _OP,
         "num_tokens",
-        got=repr(num_tokens),
+        got=scalars.show(num_tokens),
         wanted="None or an integer >= 0",
         hint="it is T, the leading dimension of k and v",
     )

@@ -148,7 +148,7 @@ def _static_int(op, argument, x, least) -> int:
         value is not None and least <= value < 2**31,
         op,
         argument,
-        got=repr(x),
+        got=scalars.show(x),
         wanted=f"a Python int >= {least} and below 2**31",
         hint="it sets the result's static shapes",
     )
