@@ -1,7 +1,7 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""What is in the wheel, by setup.cfg: the two packages with their data, and neither bench nor tests.
+"""What is in the wheel, by setup.cfg: two packages with their data, and neither bench nor tests.
 
-Read off the configuration as setuptools documents it, because not every environment has setuptools.
+Read off the configuration as setuptools documents it: not every environment has setuptools.
 """
 
 import configparser
