@@ -481,7 +481,10 @@ def test_sizes_may_be_numpys_and_jaxs():
     pallas_paged.validate(pool, num_tokens=np.int64(8), page_ids=np.array([-1, 1]))
 
 
-@pytest.mark.parametrize("value", [*NO_NUMBERS.values(), INF, HUGE, 2.0, 0, -1], ids=repr)
+NO_SIZES = NO_NUMBERS | {"inf": INF, "huge": HUGE, "float": 2.0, "zero": 0, "minus": -1}
+
+
+@pytest.mark.parametrize("value", NO_SIZES.values(), ids=NO_SIZES)
 def test_sizes_that_are_none(value):
     sizes = {"num_pages": 3, "page_size": 4, "num_kv_heads": 2, "head_dim": 64}
     for name in sizes:
@@ -510,7 +513,7 @@ def test_what_is_no_dtype_of_a_pool(dtype):
 
 
 @pytest.mark.parametrize("op", ["ragged_paged_attention", "page_write"])
-@pytest.mark.parametrize("backend", [None, ["auto"], 1, jnp.ones((2, 2)), b"auto"], ids=repr)
+@pytest.mark.parametrize("backend", [None, ["auto"], 1, jnp.ones((2, 2)), b"auto"], ids=range(5))
 def test_what_is_no_backend(op, backend):
     call = _call if op in ATTENTION else _write
     with pytest.raises(ValueError, match=f'^{op}: backend is .*; wanted "auto" or one of'):
