@@ -214,12 +214,13 @@ def require_write(
         hint="k and v of a token have the same form",
     )
     require(
-        k.dtype in (jnp.float32, jnp.bfloat16, jnp.float16),
+        k.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
+        or (layout.is_quantized(kv_pages.dtype) and k.dtype == kv_pages.dtype),
         op,
         "k",
         got=describe(k),
-        wanted="float32, bfloat16 or float16",
-        hint="the write quantises by itself: pass unquantised k and v with k_scale and v_scale",
+        wanted="float32, bfloat16 or float16, or the dtype of an 8-bit pool",
+        hint="pass unquantised k and v with k_scale and v_scale, or what the pool is to hold",
     )
     k_scale = require_scale(op, "k_scale", k_scale, heads, kv_pages)
     v_scale = require_scale(op, "v_scale", v_scale, heads, kv_pages)

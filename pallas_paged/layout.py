@@ -185,6 +185,17 @@ def split_heads(x: jax.Array, num_kv_heads: int) -> jax.Array:
     return x.reshape(x.shape[0], num_kv_heads, -1)
 
 
+def padded_head_dim(head_dim: int) -> int:
+    """Lanes that the pool has for K of one head, and as many for V."""
+    return HALF_LANES if packs_kv_in_row(head_dim) else num_lanes(head_dim)
+
+
+def pad_heads(x: jax.Array) -> jax.Array:
+    """Heads `[..., H]` with zeros up to the lanes that the pool has for each: a copy, if any."""
+    missing = padded_head_dim(x.shape[-1]) - x.shape[-1]
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, missing),)) if missing else x
+
+
 def merge_kv(k: jax.Array, v: jax.Array, num_rows: int) -> jax.Array:
     """Slots `[T, R, C]` of k and v `[T, K, H]`, padding rows and lanes zero."""
     num_tokens, num_kv_heads, head_dim = k.shape

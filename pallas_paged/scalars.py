@@ -89,11 +89,14 @@ def to_float32(values: np.ndarray) -> np.ndarray:
 
 
 def as_float32(x: Any) -> Any:
-    """float32 of what `is_real`: a jax array stays one, where it is; all else becomes numpy's."""
+    """float32 of what `is_real`: a jax array stays one, where it is; all else becomes numpy's.
+
+    A number becomes a np.float32, and no array of shape [].
+    """
     if isinstance(x, jax.Array):
         return x if x.dtype == jnp.float32 else x.astype(jnp.float32)
     values = known_values(x)
-    return x if values is None else to_float32(values)
+    return x if values is None else to_float32(values)[()]
 
 
 def as_int32(x: Any) -> Any:
@@ -114,7 +117,9 @@ def as_int32(x: Any) -> Any:
 
 def as_scalar(x: Any) -> Any:
     """An array of shape [] or [1] as one of shape []."""
-    return x if x.shape == () else x.reshape(())
+    if x.shape == ():
+        return x
+    return x.reshape(()) if isinstance(x, jax.Array) else x.reshape(())[()]
 
 
 def show(x: Any) -> str:

@@ -19,7 +19,7 @@ from reference_engine.compiles import use_persistent_cache
 from reference_engine.config import EngineConfig
 from reference_engine.engine import Engine, Output
 from reference_engine.request import FinishReason, SamplingParams
-from reference_engine.tokenizer import Detokenizer, Message, StopStrings, Tokenizer
+from reference_engine.tokenizer import Message, StopStrings, Tokenizer
 from reference_engine.weights import load_params, param_shapes
 
 Prompt = str | Sequence[int]
@@ -218,7 +218,10 @@ class LLM:
         return self.generate(self.chat_prompt(messages, **options), params, use_tqdm=use_tqdm)
 
     def chat_prompt(self, messages: Sequence[Message], **options: Any) -> list[int]:
-        """Token ids of a conversation, as the model was taught to read it."""
+        """Token ids of a conversation, as the model was taught to read it.
+
+        Args, errors: see `Tokenizer.apply_chat_template`.
+        """
         tokenizer = self._need_tokenizer("chat")
         text = tokenizer.apply_chat_template(messages, **options)
         return tokenizer.encode(text, add_special_tokens=False)  # the template has them
@@ -320,7 +323,7 @@ class _Stream:
         self._waiting: list[int] = []  # tokens without their text
         self._detokenizer = None
         if tokenizer is not None:
-            self._detokenizer = Detokenizer(tokenizer.decode, job.prompt_ids)
+            self._detokenizer = tokenizer.detokenizer(job.prompt_ids)
         self._stop = StopStrings(job.params.stop)
         self._num_tokens = 0
 

@@ -3,91 +3,140 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from reference_engine import chat_template
+from reference_engine.added_tokens import CONFIG, read_added_tokens, read_object
+from reference_engine.chat_template import Message
 from reference_engine.checkpoint import import_extra
 
 _CONTEXT = 6  # tokens of the prompt that the first token's text can depend on
 _MOST_BYTES = 4  # of a character
 _MOST_WAITING = 16  # tokens; so many are no text, whatever comes
 _HALF = "\N{REPLACEMENT CHARACTER}"
-
-Message = Mapping[str, Any]
+# What `clean_up_tokenization_spaces` means, in this order.
+_CLEANING = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"),
+    (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
+_CLEANS_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+# No replacement reaches over a character that it does not know, or over three without a space.
+_SETTLED = re.compile(r"[^ .?!,'ntmsver]|[^ ]{3}")
 
 
 class Tokenizer:
-    """The tokenizer of a Hugging Face folder: tokenizer.json and what stands beside it."""
+    """The tokenizer of a Hugging Face folder: tokenizer.json and what stands beside it.
+
+    It makes of a text the ids that transformers' PreTrainedTokenizerFast makes of it.
+    """
 
     def __init__(self, path: str | pathlib.Path):
-        """Reads tokenizer.json, and tokenizer_config.json and chat_template.jinja if they exist.
+        """Reads tokenizer.json and, where they exist, tokenizer_config.json, the older
+        special_tokens_map.json and added_tokens.json, and the chat templates.
+
+        Settings that serve training are left aside: truncation, padding, dropout. `add_bos_token`
+        and `add_eos_token` are not read either: what stands around a text is tokenizer.json's.
 
         Raises:
           OSError: there is no tokenizer.json.
-          ValueError: it is corrupt.
+          ValueError: a file is corrupt; the message names it, and the field.
         """
         folder = pathlib.Path(path)
-        file = folder / "tokenizer.json"
-        text = file.read_text(encoding="utf-8")
-        try:
-            self._tokenizer = import_extra("tokenizers").Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{file}: no tokenizer: {error}") from error
-        settings = folder / "tokenizer_config.json"
-        self._settings = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
-        template = folder / "chat_template.jinja"
-        self._template = (
-            template.read_text("utf-8") if template.exists()
-            else _default_template(self._settings.get("chat_template"))
+        file = folder / CONFIG
+        settings = read_object(file) if file.exists() else {}
+        self._tokenizer = _read_tokenizer(folder / _tokenizer_file(settings))
+        added = read_added_tokens(folder, settings, self._tokenizer)
+        added.add_to(self._tokenizer)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = _flag(file, settings, "split_special_tokens")
+        model = self._tokenizer.model
+        is_bpe = type(model).__name__ == "BPE"
+        if is_bpe:
+            model.dropout = None
+        # Byte-pair tokens carry their spaces, and cleaning would take what is no artefact of
+        # theirs: transformers asks for it by another name.
+        self._cleans = _flag(file, settings, "clean_up_tokenization_spaces") and (
+            not is_bpe or _flag(file, settings, _CLEANS_BPE)
         )
+        self._special_tokens = added.template_variables
+        self._templates = chat_template.read_templates(folder, settings)
         self._where = str(folder)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with what the tokenizer puts around one unless told not to."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
-
-    def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> str:
-        """A conversation as the model was taught to read it, ready for the assistant's turn.
-
-        Args:
-          messages: `{"role": ..., "content": ...}` each.
-          **options: for the template: `tools`, `enable_thinking` and what else it knows.
+        """Token ids of a text, with what the tokenizer puts around one unless told not to.
 
         Raises:
-          ValueError: the model has no template, or the template refuses the messages.
+          ValueError: it is no text, or has half a character.
         """
-        if self._template is None:
-            raise ValueError(
-                f"chat: {self._where} has no chat template; wanted `chat_template` in"
-                " tokenizer_config.json or chat_template.jinja: use generate with a prompt"
-            )
-        jinja2 = import_extra("jinja2")
-        sandbox = import_extra("jinja2.sandbox").ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        sandbox.filters["tojson"] = lambda x, indent=None: json.dumps(
-            x, ensure_ascii=False, indent=indent
-        )
-        special = {
-            name: value["content"] if isinstance(value, dict) else value
-            for name, value in self._settings.items() if name.endswith("_token") and value
-        }
+        if not isinstance(text, str):
+            raise ValueError(f"encode: {text!r} is a {type(text).__name__}; wanted a str")
         try:
-            return sandbox.from_string(self._template, globals={
-                "raise_exception": _refuse,
-                "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-            }).render(
-                **(special | {"messages": list(messages), "add_generation_prompt": True} | options)
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{text!r}: no text, because UTF-8 has none of it: {error}") from error
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids, special tokens left out unless told not to."""
+        text = self._decode(token_ids, skip_special_tokens)
+        return _clean(text) if self._cleans else text
+
+    def detokenizer(
+        self, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> Detokenizer:
+        """What makes text of the tokens that follow a prompt, while they come."""
+        return Detokenizer(
+            lambda ids: self._decode(ids, skip_special_tokens), prompt_ids, cleans=self._cleans
+        )
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> str:
+        """A conversation as the model was taught to read it, ready for the assistant's turn.
+
+        Special tokens are in the text: `encode(text, add_special_tokens=False)` makes ids of it.
+
+        Args:
+          messages: `{"role": ..., "content": ...}` each, and what else the template knows, such as
+            `tool_calls` (with `arguments` as objects: templates write them as JSON) and
+            `reasoning_content`. `content` is a text or a list of parts, `{"type": "text", "text":
+            ...}`; a template that does not go through parts gets their texts, joined by a line
+            break.
+          chat_template_kwargs: variables for the template, such as `enable_thinking`; it may hold
+            any of the options as well.
+          **options: the names of vLLM and transformers, and variables for the template.
+            `chat_template`: the name of one of the folder's templates, or the text of another.
+            `tools`: JSON schemas, in a list.
+            `documents`: objects, in a list.
+            `add_generation_prompt`: begin the assistant's message. True, but for the next.
+            `continue_final_message`: leave the last message open, for the model to go on with; the
+            name of its field, or True for `content`.
+            `chat_template_content_format`: "string" or "openai" to give the template every
+            `content` as a text or as parts; "auto" as described.
+
+        Raises:
+          ValueError: the model has no template, an argument is wrong, or the template refuses the
+            messages; the message says which template, and what it says.
+        """
+        if not isinstance(chat_template_kwargs, Mapping | None):
+            raise ValueError(
+                f"chat: chat_template_kwargs is {chat_template_kwargs!r}; wanted a dict"
             )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"chat: the template of {self._where} says: {error}") from error
+        return chat_template.render(
+            self._templates, self._where, self._special_tokens, messages,
+            **(options | dict(chat_template_kwargs or {})),
+        )  # fmt: skip
+
+    def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
 
 class Detokenizer:
@@ -103,8 +152,23 @@ class Detokenizer:
     (['a', '', '\\ufffdb'], '')
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int]):
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        prompt_ids: Sequence[int],
+        *,
+        cleans: bool = False,
+    ):
+        """
+        Args:
+          decode: token ids to text.
+          prompt_ids: what the tokens follow.
+          cleans: take away spaces before punctuation, as `clean_up_tokenization_spaces` means it;
+            text that a space more could change waits.
+        """
         self._decode = decode
+        self._cleans = cleans
+        self._unclean = ""  # text that waits to be cleaned
         count = _CONTEXT
         while _HALF in decode(prompt_ids[-count:]) and count < _CONTEXT + _MOST_BYTES:
             count += 1  # it begins inside a character
@@ -114,6 +178,19 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete."""
+        if not self._cleans:
+            return self._push(token_ids)
+        self._unclean += self._push(token_ids)
+        end = max((found.end() for found in _SETTLED.finditer(self._unclean)), default=0)
+        settled, self._unclean = self._unclean[:end], self._unclean[end:]
+        return _clean(settled)
+
+    def finish(self, token_ids: Sequence[int] = ()) -> str:
+        """All that is left, with these last tokens, without the half character at its end."""
+        text = self._decode([*self._ids, *token_ids])[len(self._said):].rstrip(_HALF)
+        return _clean(self._unclean + text) if self._cleans else text
+
+    def _push(self, token_ids: Sequence[int]) -> str:
         self._ids += token_ids
         text = self._decode(self._ids)
         is_half = text.endswith(_HALF) and len(self._ids) - self._num_said < _MOST_WAITING
@@ -124,10 +201,6 @@ class Detokenizer:
         self._num_said = len(self._ids)
         self._said = self._decode(self._ids)
         return new
-
-    def finish(self, token_ids: Sequence[int] = ()) -> str:
-        """All that is left, with these last tokens, without the half character at its end."""
-        return self._decode([*self._ids, *token_ids])[len(self._said):].rstrip(_HALF)
 
 
 class StopStrings:
@@ -163,12 +236,38 @@ class StopStrings:
         return self._kept
 
 
-def _default_template(found: Any) -> str | None:
-    """A template is a string, or one of a list of named ones."""
-    if isinstance(found, list):
-        return {entry["name"]: entry["template"] for entry in found}.get("default")
-    return found
+def _clean(text: str) -> str:
+    for found, put in _CLEANING:
+        text = text.replace(found, put)
+    return text
 
 
-def _refuse(message: str) -> None:
-    raise import_extra("jinja2").TemplateError(message)
+def _tokenizer_file(settings: Mapping[str, Any]) -> str:
+    """tokenizer.json, or the newest of those that a folder keeps for versions of transformers."""
+    names = settings.get("fast_tokenizer_files")
+    names = names if isinstance(names, list) else []
+    found = [re.fullmatch(r"tokenizer\.(\d+(?:\.\d+)*)\.json", str(name)) for name in names]
+    newest = max(
+        filter(None, found), key=lambda match: [int(n) for n in match[1].split(".")], default=None
+    )
+    return newest[0] if newest else "tokenizer.json"
+
+
+def _read_tokenizer(file: pathlib.Path) -> Any:
+    text = file.read_bytes()
+    try:
+        tokenizer = import_extra("tokenizers").Tokenizer.from_buffer(text)
+        tokenizer.no_truncation()
+        tokenizer.encode("")  # what stands around a text may name a token that there is not
+    except (ImportError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # the library raises nothing narrower; its panics are this wide
+        raise ValueError(f"{file}: no tokenizer: {error}") from error
+    return tokenizer
+
+
+def _flag(file: pathlib.Path, settings: Mapping[str, Any], name: str) -> bool:
+    value = settings.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{file}: `{name}` is {value!r}; wanted true or false")
+    return bool(value)

@@ -196,13 +196,15 @@ _EXTREMES = np.array(
 
 def _new(case, rng):
     shape = (case.num_tokens, case.num_kv_heads * case.head_dim)
+    if not case.is_flat:
+        shape = (case.num_tokens, case.num_kv_heads, case.head_dim)
+    if jnp.dtype(case.new_dtype).itemsize == 1:  # as an 8-bit pool is to hold them: any bits
+        return rng.integers(0, 256, shape, np.uint8).view(jnp.dtype(case.new_dtype))
     x = rng.standard_normal(shape, np.float32)
     if case.pool_dtype == "int8":
         x = x * 40
     if case.extreme:
         x = np.where(rng.random(shape) < 0.5, rng.choice(_EXTREMES, shape), x)
-    if not case.is_flat:
-        x = x.reshape(case.num_tokens, case.num_kv_heads, case.head_dim)
     with np.errstate(over="ignore"):  # float16 has no 1e6
         return x.astype(jnp.dtype(case.new_dtype))
 
@@ -427,6 +429,8 @@ def new_slots(call: Call) -> np.ndarray:
 
 def _stored(x, scale, dtype):
     """Rounding and saturation as kv_write.oracle.quantize documents them."""
+    if x.dtype == dtype:
+        return x
     inverse = np.float32(1) / np.float32(1.0 if scale is None else scale)
     with np.errstate(over="ignore"):  # infinities are what is meant
         if dtype.itemsize > 1:

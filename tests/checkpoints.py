@@ -1,6 +1,7 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """Small model folders as Hugging Face has them, made without transformers."""
 
+import functools
 import json
 import pathlib
 
@@ -30,6 +31,7 @@ TEMPLATE = (
 )
 
 
+@functools.cache
 def byte_tokenizer() -> tokenizers.Tokenizer:
     """Byte-level BPE with few merges, so that characters are cut; as Llama 3 and Qwen have it."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -59,6 +61,23 @@ def sentencepiece_tokenizer() -> tokenizers.Tokenizer:
         decoders.Strip(content=" ", left=1),
     ])
     return tokenizer
+
+
+def write_tokenizer(
+    folder: pathlib.Path, *, tokenizer: dict | None = None, **files
+) -> pathlib.Path:
+    """Writes the files of a tokenizer, and returns the folder.
+
+    Args:
+      folder: where to.
+      tokenizer: what tokenizer.json has beside or instead of `byte_tokenizer`'s parts.
+      **files: content, or text, of other JSON files by name, without .json.
+    """
+    raw = json.loads(byte_tokenizer().to_str()) | (tokenizer or {})
+    for name, content in {"tokenizer": raw, **files}.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    return folder
 
 
 def hf_config(config: ModelConfig = MODEL) -> dict:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_paged
 from pallas_paged import dispatch, layout, ragged_paged_attention
 from pallas_paged.ragged_paged_attention import mosaic_gpu, mosaic_tpu
 from pallas_paged.ragged_paged_attention.mosaic_gpu import Config
@@ -56,11 +57,12 @@ class Call:
             head_dim=self.head_dim, page_size=self.page_size, dtype=self.dtype,
             pool_dtype=self.pool_dtype or self.dtype, seed=self.seed, first_row=3,
         )  # fmt: skip
+        case = dataclasses.replace(case, kv_pages=_clear_padding(case.kv_pages, self.head_dim))
         options = dict(self.options)
         sinks = options.pop("sinks", False)
         if sinks:
-            options["sinks"] = jnp.linspace(-2.0, 3.0, num_heads)
-        options |= {"sm_scale": self.head_dim**-0.5, "num_kv_heads": num_kv_heads}
+            options["sinks"] = jnp.linspace(-2.0, 3.0, num_heads).at[0].set(-jnp.inf)
+        options = {"sm_scale": self.head_dim**-0.5, "num_kv_heads": num_kv_heads} | options
         return case, options
 
     @property
@@ -71,12 +73,23 @@ class Call:
         return "-".join(filter(None, parts))
 
 
+def _clear_padding(kv_pages, head_dim):
+    """Zeros in the lanes that no head has, as the writes leave them; rows that nobody uses keep
+    their NaN."""
+    missing = layout.padded_head_dim(head_dim) - head_dim
+    if not missing:
+        return kv_pages
+    lanes = np.arange(kv_pages.shape[3]) % layout.padded_head_dim(head_dim)
+    return jnp.where(lanes < head_dim, kv_pages, jnp.zeros((), kv_pages.dtype))
+
+
 def options_of(**options):
     return tuple(options.items())
 
 
 SCALES = options_of(k_scale=0.5, v_scale=np.array([0.7, 1.3], np.float32))
 SMALL = Config(64, 2, 64, 2)
+FEW = ((1, 70), (20, 90), (1, 5))
 # What the interpreter does on a CPU: each form of the kernels once, in seconds.
 INTERPRETED = [
     Call(),
@@ -88,6 +101,14 @@ INTERPRETED = [
     Call(pool_dtype="float8_e4m3fn", options=SCALES, config=Config(64, 2, 64, 3)),
     Call(heads=(5, 1), page_size=136, options=options_of(causal=False, sliding_window=77),
          config=SMALL),
+    # Factors that turn the order of the scores or make all of them equal.
+    Call(FEW, (2, 1), 64, options=options_of(sm_scale=-0.09, sinks=True), config=SMALL),
+    Call(FEW, (2, 1), 64, options=options_of(sm_scale=0.0, sliding_window=30), config=SMALL),
+    Call(FEW, (2, 1), 64, options=options_of(sm_scale=-0.3, soft_cap=4.0), config=SMALL),
+    # Heads that the pool has more lanes for.
+    Call(FEW, (2, 1), 80, 24, config=SMALL),
+    Call(FEW, (4, 2), 32, pool_dtype="float8_e4m3fn", options=SCALES, config=SMALL),
+    Call(FEW, (2, 1), 192, dtype="float16", config=SMALL),
 ]  # fmt: skip
 
 
@@ -95,12 +116,13 @@ def _device_calls():
     """What only a GPU does: sizes that fill it, and more of everything."""
     groups = itertools.cycle([(8, 2), (4, 4), (12, 2), (5, 1), (32, 8), (64, 1)])
     pages = itertools.cycle([16, 64, 128, 8, 24, 256, 40])
-    dims = itertools.cycle([128, 64, 256])
+    dims = itertools.cycle([128, 64, 256, 112, 240, 40])
     features = [
         (), options_of(sliding_window=1), options_of(sliding_window=300), options_of(soft_cap=20.0),
         options_of(causal=False), options_of(sinks=True),
         options_of(soft_cap=3.0, sliding_window=64),
         options_of(sinks=True, sliding_window=100, causal=False),
+        options_of(sm_scale=-0.09), options_of(sm_scale=0.0, sinks=True),
     ]  # fmt: skip
     for seed, (lens, feature) in enumerate(itertools.product((LONG, DECODES), features)):
         dtype = FLOATS[seed % 2]
@@ -207,6 +229,98 @@ def test_absurd_metadata_ends_in_bounds(name):
     assert out.shape == case.q.shape
 
 
+# ---- Tables that people have: shared pages, rings, more rows than tokens, and large ones
+
+
+def _shared_prefixes(case):
+    """Every sequence begins with the pages of the first: two whole ones."""
+    table = case.page_indices.copy()
+    table[1 : len(case.keys), :2] = table[0, :2]
+    return dataclasses.replace(case, page_indices=table)
+
+
+def _rings(case):
+    """Pages of a sequence that come round again, as an engine with a window keeps them."""
+    table = case.page_indices.copy()
+    for row, keys in zip(table, case.keys, strict=False):
+        count = max(1, -(-len(keys) // 16 // 2))
+        row[: 2 * count] = np.resize(row[:count], 2 * count)
+    return dataclasses.replace(case, page_indices=table)
+
+
+def _fewer_tokens_than_rows(case):
+    """The last rows are the tokens; those before them have no position and are 0."""
+    lens = case.kv_lens.copy()
+    lens[1] = 20  # of 40 new ones
+    return dataclasses.replace(case, kv_lens=lens)
+
+
+TABLES = {
+    "shared prefixes": ([(1, 70), (40, 90), (3, 40), (20, 33)], _shared_prefixes),
+    "rings": ([(1, 70), (40, 90), (3, 40), (20, 33)], _rings),
+    "more rows than tokens": ([(1, 70), (40, 90), (3, 40), (20, 33)], _fewer_tokens_than_rows),
+}
+if ON_GPU:
+    RNG = np.random.default_rng(5)
+    TABLES |= {
+        "4,096 sequences": (
+            [(int(n % 3 + 1), int(n)) for n in RNG.integers(3, 300, 4096)], lambda case: case,
+        ),
+        "150,001 keys": ([(1, 150_001), (200, 150_001)], lambda case: case),
+    }  # fmt: skip
+
+
+@needs_new_jax
+@pytest.mark.parametrize("name", TABLES)
+def test_tables(name):
+    lens, change = TABLES[name]
+    case, options = Call(tuple(lens), heads=(2, 1), head_dim=64, config=SMALL).make()
+    case = change(case)
+    found = mismatch(*run_kernels(case, options, detect_races=False), *run_oracle(case, options))
+    assert found is None, found
+
+
+@needs_new_jax
+@pytest.mark.skipif(not ON_GPU, reason="9 GB")
+def test_a_pool_of_more_than_2_to_the_32_values():
+    """The last pages are written, copied and read where they are."""
+    num_pages, heads, dim = 131_072 + 64, 8, 128
+    pool = layout.make_kv_pages(num_pages, 16, heads, dim)
+    assert pool.size > 2**32
+    small = layout.make_kv_pages(64, 16, heads, dim)
+    first = num_pages - 64
+    rng = np.random.default_rng(0)
+    k, v = (jnp.asarray(rng.standard_normal((512, heads, dim)), jnp.bfloat16) for _ in "kv")
+    pages = jnp.asarray(rng.permutation(32), jnp.int32)
+    slots = jnp.asarray(rng.permutation(np.arange(512, 1024))[:100], jnp.int32)
+    src, dst = jnp.arange(8, dtype=jnp.int32), jnp.arange(50, 58, dtype=jnp.int32)
+
+    def write(pool, base):
+        options = {"backend": "mosaic_gpu"}
+        pool = pallas_paged.page_write(pool, k, v, pages + base, **options)
+        pool = pallas_paged.token_write(pool, k[:100], v[:100], slots + 16 * base, **options)
+        slices = jnp.array([[16 * (58 + base) + 3], [7], [11]], jnp.int32)
+        pool = pallas_paged.slice_write(pool, k, v, slices, jnp.array([1], jnp.int32), **options)
+        return pallas_paged.copy_pages(pool, src + base, dst + base, **options)
+
+    pool, small = write(pool, first), write(small, 0)
+    np.testing.assert_array_equal(
+        np.asarray(pool[first:]).view(np.uint16), np.asarray(small).view(np.uint16)
+    )
+    assert not jnp.any(pool[: num_pages // 2]) and not jnp.any(pool[num_pages // 2 : first])
+    table = jnp.asarray(rng.permutation(32)[None], jnp.int32)
+    kv_lens, cu_q_lens, num_seqs = (jnp.array(x, jnp.int32) for x in ([400], [0, 80], [1]))
+    q = jnp.asarray(rng.standard_normal((80, 32, dim)), jnp.bfloat16)
+
+    def attend(pool, base):
+        return ragged_paged_attention(
+            q, pool, kv_lens, table + base, cu_q_lens, num_seqs, sm_scale=0.1, num_kv_heads=heads,
+            backend="mosaic_gpu",
+        )
+
+    np.testing.assert_array_equal(attend(pool, first), attend(small, 0))
+
+
 def _lower(call: Call, **options):
     num_heads, num_kv_heads = call.heads
     pool_dtype = jnp.dtype(call.pool_dtype or call.dtype)
@@ -234,7 +348,7 @@ def _lower(call: Call, **options):
 def _lowered_calls():
     """Page size x dtype of q and pool; everything else is cycled."""
     heads = itertools.cycle([(8, 2), (12, 2), (5, 1), (3, 3), (64, 1)])
-    dims = itertools.cycle([128, 64, 256, 128])
+    dims = itertools.cycle([128, 64, 256, 128, 96, 160, 16])
     features = itertools.cycle([
         {}, {"sliding_window": 100}, {"soft_cap": 5.0, "return_lse": True}, {"causal": False},
         {"sinks": True, "sliding_window": jax.ShapeDtypeStruct((), jnp.int32)},
@@ -278,7 +392,6 @@ def test_default_config_fits_shared_memory(head_dim, pool_dtype, max_seqs):
 REFUSED = {
     "float32": (dict(dtype="float32"), "q is float32 and the matrix unit takes"),
     "another pool": (dict(pool_dtype="int8"), "the pool is int8 and q bfloat16"),
-    "head_dim": (dict(head_dim=80), "head_dim is 80"),
     "page_size": (dict(page_size=12), "page_size is 12"),
     "group": (dict(heads=(65, 1)), "65 query heads read one KV head"),
     "shared memory": (dict(config=Config(128, 9, 64, 2)), "config's prefill blocks take"),

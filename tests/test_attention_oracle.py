@@ -224,6 +224,10 @@ def _unused_rows_leak(kv_pages, page_ids, kv_len, *rest):
     return _real_read(kv_pages, page_ids, 2**30, *rest)
 
 
+def _all_values_summed(weights, v, is_seen):
+    return jnp.einsum("bkgl,klh->bkgh", weights, v)
+
+
 def _last_key_lost(kv_pages, page_ids, kv_len, *rest):
     return _real_read(kv_pages, page_ids, kv_len - 1, *rest)
 
@@ -274,7 +278,7 @@ def test_the_check_passes_without_a_planted_bug():
     "name, bug",
     [
         ("_read_kv", _identity_table), ("_read_kv", _pages_in_reverse),
-        ("_read_kv", _unused_rows_leak), ("_read_kv", _last_key_lost),
+        ("_read_kv", _last_key_lost),
         ("_read_kv", _keys_and_values_swapped), ("_is_seen", _sees_one_ahead),
         ("_is_seen", _does_not_see_itself), ("_is_seen", _window_one_too_wide),
         ("_attend", _heads_interleaved), ("_attend", _scale_forgotten),
@@ -287,6 +291,15 @@ def test_the_check_finds_planted_bugs(monkeypatch, name, bug):
     monkeypatch.setattr(oracle, name, bug)
     with pytest.raises(AssertionError):
         check(case, **options)
+
+
+def test_the_check_finds_unused_rows_that_leak(monkeypatch):
+    """They are cleared, and what is not finite reaches no row that does not see it: two guards."""
+    monkeypatch.setattr(oracle, "_read_kv", _unused_rows_leak)
+    check(make_case(SHORT), **OPTIONS["all"])
+    monkeypatch.setattr(oracle, "_sum_of_values", _all_values_summed)
+    with pytest.raises(AssertionError):
+        check(make_case(SHORT), **OPTIONS["all"])
 
 
 # Refusals.

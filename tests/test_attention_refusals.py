@@ -269,6 +269,24 @@ def test_no_scale_is_that_of_the_heads_and_no_sink_is_minus_infinity():
     assert np.isfinite(call(sm_scale=-0.25)).all() and np.isfinite(call(sm_scale=0)).all()
 
 
+@pytest.mark.parametrize("op", ATTENTION)
+def test_a_scale_whose_sign_is_known_is_known_to_the_kernel(op, monkeypatch):
+    """It saves a GPU kernel a product a score; whatever the number is a number of."""
+    seen = []
+
+    def record(*args, is_scale_positive, **rest):
+        seen.append(is_scale_positive)
+        return None, None, None
+
+    monkeypatch.setattr(api, "_write_and_attend", record)
+    monkeypatch.setattr(api, "_attention", lambda *args, **rest: record(*args, **rest)[:2])
+    positive = [None, 0.5, 1, np.float32(2), np.float64(0.5), np.array(0.5), np.array([0.5])]
+    others = [0, -0.5, np.float32(-1), np.array([-0.5])]
+    for sm_scale in positive + others:
+        _call(op, sm_scale=sm_scale)
+    assert seen == [True] * len(positive) + [False] * len(others)
+
+
 def test_scales_at_the_ends_of_their_range_are_served():
     for scale in (2.0**-126, 2.0**126):
         pool = _write("token_write", slots=jnp.arange(T, dtype=jnp.int32), k_scale=scale,

@@ -410,3 +410,18 @@ def test_a_copys_config_says_what_a_dma_moves(block_tokens, part):
     hlo = aot_compile(call, (pool, ids), "v5e", jit_kwargs={"donate_argnums": 0}).as_text()
     assert f"copy_pages_{part}" in hlo
     _assert_no_pool_copy(hlo, pool)
+
+
+@pytest.mark.parametrize(
+    "generation, dtype, op",
+    [
+        ("v5e", "float8_e4m3fn", "page_write"), ("v6e", "int8", "token_write"),
+        ("tpu7x", "float8_e5m2", "slice_write"), ("tpu7x", "float8_e4m3fn", "token_write"),
+    ],
+)  # fmt: skip
+def test_stored_codes_copy_no_pool(for_a_tpu_alone, generation, dtype, op):
+    """k and v in the pool's own 8-bit dtype: the pool is viewed as int8, there and back."""
+    pool = _pool(8, 128, 16, dtype)
+    new = (_new(300, 8, 128, dtype, True),) * 2
+    hlo = _compile(op, generation, pool, new, _metadata(op, 300, 16), 8)
+    _assert_no_pool_copy(hlo, pool)

@@ -84,6 +84,16 @@ SPECIAL = [
     (Case("slice_write", 33, 4, 3, 128, "int8", num_rows=6, scale="tensor"), "eager"),
     (Case("token_write", 16, 4, 2, 128, "bfloat16", num_rows=6, is_flat=False), "on_wait"),
     (Case("page_write", 33, 4, 1, 128, "float8_e5m2", num_rows=7, is_flat=False), "eager"),
+    # k and v that are quantised already: their very bits, whatever the scales.
+    (
+        Case("page_write", 33, 4, 2, 128, "float8_e5m2", "holes", "float8_e5m2", scale="head"),
+        "eager",
+    ),
+    (
+        Case("token_write", 21, 3, 3, 64, "float8_e4m3fn", "any", "float8_e4m3fn", is_flat=False),
+        "on_wait",
+    ),
+    (Case("slice_write", 33, 16, 1, 96, "int8", "any", "int8", scale="tensor"), "eager"),
     # A page longer than a window that has no divisor but 1.
     (Case("page_write", 61, 29, 1, 64, "float32", "live"), "on_wait"),
     # Pages that leave too much of a window empty, and so go out in two parts.

@@ -362,3 +362,36 @@ def test_a_table_in_parts(monkeypatch, setup, mode, writes):
             check_write(write, setup.options(), mode, setup.config, label=f"{batch}: ")
         else:
             check(case, setup.options(), mode, setup.config, label=f"{batch}: ")
+
+
+# ---- k and v that are quantised already
+
+STORED = Setup(
+    4, 2, 64, 16, "bfloat16", "float8_e5m2", ("few",), scale="head", num_tokens=37,
+    config=(128, 128, 2),
+)  # fmt: skip
+
+
+def _stored_and_unstored():
+    """A batch whose k and v are the pool's values, and the one that quantises to the same."""
+    case, options = STORED.case("few"), STORED.options() | {"return_lse": True}
+    stored = make_write(case, is_flat=True, new_dtype="float8_e5m2")
+    scales = options["k_scale"], options["v_scale"]
+    return stored, make_write(case, is_flat=True, scales=scales, new_dtype="float32"), options
+
+
+def test_stored_k_and_v_are_stored_as_they_are():
+    """The scales then only serve the read."""
+    stored, unstored, options = _stored_and_unstored()
+    found, wanted = (
+        write_and_attend(*write.arrays, **options, backend="oracle")
+        for write in (stored, unstored)
+    )
+    for x, y in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
+
+
+def test_stored_k_and_v_in_the_tpu_kernels():
+    """Composed: the fused kernel attends to what it quantised itself."""
+    stored, _, options = _stored_and_unstored()
+    check_write(stored, options, "eager", STORED.config, detect_races=False)

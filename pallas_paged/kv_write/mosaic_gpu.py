@@ -33,6 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_paged import dispatch, layout
 from pallas_paged.kv_write import mosaic_gpu_convert as convert
 from pallas_paged.kv_write import oracle
+from pallas_paged.unfused import unfused
 
 _HEAD_DIMS = (64, 128, 256)
 # Shared memory of a block. Small, so that many blocks share the 227 KiB of a multiprocessor.
@@ -72,10 +73,10 @@ def unsupported(kv_pages, k, num_kv_heads: int, head_dim: int) -> str | None:
     """Why the kernels cannot run a write, as a sentence; None if they can."""
     del num_kv_heads
     reason = unsupported_pool(kv_pages)
-    if reason is None and head_dim not in _HEAD_DIMS:
+    if reason is None and layout.padded_head_dim(head_dim) not in _HEAD_DIMS:
         reason = (
-            f"head_dim is {head_dim} and the kernels take {', '.join(map(str, _HEAD_DIMS))}; pad "
-            "the heads or use the oracle"
+            f"head_dim is {head_dim} and the kernels take up to {_HEAD_DIMS[-1]}; split the heads "
+            "or use the oracle"
         )
     if reason is None and head_dim > layout.HALF_LANES and kv_pages.shape[2] % 2:
         reason = (
@@ -150,6 +151,16 @@ class _Shape:
         return self.new_dtype != self.pool_dtype
 
     @property
+    def fills_buffer(self) -> bool:
+        """Whether a token's heads end where the next token's may begin: at 128 bytes."""
+        return self.heads * self.head_dim * self.pool_dtype.itemsize % 128 == 0
+
+    @property
+    def num_fetches(self) -> int:
+        """Copies that bring a block's k in, and as many its v: one where its tokens touch."""
+        return 1 if self.fills_buffer else self.tokens
+
+    @property
     def num_slots(self) -> int:
         return self.num_pages * self.page_size
 
@@ -161,7 +172,7 @@ class _Shape:
 
 def _shape(kv_pages, k, num_kv_heads, config) -> _Shape:
     num_pages, page_size, num_rows, _ = kv_pages.shape
-    head_dim = k.shape[-1] // (num_kv_heads if k.ndim == 2 else 1)
+    head_dim = layout.padded_head_dim(k.shape[-1] // (num_kv_heads if k.ndim == 2 else 1))
     row_bytes = 2 * head_dim * kv_pages.dtype.itemsize
     converts = k.dtype != kv_pages.dtype
     heads = next(
@@ -297,28 +308,28 @@ def _write(
     rows: Callable[..., _Rows], num_blocks: int,
 ):
     """The one launch of the three writes. The pool is a ref, so that it stays where it is."""
-    k, v = (layout.split_heads(x, shape.num_kv_heads) for x in (k, v))
+    k, v = (layout.pad_heads(layout.split_heads(x, shape.num_kv_heads)) for x in (k, v))
     missing = shape.tokens - shape.num_tokens
     if missing > 0:  # a lone token of 64: fewer values than a block has threads
         k, v = (jnp.pad(x, ((0, missing), (0, 0), (0, 0))) for x in (k, v))
     scales: tuple[jax.Array, ...] = ()
-    if layout.is_quantized(shape.pool_dtype):
+    if shape.converts and layout.is_quantized(shape.pool_dtype):
         heads = shape.num_kv_heads
         scales = tuple(oracle.inverse_scale(scale, heads) for scale in (k_scale, v_scale))
 
     # The tensor copies start at multiples of 128 bytes of shared memory.
-    slot_bytes = shape.heads * shape.head_dim * shape.pool_dtype.itemsize
-    buffer_heads = shape.heads + (1 if slot_bytes % 128 else 0)
+    buffer_heads = shape.heads + (not shape.fills_buffer)
     buffer = plgpu.SMEM((shape.tokens, buffer_heads, shape.head_dim), shape.pool_dtype)
     scratch: dict[str, Any] = {"k_smem": buffer, "v_smem": buffer}
     if not shape.converts:
-        scratch["barrier"] = plgpu.Barrier(num_arrivals=2)
+        scratch["barrier"] = plgpu.Barrier(num_arrivals=2 * shape.num_fetches)
     if shape.padding:
         whole = _WARPGROUP * 8 // (2 * shape.head_dim)  # heads that 128 threads fill, 8 values each
         scratch["zeros_smem"] = plgpu.SMEM(
             (pl.cdiv(shape.padding, whole) * whole, 2, shape.head_dim), shape.pool_dtype
         )
 
+    metadata, k, v, scales, kv_pages = unfused((metadata, k, v, scales, kv_pages))
     pool = jax.new_ref(
         kv_pages.reshape(shape.num_slots, shape.slot_heads, 2, shape.head_dim)
     )
@@ -335,7 +346,7 @@ def _write(
         compiler_params=_compiler_params(),
         kernel_name=f"{name}_{shape.tokens}x{shape.heads}",
     )(*metadata, k, v, *scales, pool)
-    return pool[...].reshape(kv_pages.shape)
+    return unfused(pool[...]).reshape(kv_pages.shape)
 
 
 def _compiler_params():
@@ -365,11 +376,19 @@ def _kernel(
     tokens, heads = pl.ds(mine.source, shape.tokens), pl.ds(head, shape.heads)
 
     def fetch():
+        copies: list[tuple[Any, Any]] = []
         for new, smem in ((k, k_smem), (v, v_smem)):
+            if shape.fills_buffer:
+                copies.append((new.at[tokens, heads], smem))
+            else:
+                copies += [
+                    (new.at[mine.source + j, heads], smem.at[j, pl.ds(0, shape.heads)])
+                    for j in range(shape.tokens)
+                ]
+        for source, target in copies:
             plgpu.copy_gmem_to_smem(
-                new.at[tokens, heads], smem, barrier,
-                oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
-            )  # fmt: skip
+                source, target, barrier, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+            )
 
     def fetch_and_convert():
         values = [new[tokens, head] for new in (k, v)]  # both on their way before either is used
@@ -432,6 +451,7 @@ def copy_pages(kv_pages, src_ids, dst_ids, *, config=None):
         most = min(most, config.block_tokens * num_rows)
     count = next(n for n in range(min(most, page_rows), 0, -1) if page_rows % n == 0)
     parts = page_rows // count
+    kv_pages, src_ids, dst_ids = unfused((kv_pages, src_ids, dst_ids))
     pool = jax.new_ref(kv_pages.reshape(num_pages, page_rows, num_lanes))
 
     def copy_pages_kernel(src_ids, dst_ids, pool, rows_smem, barrier):
@@ -459,4 +479,4 @@ def copy_pages(kv_pages, src_ids, dst_ids, *, config=None):
         compiler_params=_compiler_params(),
         kernel_name=f"copy_pages_{count}",
     )(src_ids, dst_ids, pool)
-    return pool[...].reshape(kv_pages.shape)
+    return unfused(pool[...]).reshape(kv_pages.shape)

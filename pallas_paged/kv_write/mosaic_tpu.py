@@ -21,6 +21,7 @@ __all__ = [
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -50,6 +51,8 @@ _VMEM_LIMIT = 14 * 2**20
 ENTRIES_PER_STEP = 8192
 # At most this many DMAs in one unrolled body: past it the issue cost no longer falls.
 _MAX_UNROLL = 16
+# Which floats hold an 8-bit code, as a number, on their way to an int8 pool.
+_CODES_AS = jnp.bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +113,8 @@ def unsupported(kv_pages, k, num_kv_heads: int, head_dim: int) -> str | None:
     """Why the kernels cannot run a write, as a sentence; None if they can."""
     if k.dtype == jnp.float16:
         return "a TPU has no float16; cast k and v to bfloat16 or float32"
+    if layout.is_quantized(k.dtype):
+        k = jax.ShapeDtypeStruct(k.shape, _CODES_AS)
     reason = unsupported_pool(kv_pages)
     if reason is None:
         smallest = vmem_bytes(slots_of(kv_pages, k, num_kv_heads), k, Config(16))
@@ -129,15 +134,35 @@ def unsupported_pool(kv_pages) -> str | None:
     return None
 
 
+def _takes_codes(write):
+    """A write that also takes k and v in the pool's own 8-bit dtype, and stores their very bits.
+
+    They go as the numbers from -128 to 127, whatever they stand for, and the kernel quantises
+    them as for an int8 pool, by 1, which changes none. The pool itself keeps its dtype: XLA would
+    copy it to call it another.
+    """
+
+    @functools.wraps(write)
+    def wrapped(kv_pages, k, v, *metadata, **options):
+        if layout.is_quantized(k.dtype):
+            k, v = (lax.bitcast_convert_type(x, jnp.int8).astype(_CODES_AS) for x in (k, v))
+            options |= {"k_scale": None, "v_scale": None}
+            return write(kv_pages, k, v, *metadata, **options, pool_dtype=jnp.dtype(jnp.int8))
+        return write(kv_pages, k, v, *metadata, **options, pool_dtype=kv_pages.dtype)
+
+    return wrapped
+
+
+@_takes_codes
 def page_write(
-    kv_pages, k, v, page_ids, token_starts, *, k_scale, v_scale, num_kv_heads, config
+    kv_pages, k, v, page_ids, token_starts, *, k_scale, v_scale, num_kv_heads, config, pool_dtype
 ):
     """See api.page_write. Pages that do not fill a window well are written as equal parts."""
     num_pages, page_size = kv_pages.shape[:2]
     num_tokens = k.shape[0]
     if num_tokens < page_size or page_ids.shape[0] == 0:
         return kv_pages
-    slots = slots_of(kv_pages, k, num_kv_heads)
+    slots = slots_of(kv_pages, k, num_kv_heads, pool_dtype)
     config = config or default_config(kv_pages, k, num_kv_heads)
     part = page_part(page_size, config.block_tokens)
     entries = Entries(
@@ -156,15 +181,16 @@ def page_write(
     )
 
 
+@_takes_codes
 def slice_write(
-    kv_pages, k, v, slices, num_slices, *, k_scale, v_scale, num_kv_heads, config
+    kv_pages, k, v, slices, num_slices, *, k_scale, v_scale, num_kv_heads, config, pool_dtype
 ):
     """See api.slice_write. Slices longer than a window are written as several."""
     num_pages, page_size = kv_pages.shape[:2]
     num_tokens = k.shape[0]
     if num_tokens == 0 or slices.shape[1] == 0:
         return kv_pages
-    slots = slots_of(kv_pages, k, num_kv_heads)
+    slots = slots_of(kv_pages, k, num_kv_heads, pool_dtype)
     config = config or default_config(kv_pages, k, num_kv_heads)
     slot, token, length = slices
     is_live = oracle.is_live_slice(slices, num_slices, num_pages, page_size, num_tokens)
@@ -183,11 +209,14 @@ def slice_write(
     )
 
 
-def token_write(kv_pages, k, v, slots, *, k_scale, v_scale, num_kv_heads, config):
+@_takes_codes
+def token_write(
+    kv_pages, k, v, slots, *, k_scale, v_scale, num_kv_heads, config, pool_dtype
+):
     """See api.token_write. One DMA a token, whatever the slots."""
     if k.shape[0] == 0:
         return kv_pages
-    static = slots_of(kv_pages, k, num_kv_heads)
+    static = slots_of(kv_pages, k, num_kv_heads, pool_dtype)
     config = config or default_config(kv_pages, k, num_kv_heads)
     entries = Entries("tokens", 1)
     return _write(
@@ -195,12 +224,12 @@ def token_write(kv_pages, k, v, slots, *, k_scale, v_scale, num_kv_heads, config
     )
 
 
-def slots_of(kv_pages, k, num_kv_heads) -> Slots:
-    """The static description of a call's k, v and pool."""
+def slots_of(kv_pages, k, num_kv_heads, pool_dtype=None) -> Slots:
+    """The static description of a call's k, v and pool, which may be quantised for as another."""
     return Slots(
         num_kv_heads=num_kv_heads,
         head_dim=k.shape[-1] if k.ndim == 3 else k.shape[-1] // num_kv_heads,
-        pool_dtype=jnp.dtype(kv_pages.dtype),
+        pool_dtype=jnp.dtype(pool_dtype or kv_pages.dtype),
         num_rows=kv_pages.shape[2],
         is_flat=k.ndim == 2,
     )
@@ -340,7 +369,7 @@ def _write(kv_pages, k, v, metadata, k_scale, v_scale, *, slots, entries, config
             pool, survey, metadata, k, v, tails, scales,
             tpu=launch,
             default=lambda pool, *rest: layout.from_words(
-                launch(layout.to_words(pool), *rest), slots.pool_dtype
+                launch(layout.to_words(pool), *rest), kv_pages.dtype
             ),
         )
     return pool[:, :num_rows].reshape(kv_pages.shape)

@@ -17,12 +17,13 @@ def quantize(
 
     - Pools of 16 and 32 bit: rounded to nearest even where the pool is narrower; no scale.
     - 8-bit pools: `y = float32(x) * (1 / float32(scale))`, one float32 product (scale 1 if None).
+      k and v that have the pool's dtype already are stored as they are, without a scale.
       int8: `y` rounded half to even, then saturated to [-128, 127]; NaN gives 0.
       fp8: `y` saturated to the largest finite value (448 for e4m3fn, 57,344 for e5m2; infinities
       too), rounded to nearest even, subnormals kept; NaN stays NaN.
     """
     dtype = jnp.dtype(dtype)
-    if not layout.is_quantized(dtype):
+    if not layout.is_quantized(dtype) or x.dtype == dtype:
         return x.astype(dtype)
     y = x.astype(jnp.float32) * inverse_scale(scale, x.shape[1])[:, None]
     if dtype == jnp.int8:

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_paged import checks, dispatch, layout
 from pallas_paged.dispatch import Backend
@@ -120,6 +121,7 @@ def ragged_paged_attention(
         q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window, k_scale,
         v_scale, sinks, causal=causal, soft_cap=soft_cap, mask_value=mask_value,
         num_kv_heads=num_kv_heads, return_lse=return_lse, config=config, backend=chosen,
+        is_scale_positive=_is_positive(sm_scale),
     )
     return (out, lse) if return_lse else out
 
@@ -207,6 +209,7 @@ def write_and_attend(
         q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window,
         k_scale, v_scale, sinks, causal=causal, soft_cap=soft_cap, mask_value=mask_value,
         num_kv_heads=num_kv_heads, return_lse=return_lse, config=config, backend=chosen,
+        is_scale_positive=_is_positive(sm_scale),
     )
     return (out, kv_pages, lse) if return_lse else (out, kv_pages)
 
@@ -231,15 +234,21 @@ def _choose(
     return dispatch.choose(op, backend, reasons)
 
 
+def _is_positive(sm_scale) -> bool:
+    """Whether a factor is known to be above 0, which saves the GPU kernels a product a score."""
+    return isinstance(sm_scale, int | float | np.number) and bool(sm_scale > 0)
+
+
 _STATIC = (
-    "causal", "soft_cap", "mask_value", "num_kv_heads", "return_lse", "config", "backend"
+    "causal", "soft_cap", "mask_value", "num_kv_heads", "return_lse", "config", "backend",
+    "is_scale_positive",
 )
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _attention(
     q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window, k_scale,
-    v_scale, sinks, *, mask_value, return_lse, config, backend, **options,
+    v_scale, sinks, *, mask_value, return_lse, config, backend, is_scale_positive, **options,
 ):
     q, kv_pages = checks.refuse_transforms(_OP, (q, kv_pages, kv_lens, page_indices))[:2]
     arrays = (q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
@@ -249,10 +258,12 @@ def _attention(
     }
     if backend == "oracle":
         return oracle.ragged_paged_attention(*arrays, mask_value=mask_value, **options)
-    kernels = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}[backend]
-    return kernels.ragged_paged_attention(
-        *arrays, return_lse=return_lse, config=config, **options
-    )
+    options |= {"return_lse": return_lse, "config": config}
+    if backend == "mosaic_gpu":
+        return mosaic_gpu.ragged_paged_attention(
+            *arrays, is_scale_positive=is_scale_positive, **options
+        )
+    return mosaic_tpu.ragged_paged_attention(*arrays, **options)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="kv_pages")
@@ -261,12 +272,12 @@ def _write_and_attend(
     k_scale, v_scale, sinks, *, num_kv_heads, backend, **options,
 ):
     """One kernel where there is one, else composed of the two ops: (out, log-sum-exp, pool)."""
-    if backend == "mosaic_tpu" and mosaic_tpu.is_fused(
-        q, kv_pages, num_kv_heads, options["config"]
-    ):
+    # The fused kernel attends to what it quantised itself.
+    can_fuse = backend == "mosaic_tpu" and not layout.is_quantized(k.dtype)
+    if can_fuse and mosaic_tpu.is_fused(q, kv_pages, num_kv_heads, options["config"]):
         arrays = (q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
         arrays = checks.refuse_transforms("write_and_attend", arrays)
-        options.pop("mask_value")
+        del options["mask_value"], options["is_scale_positive"]
         return mosaic_tpu.write_and_attend(
             *arrays, sm_scale=sm_scale, sliding_window=sliding_window, k_scale=k_scale,
             v_scale=v_scale, sinks=sinks, num_kv_heads=num_kv_heads, **options,

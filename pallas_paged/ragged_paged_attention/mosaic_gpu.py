@@ -27,6 +27,7 @@ from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
     make_schedule,
     per_head,
 )
+from pallas_paged.unfused import unfused
 
 _HEAD_DIMS = (64, 128, 256)
 # Shared memory that one block of threads may have, less what barriers take.
@@ -139,7 +140,7 @@ def unsupported(q, kv_pages, page_indices, num_kv_heads: int, config: Config | N
     reason = dispatch.why_no_mosaic_gpu()
     if reason is not None:
         return reason
-    _, num_heads, head_dim = q.shape
+    num_heads, head_dim = q.shape[1], layout.padded_head_dim(q.shape[2])
     num_pages, page_size, num_rows, _ = kv_pages.shape
     del num_pages
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -151,8 +152,8 @@ def unsupported(q, kv_pages, page_indices, num_kv_heads: int, config: Config | N
         )
     if head_dim not in _HEAD_DIMS:
         return (
-            f"head_dim is {head_dim} and the kernels take {', '.join(map(str, _HEAD_DIMS))}: pad "
-            "the heads or use the oracle"
+            f"head_dim is {q.shape[2]} and the kernels take up to {_HEAD_DIMS[-1]}: split the "
+            "heads or use the oracle"
         )
     if page_size % ROW_TILE:
         return (
@@ -195,11 +196,12 @@ def unsupported(q, kv_pages, page_indices, num_kv_heads: int, config: Config | N
 def _shape_of(q, kv_pages, page_indices, num_kv_heads, **options) -> Shape:
     """The static description of a call."""
     options = {
-        "causal": True, "soft_cap": None, "has_window": False, "return_lse": False,
-        "is_interpreted": False,
+        "causal": True, "soft_cap": None, "is_scale_positive": True, "has_window": False,
+        "return_lse": False, "is_interpreted": False,
     } | options
     return Shape(
-        num_heads=q.shape[1], num_kv_heads=num_kv_heads, head_dim=q.shape[2],
+        num_heads=q.shape[1], num_kv_heads=num_kv_heads,
+        head_dim=layout.padded_head_dim(q.shape[2]),
         num_pages=kv_pages.shape[0], page_size=kv_pages.shape[1],
         table_width=page_indices.shape[1], q_dtype=jnp.dtype(q.dtype),
         product_dtype=jnp.dtype(q.dtype), pool_dtype=jnp.dtype(kv_pages.dtype), **options,
@@ -208,23 +210,25 @@ def _shape_of(q, kv_pages, page_indices, num_kv_heads, **options) -> Shape:
 
 def ragged_paged_attention(
     q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, *, sm_scale, causal, sliding_window,
-    soft_cap, k_scale, v_scale, sinks, num_kv_heads, return_lse, config,
+    soft_cap, k_scale, v_scale, sinks, num_kv_heads, return_lse, config, is_scale_positive,
 ):
     """Returns the output, q's dtype [T, N, H], and the log-sum-exp, f32[T, N] or None; see api."""
-    num_tokens = q.shape[0]
+    num_tokens, _, head_dim = q.shape
     if num_tokens == 0:
         return q, jnp.zeros(q.shape[:2], jnp.float32)
     shape = _shape_of(
         q, kv_pages, page_indices, num_kv_heads, causal=causal, soft_cap=soft_cap,
         has_window=sliding_window is not None, return_lse=return_lse,
+        is_scale_positive=is_scale_positive,
     )  # fmt: skip
     config = config or default_config(
         shape.head_dim, shape.is_quantized, page_indices.shape[0], shape.page_size
     )
     num_sms = dispatch.num_multiprocessors()
 
-    # Tensor copies see rows in tiles of 8; a batch of other sizes is copied.
-    q = jnp.pad(q, ((0, -num_tokens % ROW_TILE), (0, 0), (0, 0)))
+    # Tensor copies see rows in tiles of 8, and heads as wide as the pool has them; a batch of other
+    # sizes is copied.
+    q = jnp.pad(layout.pad_heads(q), ((0, -num_tokens % ROW_TILE), (0, 0), (0, 0)))
     operands: dict[str, Any] = {
         "q": q,
         "kv": per_head(kv_pages, shape),
@@ -251,14 +255,15 @@ def ragged_paged_attention(
         cuda=functools.partial(launch, False),
         default=functools.partial(launch, True),
     )
-    return out[:num_tokens], (lse[:num_tokens] if return_lse else None)
+    return out[:num_tokens, :, :head_dim], (lse[:num_tokens] if return_lse else None)
 
 
 def _launch(shape: Shape, config: Config, num_sms: int, is_interpreted: bool, operands):
     """The two kernels; the first leaves holes for the second, which updates the output in place."""
     shape = dataclasses.replace(shape, is_interpreted=is_interpreted)
+    operands = unfused(operands)
     out, lse, means, sums, merges = decode.decode(shape, config, num_sms, operands)
     parts = {"means": means.reshape(len(means), -1), "sums": sums.reshape(len(sums), -1)}
     out_ref, lse_ref = jax.new_ref(out), None if lse is None else jax.new_ref(lse)
     prefill.prefill(shape, config, num_sms, operands | parts | {"merges": merges}, out_ref, lse_ref)
-    return jax.ref.freeze(out_ref), None if lse_ref is None else jax.ref.freeze(lse_ref)
+    return unfused((jax.ref.freeze(out_ref), None if lse_ref is None else jax.ref.freeze(lse_ref)))

@@ -201,15 +201,24 @@ def _finish(out, largest, total, shape: Shape):
     return mean, jnp.where(is_any, largest + jnp.log(total) * LOG2E, 2 * LOWEST)
 
 
+def sink_score(sink):
+    """A sink's score in base 2. One of -inf is as low as finite numbers go: it weighs nothing, and
+    its difference from itself stays 0."""
+    return jnp.maximum(sink * LOG2E, 2 * LOWEST)
+
+
 def natural_log(log2_sum):
     """The log-sum-exp that a caller gets, -inf where nothing was seen."""
     return jnp.where(log2_sum > LOWEST, log2_sum * (1.0 / LOG2E), -jnp.inf)
 
 
 def _scaled(scores, rows: Rows, shape: Shape):
-    """(scores, factor) whose product is the scores in base 2."""
+    """(scores, factor) whose product is the scores in base 2; the factor is positive."""
     if shape.soft_cap is None:
-        return scores, rows.scale
+        if shape.is_scale_positive:
+            return scores, rows.scale
+        # The largest score times such a factor may be the smallest; and 0 times -inf is NaN.
+        return scores * _over_scores(rows.scale, scores), 1.0
     # tanh(x) = 1 - 2 / (exp(2 x) + 1); the hardware's own tanh is good to 11 bits only.
     grown = jnp.exp2(scores * _over_scores(rows.scale * (2.0 / shape.soft_cap), scores))
     return shape.soft_cap * LOG2E * (1.0 - 2.0 / (grown + 1.0)), 1.0

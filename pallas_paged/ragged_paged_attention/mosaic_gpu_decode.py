@@ -230,7 +230,7 @@ def _kernel(
                     inputs["sinks"], rows.head, shape.group, WARPGROUP_ROWS, shape.is_interpreted
                 )
                 # One of a head's segments takes the sink, or the merge would count it twice.
-                sink = keep_if(segment.first == 0, sink * LOG2E, 2 * LOWEST)
+                sink = keep_if(segment.first == 0, attention.sink_score(sink), 2 * LOWEST)
             if shape.is_quantized and config.decode_slots > 2:
                 # Half the bytes a block: what bounds is this warpgroup's way from block to block.
                 mean, log2_sum = attention.attend_overlapped(

@@ -181,7 +181,8 @@ def _kernel(inputs, out, lse, scoped, shape: Shape, config, num_raw: int):
             plgpu.barrier_wait(queries_full.at[warpgroup])
             sink = None
             if "sinks" in inputs:
-                sink = jnp.broadcast_to(inputs["sinks"][tile.head] * LOG2E, (WARPGROUP_ROWS,))
+                sink = attention.sink_score(inputs["sinks"][tile.head])
+                sink = jnp.broadcast_to(sink, (WARPGROUP_ROWS,))
                 sink = attention.on_gpu_rows(sink)
 
             def release():

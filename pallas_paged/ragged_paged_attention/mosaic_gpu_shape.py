@@ -36,6 +36,7 @@ class Shape:
       product_dtype: of the matrix unit's operands, bfloat16 or float16.
       causal: whether a query sees no later key.
       soft_cap: bound on the scores, or None.
+      is_scale_positive: whether the factor on the scores is known to be above 0.
       has_window: whether a sliding window is given.
       return_lse: whether the log-sum-exp is written.
       is_interpreted: whether Pallas interprets the kernel, which cannot run inline Mosaic code.
@@ -52,6 +53,7 @@ class Shape:
     product_dtype: jnp.dtype
     causal: bool
     soft_cap: float | None
+    is_scale_positive: bool
     has_window: bool
     return_lse: bool
     is_interpreted: bool

@@ -9,6 +9,8 @@ else is in the batch, or which pages hold the tokens. (Across shapes of the tabl
 dtypes or jax versions nothing is promised.)
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -117,7 +119,8 @@ def _attend(q, k, v, is_seen, is_token, sm_scale, soft_cap, mask_value, sinks):
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     is_seen = is_seen[:, None, None]  # [B, 1, 1, L]
-    masked = -jnp.inf if mask_value is None else scores + mask_value
+    # A mask value moves a hidden key's score; a score that is NaN must not reach the row by it.
+    masked = -jnp.inf if mask_value is None else jnp.nan_to_num(scores, nan=-jnp.inf) + mask_value
     scores = jnp.where(is_token, jnp.where(is_seen, scores, masked), -jnp.inf)
     largest = jnp.max(scores, axis=-1)  # [B, K, G]
     if sinks is not None:
@@ -128,5 +131,26 @@ def _attend(q, k, v, is_seen, is_token, sm_scale, soft_cap, mask_value, sinks):
     total = jnp.sum(weights, axis=-1)
     if sinks is not None:
         total += jnp.exp(sinks - shift)
-    out = jnp.einsum("bkgl,klh->bkgh", weights, v, precision=highest)
+    out = _sum_of_values(weights, v, jnp.broadcast_to(is_seen & is_token, weights.shape))
     return out / jnp.where(total > 0, total, 1.0)[..., None], shift + jnp.log(total)
+
+
+def _sum_of_values(weights, v, is_seen):
+    """f32[B, K, G, H]: weights f32[B, K, G, L] times v f32[K, L, H], of the keys that a row sees.
+
+    A value that is not finite reaches the rows that see it and no others, though their weight for
+    it is 0: 0 times NaN is NaN. The finite values go by one product, whose bits are so the same
+    whatever hidden tokens hold.
+    """
+    product = functools.partial(jnp.einsum, "bkgl,klh->bkgh", precision=lax.Precision.HIGHEST)
+    is_finite = jnp.isfinite(v)
+    out = product(weights, jnp.where(is_finite, v, 0.0))
+
+    def of_row(row):
+        weights, is_seen = row
+        seen = jnp.where(is_seen[..., None] & ~is_finite[:, None], v[:, None], 0.0)
+        return jnp.einsum("kgl,kglh->kgh", weights, seen)
+
+    return lax.cond(
+        jnp.all(is_finite), lambda: out, lambda: out + lax.map(of_row, (weights, is_seen))
+    )

@@ -1,0 +1,191 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Which tokens the files beside tokenizer.json add to it, and what the special ones are called.
+
+transformers reads them from four places, and which of them count depends on the others: where
+tokenizer_config.json has `added_tokens_decoder`, the older special_tokens_map.json and
+added_tokens.json are not read. This follows its PreTrainedTokenizerFast of version 5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+from reference_engine.checkpoint import import_extra
+
+CONFIG = "tokenizer_config.json"
+# The names that every tokenizer knows, in the order in which transformers adds their tokens.
+NAMES = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"
+)  # fmt: skip
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+@dataclasses.dataclass(frozen=True)
+class AddedTokens:
+    """What a folder's files say about tokens.
+
+    Attributes:
+      named: name -> special token ("bos_token", "image_token", ...).
+      extra: special tokens without a name.
+      declared: tokens with all of their flags, special or not, in the order of their ids.
+    """
+
+    named: Mapping[str, Any]
+    extra: tuple[Any, ...]
+    declared: tuple[Any, ...]
+
+    @property
+    def template_variables(self) -> dict[str, str]:
+        """Name -> text of the named ones, which chat templates may write."""
+        return {name: token.content for name, token in self.named.items()}
+
+    def add_to(self, tokenizer: Any) -> None:
+        """Adds to a `tokenizers.Tokenizer` what it has not, and makes special what must be.
+
+        A token of the vocabulary keeps its id, a new one gets the next id: as in transformers,
+        an id that a file gives a new token says only where it comes among them.
+        """
+        special = {token.content for token in self.named.values()}
+        tokens = list(self.declared)
+        for token in tokens:
+            token.special = token.special or token.content in special
+        known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        known |= {token.content for token in tokens}
+        for token in (*self.named.values(), *self.extra):
+            if token.content not in known and token not in tokens:
+                tokens.append(token)
+        if tokens:
+            tokenizer.add_tokens(tokens)
+
+
+def read_added_tokens(
+    folder: pathlib.Path, settings: Mapping[str, Any], tokenizer: Any
+) -> AddedTokens:
+    """What the files of a folder add to its tokenizer.
+
+    Args:
+      folder: with special_tokens_map.json and added_tokens.json, or without.
+      settings: tokenizer_config.json.
+      tokenizer: a `tokenizers.Tokenizer`, as tokenizer.json has it.
+
+    Raises:
+      ValueError: a field is no token; the message names the file and the field.
+    """
+    file = folder / CONFIG
+    named, extra = _special_tokens(file, settings)
+    declared: dict[int, Any] = {}
+    if settings.get("added_tokens_decoder") is not None:
+        for index, value in _object(file, settings, "added_tokens_decoder").items():
+            where = f"`added_tokens_decoder`[{index!r}]"
+            if not str(index).isdecimal():
+                _fail(file, f"{where}: the key is no token id")
+            declared[int(index)] = _token(file, where, value, special=False)
+    else:
+        file = folder / "special_tokens_map.json"
+        raw = read_object(file) if file.exists() else {}
+        more, tokens = _special_tokens(file, raw)
+        if "extra_special_tokens" in raw:
+            extra, tokens = [*(extra or ()), *(tokens or ())], None
+        known = [token for name, token in (named | more).items() if name in NAMES]
+        declared |= _older_tokens(folder / "added_tokens.json", (*known, *(extra or ())))
+        declared |= tokenizer.get_added_tokens_decoder()
+        extra = tokens if extra is None else extra
+        # That file has the last word on the names that every tokenizer knows, and not on a
+        # model's own ones that are plain texts.
+        own = {
+            name: named.pop(name) for name in list(named)
+            if name not in NAMES and not isinstance(settings.get(name), dict)
+        }  # fmt: skip
+        named = named | more | own
+    if "pad_token" not in named and tokenizer.padding is not None:
+        file = folder / "tokenizer.json"
+        named["pad_token"] = _token(file, "`padding`", tokenizer.padding["pad_token"])
+    named = dict.fromkeys(NAMES) | named  # in that order
+    return AddedTokens(
+        named={name: token for name, token in named.items() if token is not None},
+        extra=tuple(extra or ()),
+        declared=tuple(declared[index] for index in sorted(declared)),
+    )
+
+
+def read_object(file: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is no JSON object; the message names the file.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or no JSON
+        raise ValueError(f"{file}: no JSON: {error}") from error
+    if not isinstance(found, dict):
+        _fail(file, f"a JSON object is wanted, and it is {str(found)[:80]!r}")
+    return found
+
+
+def _special_tokens(
+    file: pathlib.Path, raw: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[Any] | None]:
+    """The named tokens of a file (None where it says that there is none), and the others."""
+    named: dict[str, Any] = {}
+    for name, value in raw.items():
+        if name in NAMES:
+            named[name] = None if value is None else _token(file, f"`{name}`", value)
+        elif name.endswith("_token") and (
+            isinstance(value, str) or isinstance(value, dict) and "content" in value
+        ):  # a name of this model's; add_bos_token is none
+            named[name] = _token(file, f"`{name}`", value)
+    field = "extra_special_tokens"
+    if isinstance(raw.get(field), dict):
+        named |= {
+            name: _token(file, f"`{field}`[{name!r}]", value) for name, value in raw[field].items()
+        }
+    if "additional_special_tokens" in raw and (not raw.get(field) or isinstance(raw[field], dict)):
+        field = "additional_special_tokens"  # as it was called before
+    values = raw.get(field)
+    if values is None or isinstance(values, dict):
+        return named, None
+    if not isinstance(values, list):
+        _fail(file, f"`{field}` is {values!r}; wanted a list of tokens")
+    return named, [_token(file, f"`{field}`[{i}]", value) for i, value in enumerate(values)]
+
+
+def _older_tokens(file: pathlib.Path, special_tokens: Iterable[Any]) -> dict[int, Any]:
+    """added_tokens.json: text -> id."""
+    special = {token.content for token in special_tokens if token is not None}
+    tokens = {}
+    for text, index in (read_object(file) if file.exists() else {}).items():
+        if not isinstance(index, int) or isinstance(index, bool):
+            _fail(file, f"`{text}` is {index!r}; wanted a token id")
+        value = {"content": text, "normalized": text not in special}
+        tokens[index] = _token(file, f"`{text}`", value, special=text in special)
+    return tokens
+
+
+def _token(file: pathlib.Path, where: str, value: Any, *, special: bool = True) -> Any:
+    """A token, from its text or from an object with `content` and flags."""
+    if isinstance(value, str):
+        value = {"content": value}
+    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+        _fail(file, f"{where} is {value!r}; wanted a text, or an object with `content`")
+    flags = {name: value[name] for name in _FLAGS if value.get(name) is not None}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            _fail(file, f"{where}: `{name}` is {flag!r}; wanted true or false")
+    flags["special"] = special or flags.get("special", False)
+    return import_extra("tokenizers").AddedToken(value["content"], **flags)
+
+
+def _object(file: pathlib.Path, raw: Mapping[str, Any], field: str) -> dict[str, Any]:
+    if not isinstance(raw[field], dict):
+        _fail(file, f"`{field}` is {raw[field]!r}; wanted an object")
+    return raw[field]
+
+
+def _fail(file: pathlib.Path, what: str) -> NoReturn:
+    raise ValueError(f"{file}: {what}")
