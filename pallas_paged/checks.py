@@ -1,12 +1,18 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """Static checks shared by the ops: a ValueError names op, argument, what came, what was wanted."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pallas_paged import layout
+from pallas_paged import layout, scalars
+
+# Numbers that a caller divides by, or whose inverse a kernel takes, lie between these: then both
+# are float32's normal numbers. Chips take others for 0 or infinite.
+_LEAST, _MOST = 2.0**-126, 2.0**126
 
 
 def require(condition: bool, op: str, argument: str, *, got: Any, wanted: str, hint: str) -> None:
@@ -22,14 +28,17 @@ def require(condition: bool, op: str, argument: str, *, got: Any, wanted: str, h
 
 
 def describe(x: Any) -> str:
-    """dtype[shape] of an array, or the value itself.
+    """dtype[shape] of an array, or the value itself, in one line that is not too long.
 
     >>> describe(jnp.zeros((2, 3)))
     'float32[2,3]'
     """
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
-        return f"{x.dtype}[{','.join(map(str, x.shape))}]"
-    return f"{x!r} of type {type(x).__name__}"
+    text = scalars.show(x)
+    return (
+        text
+        if hasattr(x, "shape") and hasattr(x, "dtype")
+        else f"{text} of type {type(x).__name__}"
+    )
 
 
 def require_array(op: str, argument: str, x: Any) -> None:
@@ -106,6 +115,9 @@ def infer_heads(op: str, kv_pages: Any, k: Any, num_kv_heads: int | None) -> tup
         hint="pack the batch's tokens into one leading dimension",
     )
     num_rows, num_lanes = kv_pages.shape[2:]
+    if num_kv_heads is not None:
+        hint = "a static count of heads; k is [T, K*H] or [T, K, H]"
+        num_kv_heads = require_heads(op, num_kv_heads, hint)
     if k.ndim == 3:
         require(
             num_kv_heads in (None, k.shape[1]),
@@ -118,17 +130,9 @@ def infer_heads(op: str, kv_pages: Any, k: Any, num_kv_heads: int | None) -> tup
         heads, head_dim = k.shape[1:]
     else:
         if num_kv_heads is None:
-            require(
-                num_lanes > layout.LANES and num_rows % 2 == 0,
-                op,
-                "num_kv_heads",
-                got=None,
-                wanted="the number of KV heads where k is [T, K*H] and C is 128",
-                hint="R rows of 128 lanes are R/2 heads of 128 or R heads of 64: say which",
-            )
-            num_kv_heads = num_rows // 2
+            num_kv_heads = _heads_of_flat(op, kv_pages, k)
         require(
-            num_kv_heads >= 1 and k.shape[1] % num_kv_heads == 0,
+            k.shape[1] % num_kv_heads == 0,
             op,
             "num_kv_heads",
             got=num_kv_heads,
@@ -155,6 +159,39 @@ def infer_heads(op: str, kv_pages: Any, k: Any, num_kv_heads: int | None) -> tup
     return heads, head_dim
 
 
+def _heads_of_flat(op: str, kv_pages: Any, k: Any) -> int:
+    """K of k [T, K*H] where exactly one K and H make such a pool."""
+    found = layout.heads_of_width(k.shape[1], kv_pages.shape[2], kv_pages.shape[3], kv_pages.dtype)
+    several = " or ".join(f"{n} head{'s' * (n > 1)} of {head_dim}" for n, head_dim in found)
+    require(
+        len(found) == 1,
+        op,
+        "num_kv_heads",
+        got=None,
+        wanted=f"the number of KV heads of k {describe(k)}",
+        hint=f"kv_pages {describe(kv_pages)} is the pool of {several or 'other heads'}: say which",
+    )
+    return found[0][0]
+
+
+def heads_of_pool(op: str, kv_pages: Any, num_heads: int, head_dim: int) -> int:
+    """K of a pool where exactly one K that divides the N query heads makes its R."""
+    made = layout.heads_of_rows(kv_pages.shape[2], head_dim, kv_pages.dtype)
+    found = [heads for heads in made if num_heads % heads == 0]
+    fault = f", and {num_heads} is a multiple of none" if made and not found else ""
+    require(
+        len(found) == 1,
+        op,
+        "num_kv_heads",
+        got=None,
+        wanted=f"the number of KV heads for {num_heads} query heads",
+        hint=f"kv_pages {describe(kv_pages)} is the pool of "
+        f"{' or '.join(map(str, made)) or 'no whole number of'} KV heads of {head_dim}{fault}: "
+        "say which",
+    )
+    return found[0]
+
+
 def require_write(
     op: str,
     kv_pages: Any,
@@ -163,8 +200,8 @@ def require_write(
     k_scale: Any,
     v_scale: Any,
     num_kv_heads: int | None,
-) -> tuple[int, int]:
-    """Checks what every write shares; returns K and H."""
+) -> tuple[int, int, Any, Any]:
+    """Checks what every write shares; returns K, H and the two scales."""
     require_pool(op, kv_pages)
     heads, head_dim = infer_heads(op, kv_pages, k, num_kv_heads)
     require_array(op, "v", v)
@@ -185,33 +222,155 @@ def require_write(
         wanted="float32, bfloat16 or float16, or the dtype of an 8-bit pool",
         hint="pass unquantised k and v with k_scale and v_scale, or what the pool is to hold",
     )
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        require_scale(op, name, scale, heads, kv_pages)
-    return heads, head_dim
+    k_scale = require_scale(op, "k_scale", k_scale, heads, kv_pages)
+    v_scale = require_scale(op, "v_scale", v_scale, heads, kv_pages)
+    return heads, head_dim, k_scale, v_scale
 
 
-def require_scale(op: str, argument: str, scale: Any, num_kv_heads: int, kv_pages: Any) -> None:
-    """A scale is None, a number, or a float32 array: scalar or one a KV head; 8-bit pools only."""
+# ---- Numbers that a caller gives. Python's, numpy's and jax's are alike. A value is checked here
+# unless it is traced or lies on an accelerator: no call waits for a device to have it checked.
+
+
+def require_heads(op: str, num_kv_heads: Any, hint: str) -> int:
+    """K as a static int."""
+    count = scalars.read_int(num_kv_heads)
+    if count is None or count < 1:
+        _refuse(op, "num_kv_heads", num_kv_heads, "an int >= 1", hint)
+    return count
+
+
+def require_bool(op: str, argument: str, x: Any) -> bool:
+    """A static switch."""
+    value = scalars.read_bool(x)
+    if value is None:
+        hint = "it is compiled into the kernel, so it can be neither traced nor a number"
+        _refuse(op, argument, x, "True or False", hint)
+    return value
+
+
+def require_scale(op: str, argument: str, scale: Any, num_kv_heads: int, kv_pages: Any) -> Any:
+    """None, float32[] or float32[K] of a scale, which only 8-bit pools have."""
     if scale is None:
-        return
-    require(
-        layout.is_quantized(kv_pages.dtype),
+        return None
+    if not layout.is_quantized(kv_pages.dtype):
+        hint = "only fp8 and int8 pools are scaled"
+        _refuse(op, argument, scale, f"None for a {kv_pages.dtype} pool", hint)
+    return _require_floats(
         op,
         argument,
-        got=describe(scale),
-        wanted=f"None for a {kv_pages.dtype} pool",
-        hint="only fp8 and int8 pools are scaled",
+        scale,
+        (num_kv_heads,),
+        lambda x: (x >= _LEAST) & (x <= _MOST),
+        wanted=f"a number or float32[{num_kv_heads}], > 0, of which float32 holds the inverse too",
+        hint="one scale for the tensor or one a KV head; None means 1",
     )
-    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
-    require(
-        is_number or (hasattr(scale, "shape") and scale.shape in ((), (num_kv_heads,))
-                      and jnp.issubdtype(scale.dtype, jnp.floating)),
+
+
+def require_sm_scale(op: str, sm_scale: Any, head_dim: int) -> Any:
+    """float32[] of the factor on q . k; None means `head_dim ** -0.5`."""
+    if sm_scale is None:
+        return np.float32(head_dim**-0.5)
+    return _require_floats(
         op,
-        argument,
-        got=describe(scale),
-        wanted=f"a float or float32[] or float32[{num_kv_heads}]",
-        hint="one scale for the tensor or one a KV head",
+        "sm_scale",
+        sm_scale,
+        (),
+        np.isfinite,
+        wanted="None or a finite number",
+        hint="one factor for all heads, a number or float32[]; None means head_dim ** -0.5",
     )
+
+
+def require_sinks(op: str, sinks: Any, num_heads: int) -> Any:
+    """None or float32[N]."""
+    if sinks is None:
+        return None
+    wanted = f"None or float32[{num_heads}], none of it NaN or inf"
+    hint = "one sink per query head, as an array of floats; -inf is a head without one"
+    if scalars.shape_of(sinks) != (num_heads,):
+        _refuse(op, "sinks", sinks, wanted, hint)
+    shape = (num_heads,)
+    return _require_floats(
+        op, "sinks", sinks, shape, lambda x: x < np.inf, wanted=wanted, hint=hint
+    )
+
+
+def require_soft_cap(op: str, soft_cap: Any) -> float | None:
+    """None or a static float."""
+    if soft_cap is None:
+        return None
+    value = scalars.read_real(soft_cap)
+    if value is None or not _LEAST <= value <= _MOST:
+        hint = "None turns it off; it is compiled into the kernel, so it cannot be traced"
+        _refuse(op, "soft_cap", soft_cap, "None or a number > 0 that float32 holds", hint)
+    return value
+
+
+def require_mask_value(op: str, mask_value: Any) -> float | None:
+    """None or a static float; one that is -inf in float32 leaves hidden keys out, as None does."""
+    if mask_value is None:
+        return None
+    value = scalars.read_real(mask_value)
+    largest = float(np.finfo(np.float32).max)
+    if value is None or not value <= largest:
+        hint = "None leaves hidden keys out; it is compiled into the kernel, so it cannot be traced"
+        _refuse(op, "mask_value", mask_value, "None or a number that is not NaN or inf", hint)
+    return value if value >= -largest else None
+
+
+def require_window(op: str, sliding_window: Any) -> Any:
+    """None or int32[]. An int that int32 does not hold sees all keys, as the largest one does."""
+    if sliding_window is None:
+        return None
+    is_scalar = scalars.shape_of(sliding_window) in ((), (1,))
+    is_good = scalars.is_integer(sliding_window) and is_scalar
+    if is_good:
+        values = scalars.known_values(sliding_window)
+        is_good = values is None or bool((values >= 1).all())
+    if not is_good:
+        hint = "None turns it off; a query always sees its own key, so the smallest window is 1"
+        wanted = "None or an int >= 1 or an int32 scalar"
+        _refuse(op, "sliding_window", sliding_window, wanted, hint)
+    return scalars.as_scalar(scalars.as_int32(sliding_window))
+
+
+def _require_floats(
+    op: str, argument: str, x: Any, shape: tuple[int, ...], is_good: Callable[[Any], Any],
+    *, wanted: str, hint: str,
+) -> Any:  # fmt: skip
+    """float32[] of a number, or float32 of an array of floats of `shape`.
+
+    `is_good` says of float32 values which are taken; it sees those that are known.
+    """
+    came = scalars.shape_of(x)
+    is_number = came == () or (came == (1,) and shape != (1,))
+    if not (scalars.is_real(x) and (is_number or came == shape and not scalars.is_integer(x))):
+        _refuse(op, argument, x, wanted, hint)
+    values = scalars.known_values(x)
+    if values is not None:
+        is_bad = ~np.asarray(is_good(scalars.to_float32(values)))
+        if is_bad.any():
+            _refuse(op, argument, x, wanted, hint, is_bad)
+    x = scalars.as_float32(x)
+    return scalars.as_scalar(x) if is_number else x
+
+
+def _refuse(
+    op: str, argument: str, x: Any, wanted: str, hint: str, is_bad: np.ndarray | None = None
+) -> NoReturn:
+    """Raises the sentence, with the value where it is known, of an array the first bad one."""
+    is_array = hasattr(x, "dtype")
+    got = scalars.show(x) if scalars.is_real(x) else describe(x)
+    if isinstance(x, jax.core.Tracer):
+        got += ", traced"
+    elif is_array and scalars.is_real(x) and (values := scalars.known_values(x)) is not None:
+        if values.ndim == 0:
+            got += f" {values}"
+        elif is_bad is not None:
+            index = int(np.flatnonzero(is_bad)[0])
+            got = f"{values[index]} at index {index} of {got}"
+    require(False, op, argument, got=got, wanted=wanted, hint=hint)
+    raise AssertionError("require(False, ...) raises")
 
 
 def refuse_transforms(op: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:

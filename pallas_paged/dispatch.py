@@ -7,6 +7,8 @@ from typing import Any, Literal
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_paged import scalars
+
 Backend = Literal["auto", "oracle", "mosaic_tpu", "mosaic_gpu"]
 
 BACKENDS = ("oracle", "mosaic_tpu", "mosaic_gpu")
@@ -98,12 +100,12 @@ def choose(op: str, backend: str, reasons: Mapping[str, str | None]) -> str:
     >>> choose("page_write", "oracle", {"oracle": None})
     'oracle'
     """
-    if backend == "auto":
+    if isinstance(backend, str) and backend == "auto":
         order = _AUTO_ORDER.get(platform(), ("oracle",))
         return next(name for name in order if reasons.get(name) is None and name in reasons)
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(
-            f'{op}: backend is {backend!r}; wanted "auto" or one of '
+            f'{op}: backend is {scalars.show(backend)}; wanted "auto" or one of '
             f"{', '.join(map(repr, BACKENDS))}"
         )
     reason = reasons[backend]

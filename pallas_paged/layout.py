@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_paged import scalars
+
 LANES = 128  # the minor dimension of a TPU register, and of the pool's rows
 HALF_LANES = LANES // 2
 
@@ -57,6 +59,39 @@ def num_rows(num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike) -> i
         if used <= rows:
             return rows
     return -(-used // 8) * 8
+
+
+def heads_of_rows(num_rows_of_pool: int, head_dim: int, dtype: jax.typing.DTypeLike) -> list[int]:
+    """Every K whose pool has that many rows; for rows that no pool is made with, the K they fill.
+
+    >>> heads_of_rows(8, 128, jnp.bfloat16), heads_of_rows(6, 128, jnp.bfloat16)
+    ([3, 4], [3])
+    """
+    of_one = num_rows_used(1, head_dim)
+    # Padding is less than 8 rows.
+    fit = range(max(1, (num_rows_of_pool - 7) // of_one), num_rows_of_pool // of_one + 1)
+    made = [heads for heads in fit if num_rows(heads, head_dim, dtype) == num_rows_of_pool]
+    return made or [heads for heads in fit if num_rows_used(heads, head_dim) == num_rows_of_pool]
+
+
+def heads_of_width(
+    width: int, num_rows_of_pool: int, num_lanes_of_pool: int, dtype: jax.typing.DTypeLike
+) -> list[tuple[int, int]]:
+    """Every (K, H) with `K * H == width` whose pool has these rows and lanes.
+
+    >>> heads_of_width(768, 8, 256, jnp.bfloat16), heads_of_width(1024, 8, 256, jnp.bfloat16)
+    ([(3, 256), (4, 192)], [(4, 256)])
+    """
+    packed = heads_of_rows(num_rows_of_pool, HALF_LANES, dtype)
+    paired = heads_of_rows(num_rows_of_pool, LANES, dtype)
+    return [
+        (heads, width // heads)
+        for is_packed, candidates in ((False, paired), (True, packed))
+        for heads in candidates
+        if width % heads == 0
+        and packs_kv_in_row(width // heads) == is_packed
+        and num_lanes(width // heads) == num_lanes_of_pool
+    ]
 
 
 def pool_shape(
@@ -103,23 +138,28 @@ def make_kv_pages(
     >>> make_kv_pages(10, 16, num_kv_heads=8, head_dim=64).shape
     (10, 16, 8, 128)
     """
-    for name, value in (
-        ("num_pages", num_pages),
-        ("page_size", page_size),
-        ("num_kv_heads", num_kv_heads),
-        ("head_dim", head_dim),
-    ):
-        if not isinstance(value, int | np.integer) or value < 1:
+    sizes = {
+        "num_pages": num_pages,
+        "page_size": page_size,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+    }
+    for name, value in sizes.items():
+        size = scalars.read_int(value)
+        if size is None or not 1 <= size < 2**31:
             raise ValueError(
-                f"make_kv_pages: {name} is {value!r}; wanted an integer >= 1"
+                f"make_kv_pages: {name} is {scalars.show(value)}; wanted an integer >= 1 and below "
+                "2**31"
             )
+        sizes[name] = size
+    num_pages, page_size, num_kv_heads, head_dim = sizes.values()
     if head_dim > 2 * LANES:
         raise ValueError(
             f"make_kv_pages: head_dim is {head_dim}; wanted at most {2 * LANES}: split the head"
         )
-    if jnp.dtype(dtype) not in POOL_DTYPES:
+    if _dtype_or_none(dtype) not in POOL_DTYPES:
         raise ValueError(
-            f"make_kv_pages: dtype is {jnp.dtype(dtype)}; "
+            f"make_kv_pages: dtype is {_dtype_or_none(dtype) or scalars.show(dtype)}; "
             f"wanted one of {', '.join(map(str, POOL_DTYPES))}"
         )
     if num_pages * page_size >= 2**31:
@@ -128,6 +168,16 @@ def make_kv_pages(
             "because a slot is an int32: use fewer pages or several pools"
         )
     return jnp.zeros(pool_shape(num_pages, page_size, num_kv_heads, head_dim, dtype), dtype)
+
+
+def _dtype_or_none(dtype: jax.typing.DTypeLike) -> np.dtype | None:
+    """None for what names no dtype: an array has one, and for numpy None is float64."""
+    if dtype is None or isinstance(dtype, jax.Array | np.ndarray | np.generic):
+        return None
+    try:
+        return jnp.dtype(dtype)
+    except TypeError:
+        return None
 
 
 def split_heads(x: jax.Array, num_kv_heads: int) -> jax.Array:

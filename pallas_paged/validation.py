@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pallas_paged import checks
+from pallas_paged import checks, scalars
 
 _OP = "validate"
 
@@ -145,7 +145,7 @@ def _to_numpy(argument: str, x: Any) -> np.ndarray:
     shape = _SHAPES.get(argument, "[n]")
     try:
         array = np.asarray(x)
-    except ValueError:  # a list of lists of several lengths
+    except (TypeError, ValueError):  # a list of lists of several lengths, random keys
         array = np.empty((), object)
     is_integer = np.issubdtype(array.dtype, np.integer) or (isinstance(x, list) and not array.size)
     checks.require(
@@ -215,14 +215,16 @@ def _max_seqs(arrays: dict[str, np.ndarray]) -> int:
 
 
 def _num_tokens(num_tokens: int | None, arrays: dict[str, np.ndarray]) -> int | None:
+    count = scalars.read_int(num_tokens)
     checks.require(
-        num_tokens is None or (isinstance(num_tokens, int | np.integer) and num_tokens >= 0),
+        num_tokens is None or (count is not None and count >= 0),
         _OP,
         "num_tokens",
-        got=repr(num_tokens),
+        got=scalars.show(num_tokens),
         wanted="None or an integer >= 0",
         hint="it is T, the leading dimension of k and v",
     )
+    num_tokens = count
     if "slots" not in arrays:
         return num_tokens
     count = arrays["slots"].shape[0]

@@ -123,13 +123,13 @@ def test_a_batch_without_work_is_zero():
     out, lse = ragged_paged_attention(*case.arrays, num_kv_heads=2, return_lse=True)
     assert not np.any(out) and np.all(np.isneginf(lse))
     *arrays, _ = make_case([(4, 4)]).arrays
-    assert not np.any(ragged_paged_attention(*arrays, jnp.array([0], jnp.int32)))
+    assert not np.any(ragged_paged_attention(*arrays, jnp.array([0], jnp.int32), num_kv_heads=2))
 
 
 def test_a_sequence_without_keys_is_zero():
     case = make_case([(3, 3), (2, 2)])
     case.kv_lens[1] = 0
-    out, lse = ragged_paged_attention(*case.arrays, return_lse=True)
+    out, lse = ragged_paged_attention(*case.arrays, num_kv_heads=2, return_lse=True)
     assert np.all(np.isfinite(out)) and np.any(out[:3])
     assert not np.any(out[3:]) and np.all(np.isneginf(lse[3:]))
 
@@ -147,7 +147,7 @@ def test_a_sequence_without_keys_is_zero():
 )
 def test_absurd_metadata_ends(change):
     case = dataclasses.replace(make_case(SHORT), **change)
-    jax.block_until_ready(ragged_paged_attention(*case.arrays))
+    jax.block_until_ready(ragged_paged_attention(*case.arrays, num_kv_heads=2))
 
 
 def test_numbers_do_not_depend_on_chunks_pages_or_company():
@@ -171,6 +171,7 @@ def test_numbers_do_not_depend_on_chunks_pages_or_company():
         out = ragged_paged_attention(
             jnp.asarray(batch), jnp.asarray(pool), jnp.array([20, end, 58], jnp.int32),
             jnp.asarray(table), jnp.asarray(ends), jnp.array([3], jnp.int32), sm_scale=0.2,
+            num_kv_heads=2,
         )
         return np.asarray(out)[before : before + end - start]
 
@@ -304,7 +305,7 @@ def test_the_check_finds_unused_rows_that_leak(monkeypatch):
 # Refusals.
 
 
-def _refused(message, error=ValueError, drop=(), **options):
+def _refused(message, error=ValueError, **options):
     arrays = dict(zip(
         ("q", "kv_pages", "kv_lens", "page_indices", "cu_q_lens", "num_seqs"),
         make_case(SHORT).arrays, strict=True,
@@ -313,7 +314,7 @@ def _refused(message, error=ValueError, drop=(), **options):
         if name in arrays:
             arrays[name] = options.pop(name)
     with pytest.raises(error, match=re.escape(message)):
-        ragged_paged_attention(**arrays, **options)
+        ragged_paged_attention(**arrays, **{"num_kv_heads": 2} | options)
 
 
 @pytest.mark.parametrize(
@@ -354,6 +355,6 @@ def test_a_backend_that_cannot_run_a_call_says_so():
 def test_derivatives_and_vmap_are_refused_by_a_sentence():
     q, *rest = make_case(SHORT).arrays
     with pytest.raises(NotImplementedError, match="ragged_paged_attention: no derivative"):
-        jax.grad(lambda q: ragged_paged_attention(q, *rest).sum())(q)
+        jax.grad(lambda q: ragged_paged_attention(q, *rest, num_kv_heads=2).sum())(q)
     with pytest.raises(NotImplementedError, match="ragged_paged_attention: vmap is not supported"):
-        jax.vmap(lambda q: ragged_paged_attention(q, *rest))(jnp.stack([q, q]))
+        jax.vmap(lambda q: ragged_paged_attention(q, *rest, num_kv_heads=2))(jnp.stack([q, q]))

@@ -398,6 +398,20 @@ def test_config_is_in_the_kernels_name():
     assert "page_write_16_block48" in hlo
 
 
+@pytest.mark.parametrize(("block_tokens", "part"), [(None, 48), (48, 48), (32, 24), (16, 16)])
+def test_a_copys_config_says_what_a_dma_moves(block_tokens, part):
+    """A page, or the largest equal parts of it that the config allows; in place either way."""
+    pool, ids = _pool(2, 128, 48, "bfloat16"), _metadata("copy_pages", 64, 48)
+    config = block_tokens and mosaic_tpu.Config(block_tokens)
+
+    def call(pool, ids):
+        return pallas_paged.copy_pages(pool, *ids, config=config, backend="mosaic_tpu")
+
+    hlo = aot_compile(call, (pool, ids), "v5e", jit_kwargs={"donate_argnums": 0}).as_text()
+    assert f"copy_pages_{part}" in hlo
+    _assert_no_pool_copy(hlo, pool)
+
+
 @pytest.mark.parametrize(
     "generation, dtype, op",
     [

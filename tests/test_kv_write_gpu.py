@@ -200,6 +200,18 @@ def test_num_slices_is_clamped(count):
 
 
 @needs_new_jax
+@pytest.mark.parametrize(("block_tokens", "rows"), [(None, 128), (64, 128), (16, 64), (3, 8)])
+def test_a_copys_config_says_what_a_block_moves(block_tokens, rows):
+    """As many rows as fit, or of so many tokens as the config allows, in equal parts of a page."""
+    config = block_tokens and mosaic_gpu.Config(block_tokens)
+    pool, ids = jnp.zeros((6, 64, 4, 128), jnp.bfloat16), jnp.zeros(2, jnp.int32)
+    jaxpr = jax.make_jaxpr(
+        lambda pool: pallas_paged.copy_pages(pool, ids, ids, config=config, backend="mosaic_gpu")
+    )(pool)
+    assert re.search(rf"copy_pages_{rows}\b", str(jaxpr))
+
+
+@needs_new_jax
 @pytest.mark.parametrize("op", [*OPS, "copy_pages"])
 def test_nothing_to_write(op):
     call = make(Case(op, 0, 4, 2, 128, entries="live"))

@@ -264,7 +264,7 @@ def test_without_the_log_sum_exp_and_by_default():
     q, k, v, pool, *metadata = write.arrays
     out, kv_pages = write_and_attend(q, k, v, pool, *metadata)
     assert out.shape == q.shape
-    assert jnp.array_equal(out, ragged_paged_attention(q, kv_pages, *metadata))
+    assert jnp.array_equal(out, ragged_paged_attention(q, kv_pages, *metadata, num_kv_heads=2))
 
 
 # With what is to be written to: a sequence that is longer by one token, and no id inside the pool.

@@ -50,9 +50,12 @@ def page_write(
       page_ids: int32[n]; -1 skips.
       token_starts: int32[n], the first token of each page in the packed batch, in any order (in
         ascending order the batch is read once); None means `i * page_size`.
-      k_scale, v_scale: float32[] or float32[K], for fp8 and int8 pools: the pool stores
-        `x / scale` (rounding: `kv_write.oracle.quantize`). None means 1.
-      num_kv_heads: K; needed where k is [T, K*H] and C is 128.
+      k_scale, v_scale: a number or float32[K], for fp8 and int8 pools: the pool stores
+        `x / scale` (rounding: `kv_write.oracle.quantize`). None means 1. Any float dtype, taken as
+        float32; [1] is a number too. Each is > 0 and has an inverse in float32, which is checked
+        unless it is traced or lies on an accelerator.
+      num_kv_heads: K, an int; needed where k is [T, K*H], unless one K alone makes such a pool of
+        k's width (of 128 lanes hardly ever: R rows are R/2 heads of 128 or R heads of 64).
       config: block sizes of the kernel, the Config of the backend that runs; None lets it choose.
       backend: "auto", "oracle", "mosaic_tpu" or "mosaic_gpu".
 
@@ -75,7 +78,9 @@ def page_write(
      [[0.0, 0.0], [0.0, 0.0]], [[2.0, -2.0], [3.0, -3.0]]]
     """
     op = "page_write"
-    heads, head_dim = checks.require_write(op, kv_pages, k, v, k_scale, v_scale, num_kv_heads)
+    heads, head_dim, k_scale, v_scale = checks.require_write(
+        op, kv_pages, k, v, k_scale, v_scale, num_kv_heads
+    )
     checks.require_int32(op, "page_ids", page_ids, 1, "[n]")
     if token_starts is not None:
         _require_same_form(op, "token_starts", token_starts, "page_ids", page_ids)
@@ -126,7 +131,9 @@ def slice_write(
     [[0.0, 0.0, 1.0, 2.0], [0.0, 4.0, 0.0, 0.0]]
     """
     op = "slice_write"
-    heads, head_dim = checks.require_write(op, kv_pages, k, v, k_scale, v_scale, num_kv_heads)
+    heads, head_dim, k_scale, v_scale = checks.require_write(
+        op, kv_pages, k, v, k_scale, v_scale, num_kv_heads
+    )
     checks.require_int32(op, "slices", slices, 2, "[3, max_slices]")
     checks.require(
         slices.shape[0] == 3,
@@ -186,7 +193,9 @@ def token_write(
     [[3.0, 0.0], [0.0, 1.0]]
     """
     op = "token_write"
-    heads, head_dim = checks.require_write(op, kv_pages, k, v, k_scale, v_scale, num_kv_heads)
+    heads, head_dim, k_scale, v_scale = checks.require_write(
+        op, kv_pages, k, v, k_scale, v_scale, num_kv_heads
+    )
     checks.require_int32(op, "slots", slots, 1, "[T]")
     checks.require(
         slots.shape[0] == k.shape[0],
@@ -214,7 +223,9 @@ def copy_pages(
       kv_pages: [P, page_size, R, C], the pool; donated.
       src_ids, dst_ids: int32[n]. A pair with either id outside the pool is skipped. No page may be
         written twice, nor both read and written: the order of the copies is undefined.
-      config, backend: as in `page_write`.
+      config: the Config of the backend that runs; of its fields a copy reads `block_tokens`, the
+        most tokens of a page that it moves at once. None lets the kernel choose.
+      backend: as in `page_write`.
 
     Returns:
       the pool, [P, page_size, R, C].
@@ -332,4 +343,4 @@ def _copy_pages(kv_pages, src_ids, dst_ids, config, backend):
     )
     if backend == "oracle":
         return oracle.copy_pages(kv_pages, src_ids, dst_ids)
-    return _KERNELS[backend].copy_pages(kv_pages, src_ids, dst_ids)
+    return _KERNELS[backend].copy_pages(kv_pages, src_ids, dst_ids, config=config)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_paged import checks
+from pallas_paged import checks, scalars
 
 
 class WriteIndices(NamedTuple):
@@ -93,15 +93,8 @@ def write_indices(
             wanted=f"int32[{size}]",
             hint=f"page_indices {checks.describe(page_indices)} has S = {max_seqs}",
         )
-    for name, value, least in (("page_size", page_size, 1), ("num_tokens", num_tokens, 0)):
-        checks.require(
-            isinstance(value, int) and least <= value < 2**31,
-            op,
-            name,
-            got=repr(value),
-            wanted=f"a Python int >= {least} and below 2**31",
-            hint="it sets the result's static shapes",
-        )
+    page_size = _static_int(op, "page_size", page_size, 1)
+    num_tokens = _static_int(op, "num_tokens", num_tokens, 0)
 
     page_indices, kv_lens, cu_q_lens, num_seqs = (
         jnp.asarray(x) for x in (page_indices, kv_lens, cu_q_lens, num_seqs)
@@ -147,6 +140,19 @@ def write_indices(
     is_new = (nth >= 0) & (nth < q_len[seq])
     slots = jnp.where(is_new, _slot(page_indices, seq, start[seq] + nth, page_size), -1)
     return WriteIndices(page_ids, token_starts, slices, num_slices, slots)
+
+
+def _static_int(op, argument, x, least) -> int:
+    value = scalars.read_int(x)
+    checks.require(
+        value is not None and least <= value < 2**31,
+        op,
+        argument,
+        got=scalars.show(x),
+        wanted=f"a Python int >= {least} and below 2**31",
+        hint="it sets the result's static shapes",
+    )
+    return value or 0
 
 
 def _ragged(counts, capacity):

@@ -47,7 +47,7 @@ class Config:
 
     Attributes:
       block_tokens: tokens that a block brings in and sends, at most; fewer where they would not fit
-        or where pages are shorter. `copy_pages` does not use it.
+        or where pages are shorter. `copy_pages`: of a page, in bytes at most what fits.
       fetch_first: k and v are fetched before the block knows whether they are wanted, where it
         knows which: shorter by one latency of the memory, dearer for batches with many holes.
     """
@@ -440,13 +440,15 @@ def _kernel(
         pl.when(functools.reduce(jnp.logical_or, mine.is_live))(fetch_and_send)
 
 
-def copy_pages(kv_pages, src_ids, dst_ids):
+def copy_pages(kv_pages, src_ids, dst_ids, *, config=None):
     """See api.copy_pages. Each block copies a part of a page by way of its shared memory."""
     num_pages, page_size, num_rows, num_lanes = kv_pages.shape
     if src_ids.shape[0] == 0:
         return kv_pages
     page_rows = page_size * num_rows
     most = _BLOCK_BYTES // (num_lanes * kv_pages.dtype.itemsize)
+    if config is not None:
+        most = min(most, config.block_tokens * num_rows)
     count = next(n for n in range(min(most, page_rows), 0, -1) if page_rows % n == 0)
     parts = page_rows // count
     kv_pages, src_ids, dst_ids = unfused((kv_pages, src_ids, dst_ids))

@@ -61,7 +61,7 @@ class Config:
 
     Attributes:
       block_tokens: tokens of the batch in one VMEM window, a multiple of 16; the kernel holds two
-        windows of k and v and two of pool rows. `copy_pages` does not use it.
+        windows of k and v and two of pool rows. `copy_pages`: the most of a page that a DMA moves.
       turn_packed: bf16 k and v of the form [T, K*H] turn as pairs of tokens, without a
         detour over float32. Shorter where the packed tile is one register (tpu7x); elsewhere its
         relayout costs more than it saves.

@@ -1,5 +1,6 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Copies of whole pages on TPU: one DMA a page from HBM to HBM, a step's all in flight."""
+"""Copies of whole pages on TPU: a DMA a page, or a part of one, from HBM to HBM, a step's all in
+flight."""
 
 import functools
 
@@ -15,8 +16,11 @@ _PAIRS_PER_STEP = 8192
 _UNROLL = 8
 
 
-def copy_pages(kv_pages, src_ids, dst_ids):
-    """See api.copy_pages."""
+def copy_pages(kv_pages, src_ids, dst_ids, *, config=None):
+    """See api.copy_pages. With a config in equal parts of at most its `block_tokens`."""
+    page_size = kv_pages.shape[1]
+    most = page_size if config is None else min(config.block_tokens, page_size)
+    part = next(n for n in range(most, 0, -1) if page_size % n == 0)
     num_ids = src_ids.shape[0]
     if num_ids == 0:
         return kv_pages
@@ -29,7 +33,7 @@ def copy_pages(kv_pages, src_ids, dst_ids):
     spec = pl.BlockSpec((step,), lambda i: (i,), memory_space=pltpu.SMEM)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
-        functools.partial(_copy_kernel, step),
+        functools.partial(_copy_kernel, step, part),
         out_shape=layout.result_like(kv_pages),
         grid=(src_ids.shape[0] // step,),
         in_specs=[spec, spec, hbm],
@@ -38,12 +42,13 @@ def copy_pages(kv_pages, src_ids, dst_ids):
         scratch_shapes=[pltpu.SemaphoreType.DMA],
         # _copy_kernel checks both ids of every pair.
         compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
-        name=f"copy_pages_{kv_pages.shape[1]}",
+        name=f"copy_pages_{part}",
     )(src_ids, dst_ids, kv_pages)
 
 
 def _copy_kernel(
     step,
+    part,
     # scalar inputs, in SMEM
     src_ref,  # int32[step]
     dst_ref,  # int32[step]
@@ -53,7 +58,18 @@ def _copy_kernel(
     # scratch
     sem,
 ):
-    num_pages = jnp.uint32(pool_ref.shape[0])
+    num_pages, num_parts = jnp.uint32(pool_ref.shape[0]), pool_ref.shape[1] // part
+
+    def send(src, dst):
+        if num_parts == 1:
+            pltpu.make_async_copy(pool_ref.at[src], pool_ref.at[dst], sem).start()
+            return
+
+        def send_part(i, _):
+            rows = pl.ds(i * part, part)
+            pltpu.make_async_copy(pool_ref.at[src, rows], pool_ref.at[dst, rows], sem).start()
+
+        lax.fori_loop(jnp.int32(0), jnp.int32(num_parts), send_part, None)
 
     def start(i, copied):
         src, dst = src_ref[i], dst_ref[i]
@@ -61,7 +77,7 @@ def _copy_kernel(
 
         @pl.when(live)
         def _start():
-            pltpu.make_async_copy(pool_ref.at[src], pool_ref.at[dst], sem).start()
+            send(src, dst)
 
         return copied + live.astype(jnp.int32)
 

@@ -28,7 +28,7 @@ def ragged_paged_attention(
     cu_q_lens: jax.Array,
     num_seqs: jax.Array,
     *,
-    sm_scale: float = 1.0,
+    sm_scale: jax.Array | float | None = 1.0,
     causal: bool = True,
     sliding_window: jax.Array | int | None = None,
     soft_cap: float | None = None,
@@ -40,6 +40,9 @@ def ragged_paged_attention(
     return_lse: bool = False,
     config: Config | None = None,
     backend: Backend = "auto",
+    num_kv_pages_per_block: None = None,
+    num_queries_per_block: None = None,
+    vmem_limit_bytes: None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention of new tokens over the pages of their sequences, prefill and decode in one batch.
 
@@ -58,20 +61,32 @@ def ragged_paged_attention(
         `m * page_size .. + page_size`. Entries past a sequence's tokens may hold anything.
       cu_q_lens: int32[S + 1], prefix sums of the new tokens.
       num_seqs: int32[1], how many of the S rows are sequences.
-      sm_scale: factor on q . k; the usual one is `H ** -0.5`.
+      sm_scale: factor on q . k, a finite number that may be traced; None means `H ** -0.5`, the
+        usual one. The default is 1, as in JAX's kernel.
       causal: whether a query sees no later key.
-      sliding_window: an int, or an int32 scalar that may be traced: how many keys, its own
-        included, a query looks back on. None for all.
-      soft_cap: bound on the scores, > 0.
-      mask_value: added to the scores of keys that the mask hides; None leaves them out.
-      k_scale, v_scale: float32[] or float32[K], for fp8 and int8 pools: what the stored values are
+      sliding_window: an int >= 1, or an integer scalar that may be traced: how many keys, its own
+        included, a query looks back on. None for all; an int that is too large for int32 is all
+        too. Of traced windows any that is at least kv_len is all, the largest int32 for one; one
+        below 1 hides every key from a causal query, whose row is 0.
+      soft_cap: bound on the scores, > 0; None for no bound. Static.
+      mask_value: added to the scores of keys that the mask hides; None, or -inf, leaves them out.
+        Static.
+      k_scale, v_scale: a number or float32[K], for fp8 and int8 pools: what the stored values are
         multiplied by. None means 1.
-      sinks: float32[N], one more score per head, which takes its share of the softmax and has no
-        value.
-      num_kv_heads: K; None means that all rows of the pool are in use.
+      sinks: float32[N] or another float dtype, one more score per head, which takes its share of
+        the softmax and has no value; -inf for a head without one.
+      num_kv_heads: K, an int. None takes it from the pool where one K alone divides N and makes a
+        pool of R rows (`make_kv_pages`); where several do, as 3 and 4 for 12 query heads and R = 8
+        in bfloat16, it is needed.
       return_lse: whether to return the log-sum-exp too.
       config: block sizes of the kernel, the Config of the backend that runs; None lets it choose.
       backend: "auto", "oracle", "mosaic_tpu" or "mosaic_gpu".
+      num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes: JAX's kernel has them, here
+        they are None: leave them out.
+
+    Numbers may be Python's, numpy's or jax's, scalars also of shape [1]. Their values are checked,
+    but for those that are traced or lie on an accelerator, which no call waits for; only what is
+    static is read from there.
 
     Returns:
       q's dtype [T, N, H]; with `return_lse` also the natural log of the sum of the exponentials of
@@ -93,11 +108,14 @@ def ragged_paged_attention(
     >>> out[:, 0, 0].tolist()
     [4.0, 6.0]
     """
+    _refuse_block_sizes(_OP, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes)
     num_kv_heads = _check_arrays(_OP, q, kv_pages, num_kv_heads)
     _check_metadata(_OP, kv_lens, page_indices, cu_q_lens, num_seqs)
-    _check_options(_OP, q, sliding_window, soft_cap, sinks, config)
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        checks.require_scale(_OP, name, scale, num_kv_heads, kv_pages)
+    k_scale = checks.require_scale(_OP, "k_scale", k_scale, num_kv_heads, kv_pages)
+    v_scale = checks.require_scale(_OP, "v_scale", v_scale, num_kv_heads, kv_pages)
+    sm_scale, causal, sliding_window, soft_cap, mask_value, sinks, return_lse = _check_options(
+        _OP, q, sm_scale, causal, sliding_window, soft_cap, mask_value, sinks, return_lse, config
+    )
     chosen = _choose(_OP, backend, q, kv_pages, page_indices, num_kv_heads, mask_value, config)
     out, lse = _attention(
         q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window, k_scale,
@@ -118,7 +136,7 @@ def write_and_attend(
     cu_q_lens: jax.Array,
     num_seqs: jax.Array,
     *,
-    sm_scale: float = 1.0,
+    sm_scale: jax.Array | float | None = 1.0,
     causal: bool = True,
     sliding_window: jax.Array | int | None = None,
     soft_cap: float | None = None,
@@ -130,6 +148,9 @@ def write_and_attend(
     return_lse: bool = False,
     config: Config | None = None,
     backend: Backend = "auto",
+    num_kv_pages_per_block: None = None,
+    num_queries_per_block: None = None,
+    vmem_limit_bytes: None = None,
 ) -> tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, jax.Array]:
     """Writes a batch's new keys and values into its pages, then attends over them.
 
@@ -143,7 +164,8 @@ def write_and_attend(
       q: [T, N, H], as in `ragged_paged_attention`.
       k, v: [T, K, H] or [T, K*H], as in `page_write`.
       kv_pages: [P, page_size, R, C], the pool; donated.
-      The rest is as in `ragged_paged_attention`; the scales serve the write as well.
+      The rest is as in `ragged_paged_attention`; the scales serve the write as well. None for
+        `num_kv_heads` takes K from k and q's H.
 
     Returns:
       `(out, kv_pages)`, with `return_lse` `(out, kv_pages, lse)`.
@@ -163,11 +185,13 @@ def write_and_attend(
     ([3.0, 4.0], [3.0, 5.0])
     """
     op = "write_and_attend"
-    checks.require_pool(op, kv_pages)
-    if num_kv_heads is None and getattr(k, "ndim", None) == 3:
-        num_kv_heads = k.shape[1]
+    _refuse_block_sizes(op, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes)
+    if num_kv_heads is None:
+        num_kv_heads = _heads_of_new(op, q, k)
     num_kv_heads = _check_arrays(op, q, kv_pages, num_kv_heads)
-    heads, head_dim = checks.require_write(op, kv_pages, k, v, k_scale, v_scale, num_kv_heads)
+    heads, head_dim, k_scale, v_scale = checks.require_write(
+        op, kv_pages, k, v, k_scale, v_scale, num_kv_heads
+    )
     checks.require(
         (k.shape[0], head_dim) == (q.shape[0], q.shape[2]),
         op, "k", got=f"{checks.describe(k)} ({heads} heads of {head_dim})",
@@ -175,7 +199,9 @@ def write_and_attend(
         hint="q, k and v are of the same tokens",
     )
     _check_metadata(op, kv_lens, page_indices, cu_q_lens, num_seqs)
-    _check_options(op, q, sliding_window, soft_cap, sinks, config)
+    sm_scale, causal, sliding_window, soft_cap, mask_value, sinks, return_lse = _check_options(
+        op, q, sm_scale, causal, sliding_window, soft_cap, mask_value, sinks, return_lse, config
+    )
     chosen = _choose(
         op, backend, q, kv_pages, page_indices, num_kv_heads, mask_value, config, writes=True
     )
@@ -274,6 +300,35 @@ def _write_and_attend(
     return out, lse, kv_pages
 
 
+def _refuse_block_sizes(op, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes):
+    """JAX's own callers pass these; here they are fields of a Config, of each kernel's own."""
+    for name, value in (
+        ("num_kv_pages_per_block", num_kv_pages_per_block),
+        ("num_queries_per_block", num_queries_per_block), ("vmem_limit_bytes", vmem_limit_bytes),
+    ):
+        checks.require(
+            value is None, op, name, got=checks.describe(value), wanted="None",
+            hint="leave it out, the kernel chooses its blocks and its memory; or pass config= with"
+            " the backend's Config",
+        )
+
+
+def _heads_of_new(op, q, k) -> int | None:
+    """K as k says it: its own dimension, or the width over q's H. None where it says nothing."""
+    for name, x in (("q", q), ("k", k)):
+        checks.require_array(op, name, x)
+    if k.ndim == 3:
+        return k.shape[1]
+    if k.ndim != 2 or q.ndim != 3 or 0 in (k.shape[1], q.shape[2]):
+        return None
+    checks.require(
+        k.shape[1] % q.shape[2] == 0,
+        op, "k", got=checks.describe(k), wanted=f"[T, K*H] with the H = {q.shape[2]} of q",
+        hint="q, k and v are of the same tokens, and their heads of the same size",
+    )
+    return k.shape[1] // q.shape[2]
+
+
 def _check_arrays(op, q, kv_pages, num_kv_heads) -> int:
     """Checks q against the pool and returns K."""
     checks.require_pool(op, kv_pages)
@@ -294,20 +349,21 @@ def _check_arrays(op, q, kv_pages, num_kv_heads) -> int:
         hint=f"a pool for this head_dim has C = {layout.num_lanes(head_dim)}",
     )
     if num_kv_heads is None:
-        num_kv_heads = num_rows // layout.num_rows_used(1, head_dim)
+        return checks.heads_of_pool(op, kv_pages, num_heads, head_dim)
+    hint = "pass the number of KV heads that the pool was made for"
+    num_kv_heads = checks.require_heads(op, num_kv_heads, hint)
     checks.require(
-        isinstance(num_kv_heads, int) and num_kv_heads >= 1
-        and layout.num_rows_used(num_kv_heads, head_dim) <= num_rows,
+        layout.num_rows_used(num_kv_heads, head_dim) <= num_rows,
         op, "num_kv_heads", got=num_kv_heads,
         wanted=f"an int >= 1 whose rows fit the R = {num_rows} of kv_pages"
         f" {checks.describe(kv_pages)}",
-        hint="pass the number of KV heads that the pool was made for",
+        hint=hint,
     )
     checks.require(
         num_heads % num_kv_heads == 0,
         op, "q", got=f"{checks.describe(q)} ({num_heads} query heads)",
         wanted=f"a multiple of the {num_kv_heads} KV heads",
-        hint="where not all rows of the pool are in use, pass num_kv_heads",
+        hint="every KV head serves as many query heads",
     )
     return num_kv_heads
 
@@ -334,32 +390,23 @@ def _check_metadata(op, kv_lens, page_indices, cu_q_lens, num_seqs):
         )
 
 
-def _check_options(op, q, sliding_window, soft_cap, sinks, config):
-    is_array = hasattr(sliding_window, "dtype")
-    checks.require(
-        sliding_window is None
-        or (is_array and sliding_window.shape == ()
-            and jnp.issubdtype(sliding_window.dtype, jnp.integer))
-        or (isinstance(sliding_window, int) and sliding_window >= 1),
-        op, "sliding_window", got=checks.describe(sliding_window),
-        wanted="None, an int >= 1 or an int32 scalar",
-        hint="a query always sees its own key, so the smallest window is 1",
-    )
-    checks.require(
-        soft_cap is None or soft_cap > 0,
-        op, "soft_cap", got=soft_cap, wanted="None or a number > 0",
-        hint="None turns it off",
-    )
-    num_heads = q.shape[1]
-    checks.require(
-        sinks is None or (getattr(sinks, "shape", None) == (num_heads,)
-                          and sinks.dtype == jnp.float32),
-        op, "sinks", got=checks.describe(sinks), wanted=f"None or float32[{num_heads}]",
-        hint="one sink per query head",
-    )
+def _check_options(
+    op, q, sm_scale, causal, sliding_window, soft_cap, mask_value, sinks, return_lse, config
+):
+    """Checks the options and returns them as the kernels take them, in this order."""
     checks.require(
         config is None or isinstance(config, Config),
         op, "config", got=checks.describe(config),
         wanted="None or a ragged_paged_attention Config",
         hint="the Config of mosaic_tpu or of mosaic_gpu in pallas_paged.ragged_paged_attention",
+    )
+    num_heads, head_dim = q.shape[1:]
+    return (
+        checks.require_sm_scale(op, sm_scale, head_dim),
+        checks.require_bool(op, "causal", causal),
+        checks.require_window(op, sliding_window),
+        checks.require_soft_cap(op, soft_cap),
+        checks.require_mask_value(op, mask_value),
+        checks.require_sinks(op, sinks, num_heads),
+        checks.require_bool(op, "return_lse", return_lse),
     )

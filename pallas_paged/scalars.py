@@ -1,0 +1,141 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Reads the numbers that a caller gives: Python's, numpy's and jax's alike.
+
+A bool is no number here, nor is a string or a list. What is wrong with a number is said in checks.
+"""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def read_int(x: Any) -> int | None:
+    """The int of a Python, numpy or concrete jax integer of shape []; None for all else."""
+    if isinstance(x, bool | jax.core.Tracer):
+        return None
+    try:
+        return operator.index(x)
+    except TypeError:
+        return None
+
+
+def read_bool(x: Any) -> bool | None:
+    """The bool of a Python, numpy or concrete jax bool of shape []; None for all else."""
+    if isinstance(x, bool):
+        return x
+    is_bool = _is_array(x) and x.dtype == jnp.bool_ and x.shape == ()
+    return bool(x) if is_bool and not isinstance(x, jax.core.Tracer) else None
+
+
+def read_real(x: Any) -> float | None:
+    """The float of a Python, numpy or concrete jax number of shape [] or [1]; None for all else.
+
+    Waits for a jax array.
+    """
+    if not is_real(x) or isinstance(x, jax.core.Tracer) or shape_of(x) not in ((), (1,)):
+        return None
+    values = np.asarray(x) if isinstance(x, jax.Array) else known_values(x)
+    return None if values is None else float(values.reshape(()))
+
+
+def is_real(x: Any) -> bool:
+    """Whether x is a real number or an array of them, concrete or traced."""
+    if _is_array(x):
+        return is_integer(x) or jnp.issubdtype(x.dtype, jnp.floating)
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def is_integer(x: Any) -> bool:
+    """Whether x is an integer or an array of them, concrete or traced."""
+    if _is_array(x):
+        return jnp.issubdtype(x.dtype, jnp.integer)
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def shape_of(x: Any) -> tuple[int, ...]:
+    """The shape of a number or an array."""
+    return tuple(x.shape) if _is_array(x) else ()
+
+
+def known_values(x: Any) -> np.ndarray | None:
+    """The values of what `is_real`, where reading them waits for no accelerator; else None.
+
+    That is, not of a traced array, nor of one that lies on an accelerator. A Python int that no
+    float holds is infinite.
+    """
+    if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return None
+    if isinstance(x, jax.Array):
+        return np.asarray(x) if _lies_on_host(x) else None
+    if _is_array(x):
+        return np.asarray(x)
+    try:
+        return np.asarray(float(x))
+    except OverflowError:
+        return np.asarray(np.inf if x > 0 else -np.inf)
+
+
+def _lies_on_host(x: jax.Array) -> bool:
+    return x.is_fully_addressable and all(d.platform == "cpu" for d in x.devices())
+
+
+def to_float32(values: np.ndarray) -> np.ndarray:
+    """float32 of values, infinite where they are too large and 0 where too small for it."""
+    with np.errstate(over="ignore", under="ignore"):
+        return values.astype(np.float32)
+
+
+def as_float32(x: Any) -> Any:
+    """float32 of what `is_real`: a jax array stays one, where it is; all else becomes numpy's.
+
+    A number becomes a np.float32, and no array of shape [].
+    """
+    if isinstance(x, jax.Array):
+        return x if x.dtype == jnp.float32 else x.astype(jnp.float32)
+    values = known_values(x)
+    return x if values is None else to_float32(values)[()]
+
+
+def as_int32(x: Any) -> Any:
+    """int32 of what `is_integer`, the nearest one where it is out of range, not its low bits."""
+    least, most = -(2**31), 2**31 - 1
+    if not _is_array(x):
+        return np.int32(min(max(x, least), most))
+    if x.dtype == jnp.int32:
+        return x
+    xp = jnp if isinstance(x, jax.Array) else np
+    info = jnp.iinfo(x.dtype)
+    if info.max > most:
+        x = xp.minimum(x, xp.asarray(most, x.dtype))
+    if info.min < least:
+        x = xp.maximum(x, xp.asarray(least, x.dtype))
+    return x.astype(jnp.int32)
+
+
+def as_scalar(x: Any) -> Any:
+    """An array of shape [] or [1] as one of shape []."""
+    if x.shape == ():
+        return x
+    return x.reshape(()) if isinstance(x, jax.Array) else x.reshape(())[()]
+
+
+def show(x: Any) -> str:
+    """What came, for a sentence: dtype[shape] of an array, else the value, in one short line.
+
+    >>> show(jnp.zeros((2, 3))), show([1, "a"])
+    ('float32[2,3]', "[1, 'a']")
+    """
+    if _is_array(x):
+        return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+    try:
+        text = " ".join(repr(x).split())
+    except ValueError:  # an int of more digits than Python prints
+        text = "a very large number"
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
