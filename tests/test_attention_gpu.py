@@ -105,6 +105,7 @@ INTERPRETED = [
     Call(FEW, (2, 1), 64, options=options_of(sm_scale=-0.09, sinks=True), config=SMALL),
     Call(FEW, (2, 1), 64, options=options_of(sm_scale=0.0, sliding_window=30), config=SMALL),
     Call(FEW, (2, 1), 64, options=options_of(sm_scale=-0.3, soft_cap=4.0), config=SMALL),
+    Call(FEW, (2, 1), 64, options=options_of(sm_scale=0.5, soft_cap=1e6), config=SMALL),
     # Heads that the pool has more lanes for.
     Call(FEW, (2, 1), 80, 24, config=SMALL),
     Call(FEW, (4, 2), 32, pool_dtype="float8_e4m3fn", options=SCALES, config=SMALL),
@@ -123,6 +124,7 @@ def _device_calls():
         options_of(soft_cap=3.0, sliding_window=64),
         options_of(sinks=True, sliding_window=100, causal=False),
         options_of(sm_scale=-0.09), options_of(sm_scale=0.0, sinks=True),
+        options_of(sm_scale=0.5, soft_cap=300.0),
     ]  # fmt: skip
     for seed, (lens, feature) in enumerate(itertools.product((LONG, DECODES), features)):
         dtype = FLOATS[seed % 2]
@@ -199,18 +201,29 @@ def test_queries_beyond_float16(exponent):
 
 
 @needs_new_jax
-@pytest.mark.parametrize("window", [0, 2**31 - 1])
+@pytest.mark.parametrize("window", [0, -1, -(2**31), 2**31 - 1])
 def test_traced_windows_of_none_and_of_all(window):
     """Neither what no block holds nor what overflows: a window of 0 shows nothing to anybody."""
     call = Call(((1, 64), (30, 128)), (2, 1), 64, options=options_of(causal=False), config=SMALL)
     case, options = call.make()
-    options["sliding_window"] = jnp.int32(window)
-    if window:
-        wanted = run_oracle(case, options | {"sliding_window": None})
+
+    def run(run_one):
+        traced = jax.jit(lambda window: run_one(case, options | {"sliding_window": window}))
+        return traced(jnp.int32(window))
+
+    if window > 0:
+        wanted = run_oracle(case, options)
     else:
-        wanted = run_oracle(case, options | {"causal": True})
         options["causal"] = True
-    found = mismatch(*run_kernels(case, options), *wanted)
+        wanted = run(run_oracle)
+        assert not np.any(wanted[0])
+
+    def attend(case, options):
+        return ragged_paged_attention(
+            *case.arrays, **options, return_lse=True, backend="mosaic_gpu"
+        )
+
+    found = mismatch(*run_all_on_gpu(lambda: run(attend)), *wanted)
     assert found is None, found
 
 

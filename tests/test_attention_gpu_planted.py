@@ -88,7 +88,7 @@ def _run(monkeypatch, name, old, new):
     def call():
         return kernels.ragged_paged_attention(
             *(jnp.asarray(x) for x in case.arrays), **options, causal=True, soft_cap=None,
-            k_scale=None, v_scale=None, sinks=None, return_lse=True,
+            k_scale=None, v_scale=None, sinks=None, return_lse=True, is_scale_positive=True,
             config=kernels.Config(64, 2, 64, 2),
         )  # fmt: skip
 

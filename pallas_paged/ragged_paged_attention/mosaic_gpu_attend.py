@@ -27,6 +27,9 @@ from pallas_paged.ragged_paged_attention.mosaic_gpu_shape import (
     over_rows,
 )
 
+# Above it the rounding of a tanh near 1 is more than 1e-5 of a score.
+_LARGE_CAP = 128.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -221,7 +224,14 @@ def _scaled(scores, rows: Rows, shape: Shape):
         return scores * _over_scores(rows.scale, scores), 1.0
     # tanh(x) = 1 - 2 / (exp(2 x) + 1); the hardware's own tanh is good to 11 bits only.
     grown = jnp.exp2(scores * _over_scores(rows.scale * (2.0 / shape.soft_cap), scores))
-    return shape.soft_cap * LOG2E * (1.0 - 2.0 / (grown + 1.0)), 1.0
+    bounded = 1.0 - 2.0 / (grown + 1.0)
+    if shape.soft_cap > _LARGE_CAP:
+        # Near 0 that difference has lost what such a cap would make large: its power series.
+        x = scores * _over_scores(rows.scale * (1.0 / (LOG2E * shape.soft_cap)), scores)
+        square = x * x
+        series = x * (1.0 - square * (1.0 / 3 - square * (2.0 / 15 - square * (17.0 / 315))))
+        bounded = jnp.where(square < 0.04, series, bounded)
+    return shape.soft_cap * LOG2E * bounded, 1.0
 
 
 def _over_scores(scale, scores):

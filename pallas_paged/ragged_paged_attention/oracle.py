@@ -108,7 +108,8 @@ def _is_seen(positions, extent, causal, sliding_window):
     if causal:
         is_seen &= kv_position <= q_position
     if sliding_window is not None:
-        is_seen &= kv_position > q_position - sliding_window
+        # No window is shorter than none; and nothing may overflow.
+        is_seen &= kv_position > q_position - jnp.maximum(sliding_window, 0)
     return is_seen
 
 
