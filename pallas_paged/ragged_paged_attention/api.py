@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_paged import checks, dispatch, layout
+from pallas_paged import checks, dispatch, layout, settings
 from pallas_paged.dispatch import Backend
 from pallas_paged.kv_write import api as kv_write
 from pallas_paged.kv_write import mosaic_gpu as mosaic_gpu_write
@@ -102,6 +102,7 @@ def ragged_paged_attention(
         q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window, k_scale,
         v_scale, sinks, causal=causal, soft_cap=soft_cap, mask_value=mask_value,
         num_kv_heads=num_kv_heads, return_lse=return_lse, config=config, backend=chosen,
+        is_auto=backend == "auto",
     )
     return (out, lse) if return_lse else out
 
@@ -181,6 +182,7 @@ def write_and_attend(
         q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window,
         k_scale, v_scale, sinks, causal=causal, soft_cap=soft_cap, mask_value=mask_value,
         num_kv_heads=num_kv_heads, return_lse=return_lse, config=config, backend=chosen,
+        is_auto=backend == "auto",
     )
     return (out, kv_pages, lse) if return_lse else (out, kv_pages)
 
@@ -206,21 +208,27 @@ def _choose(
 
 
 _STATIC = (
-    "causal", "soft_cap", "mask_value", "num_kv_heads", "return_lse", "config", "backend"
-)
+    "causal", "soft_cap", "mask_value", "num_kv_heads", "return_lse", "config", "backend",
+    "is_auto",
+)  # fmt: skip
 
 
+@settings.independent(checks_nans=True)
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _attention(
     q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window, k_scale,
-    v_scale, sinks, *, mask_value, return_lse, config, backend, **options,
+    v_scale, sinks, *, mask_value, return_lse, config, backend, is_auto, **options,
 ):
-    q, kv_pages = checks.refuse_transforms(_OP, (q, kv_pages, kv_lens, page_indices))[:2]
     arrays = (q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
-    options |= {
+    dynamic = {
         "sm_scale": sm_scale, "sliding_window": sliding_window, "k_scale": k_scale,
         "v_scale": v_scale, "sinks": sinks,
     }
+    arrays, dynamic = checks.refuse_transforms(_OP, (arrays, dynamic))
+    arrays = (dispatch.require_lowering(_OP, backend, is_auto, arrays[0]), *arrays[1:])
+    if _has_no_work(q, page_indices):
+        return _no_work(arrays[0])
+    options |= dynamic
     if backend == "oracle":
         return oracle.ragged_paged_attention(*arrays, mask_value=mask_value, **options)
     kernels = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}[backend]
@@ -229,22 +237,31 @@ def _attention(
     )
 
 
+@settings.independent()
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="kv_pages")
 def _write_and_attend(
     q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window,
-    k_scale, v_scale, sinks, *, num_kv_heads, backend, **options,
+    k_scale, v_scale, sinks, *, num_kv_heads, backend, is_auto, **options,
 ):
     """One kernel where there is one, else composed of the two ops: (out, log-sum-exp, pool)."""
+    arrays = (q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
+    dynamic = {
+        "sm_scale": sm_scale, "sliding_window": sliding_window, "k_scale": k_scale,
+        "v_scale": v_scale, "sinks": sinks,
+    }
+    op = "write_and_attend"
+    arrays, dynamic = checks.refuse_transforms(op, (arrays, dynamic))
+    arrays = (dispatch.require_lowering(op, backend, is_auto, arrays[0]), *arrays[1:])
+    if _has_no_work(q, page_indices):
+        return *_no_work(arrays[0]), arrays[3]
     if backend == "mosaic_tpu" and mosaic_tpu.is_fused(
         q, kv_pages, num_kv_heads, options["config"]
     ):
-        arrays = (q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
-        arrays = checks.refuse_transforms("write_and_attend", arrays)
         options.pop("mask_value")
         return mosaic_tpu.write_and_attend(
-            *arrays, sm_scale=sm_scale, sliding_window=sliding_window, k_scale=k_scale,
-            v_scale=v_scale, sinks=sinks, num_kv_heads=num_kv_heads, **options,
+            *arrays, **dynamic, num_kv_heads=num_kv_heads, **options
         )
+    q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs = arrays
     w = kv_write.write_indices(
         page_indices, kv_lens, cu_q_lens, num_seqs, kv_pages.shape[1], num_tokens=q.shape[0]
     )
@@ -257,10 +274,20 @@ def _write_and_attend(
         kv_pages = kv_write.page_write(kv_pages, k, v, w.page_ids, w.token_starts, **write)
         kv_pages = kv_write.slice_write(kv_pages, k, v, w.slices, w.num_slices, **write)
     out, lse = _attention(
-        q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window, k_scale,
-        v_scale, sinks, num_kv_heads=num_kv_heads, backend=backend, **options,
+        q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, **dynamic,
+        num_kv_heads=num_kv_heads, backend=backend, is_auto=False, **options,
     )
     return out, lse, kv_pages
+
+
+def _has_no_work(q, page_indices) -> bool:
+    """Whether the shapes alone say that no row has work: no token, or no slot for a sequence."""
+    return 0 in (q.shape[0], page_indices.shape[0])
+
+
+def _no_work(q):
+    """The output and the log-sum-exp of rows without work."""
+    return jnp.zeros_like(q), jnp.full_like(q[..., 0], -jnp.inf, jnp.float32)
 
 
 def _check_arrays(op, q, kv_pages, num_kv_heads) -> int:
@@ -307,8 +334,9 @@ def _check_metadata(op, kv_lens, page_indices, cu_q_lens, num_seqs):
     checks.require_int32(op, "cu_q_lens", cu_q_lens, 1, "[S + 1]")
     checks.require_int32(op, "num_seqs", num_seqs, 1, "[1]")
     checks.require(
-        0 not in page_indices.shape,
-        op, "page_indices", got=checks.describe(page_indices), wanted="int32[S, M], neither 0",
+        page_indices.shape[1] > 0 or page_indices.shape[0] == 0,
+        op, "page_indices", got=checks.describe(page_indices),
+        wanted="int32[S, M], M at least 1 where S is",
         hint="give the table one row per sequence slot and one column per page",
     )
     max_seqs = page_indices.shape[0]
