@@ -48,7 +48,7 @@ def independent(*, checks_nans: bool = False) -> Callable[[Any], Any]:
                 stack.enter_context(jax.debug_infs(False))
                 if not checks_nans:
                     stack.enter_context(jax.debug_nans(False))
-                # Numbers go to the device as they always do; a caller who forbids that means arrays.
+                # Numbers go to the device as they always do; who forbids that means arrays.
                 if not any(isinstance(x, np.ndarray) for x in jax.tree.leaves((args, kwargs))):
                     stack.enter_context(jax.transfer_guard_host_to_device("allow"))
                 return jitted(*args, **kwargs)

@@ -72,12 +72,12 @@ def write_indices(
     checks.require_int32(op, "cu_q_lens", cu_q_lens, 1, "[S + 1]")
     checks.require_int32(op, "num_seqs", num_seqs, 1, "[1]")
     checks.require(
-        page_indices.shape[1] > 0 or page_indices.shape[0] == 0,
+        0 not in page_indices.shape,
         op,
         "page_indices",
         got=checks.describe(page_indices),
-        wanted="int32[S, M], M at least 1 where S is",
-        hint="give a row a column for each page of the longest sequence",
+        wanted="int32[S, M], neither of them 0",
+        hint="for a batch without sequences pass one row of any ids and num_seqs 0",
     )
     max_seqs = page_indices.shape[0]
     for name, array, size in (
@@ -112,11 +112,6 @@ def write_indices(
 
 def _write_indices(page_indices, kv_lens, cu_q_lens, num_seqs, page_size, num_tokens):
     max_seqs, table_width = page_indices.shape
-    if max_seqs == 0:  # nothing to gather from, and nothing to write
-        skipped = jnp.full(num_tokens // page_size, -1, jnp.int32)
-        slots = jnp.full(num_tokens, -1, jnp.int32)
-        slices = jnp.zeros((3, 0), jnp.int32)
-        return WriteIndices(skipped, skipped, slices, jnp.zeros(1, jnp.int32), slots)
     # Absurd lengths must give no wild slot: a sequence lives inside the batch and its table row.
     is_seq = jnp.arange(max_seqs) < num_seqs[0]
     q_start = jnp.clip(cu_q_lens[:-1], 0, num_tokens)

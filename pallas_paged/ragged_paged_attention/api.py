@@ -226,8 +226,8 @@ def _attention(
     }
     arrays, dynamic = checks.refuse_transforms(_OP, (arrays, dynamic))
     arrays = (dispatch.require_lowering(_OP, backend, is_auto, arrays[0]), *arrays[1:])
-    if _has_no_work(q, page_indices):
-        return _no_work(arrays[0])
+    if q.shape[0] == 0:
+        return _no_rows(arrays[0])
     options |= dynamic
     if backend == "oracle":
         return oracle.ragged_paged_attention(*arrays, mask_value=mask_value, **options)
@@ -252,8 +252,8 @@ def _write_and_attend(
     op = "write_and_attend"
     arrays, dynamic = checks.refuse_transforms(op, (arrays, dynamic))
     arrays = (dispatch.require_lowering(op, backend, is_auto, arrays[0]), *arrays[1:])
-    if _has_no_work(q, page_indices):
-        return *_no_work(arrays[0]), arrays[3]
+    if q.shape[0] == 0:
+        return *_no_rows(arrays[0]), arrays[3]
     if backend == "mosaic_tpu" and mosaic_tpu.is_fused(
         q, kv_pages, num_kv_heads, options["config"]
     ):
@@ -280,14 +280,9 @@ def _write_and_attend(
     return out, lse, kv_pages
 
 
-def _has_no_work(q, page_indices) -> bool:
-    """Whether the shapes alone say that no row has work: no token, or no slot for a sequence."""
-    return 0 in (q.shape[0], page_indices.shape[0])
-
-
-def _no_work(q):
-    """The output and the log-sum-exp of rows without work."""
-    return jnp.zeros_like(q), jnp.full_like(q[..., 0], -jnp.inf, jnp.float32)
+def _no_rows(q):
+    """The output and the log-sum-exp of a batch without a token; no backend launches anything."""
+    return q, jnp.zeros_like(q[..., 0], jnp.float32)
 
 
 def _check_arrays(op, q, kv_pages, num_kv_heads) -> int:
@@ -334,10 +329,10 @@ def _check_metadata(op, kv_lens, page_indices, cu_q_lens, num_seqs):
     checks.require_int32(op, "cu_q_lens", cu_q_lens, 1, "[S + 1]")
     checks.require_int32(op, "num_seqs", num_seqs, 1, "[1]")
     checks.require(
-        page_indices.shape[1] > 0 or page_indices.shape[0] == 0,
-        op, "page_indices", got=checks.describe(page_indices),
-        wanted="int32[S, M], M at least 1 where S is",
-        hint="give the table one row per sequence slot and one column per page",
+        0 not in page_indices.shape,
+        op, "page_indices", got=checks.describe(page_indices), wanted="int32[S, M], neither 0",
+        hint="give the table one row per sequence slot and one column per page; for a batch "
+        "without sequences pass one row of any ids and num_seqs 0",
     )
     max_seqs = page_indices.shape[0]
     for name, array, size in (
