@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_paged import settings
 from reference_engine.batch import Array
 from reference_engine.request import MAX_LOGPROBS, MAX_STOP_IDS, Request
 
@@ -57,6 +58,7 @@ def make_sampling(requests: Sequence[Request], num_seqs: int) -> Sampling:
     return sampling
 
 
+@settings.defaults()
 @jax.jit
 def greedy(logits: jax.Array) -> jax.Array:
     """The id of the largest logit, the lowest id among equals: f32[S, V] -> i32[S].
@@ -67,6 +69,7 @@ def greedy(logits: jax.Array) -> jax.Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
+@settings.defaults()
 @jax.jit
 def sample(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """The next token of each row: f32[S, V] -> i32[S]; see SamplingParams.
@@ -100,6 +103,7 @@ def _draw(logits: jax.Array, s: Sampling) -> jax.Array:
     return order[jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf))].astype(jnp.int32)
 
 
+@settings.defaults()
 @jax.jit
 def log_probabilities(
     logits: jax.Array, tokens: jax.Array

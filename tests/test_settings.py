@@ -65,12 +65,13 @@ def _compilation_cache():
         yield
 
 
-# What changes how jax traces; the last all at once, as each costs a trace.
+# What changes how jax traces; several at once, as each costs a trace.
 TRACING = {
-    "checks": lambda: _flag("jax_enable_checks", True),
-    "leaks": jax.checking_leaks,
-    "global x64": lambda: _flag("jax_enable_x64", True),
-    "global precision": lambda: _flag("jax_default_matmul_precision", "highest"),
+    "checks and leaks": lambda: _all(_flag("jax_enable_checks", True), jax.checking_leaks()),
+    "globals": lambda: _all(
+        _flag("jax_enable_x64", True), _flag("jax_default_matmul_precision", "bfloat16"),
+        _flag("jax_numpy_rank_promotion", "raise"), _flag("jax_numpy_dtype_promotion", "strict"),
+    ),
     "x64, highest precision, no promotion": lambda: _all(
         jax.enable_x64(True), jax.default_matmul_precision("highest"),
         jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"),
@@ -226,61 +227,61 @@ def _structs(mesh=None):
     }
 
 
-def _lowered_for_tpu(mesh):
+@pytest.fixture
+def for_one_platform(monkeypatch):
+    """What another platform would run is not traced, which takes as long."""
+
+    def of(*args, tpu=None, cuda=None, default):
+        return (tpu or cuda or default)(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", of)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def _lowered_for_tpu(mesh, names=tuple(OPS)):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         # A new function each time: nothing that was traced before is taken.
-        return jax.jit(lambda x: _every_op(x, "mosaic_tpu")).lower(_structs(mesh))
-
-
-@functools.cache
-def _wanted_for_tpu():
-    return _lowered_for_tpu(mesh_of("v5e")).as_text()
-
-
-@pytest.mark.parametrize("setting", TRACING)
-def test_lowered_for_a_tpu_it_is_the_same_program(setting):
-    wanted = _wanted_for_tpu()
-    jax.clear_caches()
-    with TRACING[setting]():
-        found = _lowered_for_tpu(mesh_of("v5e")).as_text()
-    assert wanted.count("tpu_custom_call") >= len(OPS) and found == wanted
-
-
-def test_compiles_for_a_tpu_in_an_explicit_mesh():
-    mesh = mesh_of("v5e")
-    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,))
-    hlo = _lowered_for_tpu(mesh).compile().as_text()
-    assert hlo.count('custom_call_target="tpu_custom_call"') >= len(OPS)
+        return jax.jit(lambda x: _every_op(x, "mosaic_tpu", names)).lower(_structs(mesh))
 
 
 def _lowered_for_cuda():
     traced = jax.jit(lambda x: _every_op(x, "mosaic_gpu")).trace(_structs())
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
+    return traced.lower(lowering_platforms=("cuda",))
 
 
-@functools.cache
-def _wanted_for_cuda():
-    return _lowered_for_cuda()
+@pytest.mark.usefixtures("for_one_platform")
+@pytest.mark.parametrize(
+    "lowered, kernel",
+    [(lambda: _lowered_for_tpu(mesh_of("v5e")), "@tpu_custom_call"),
+     pytest.param(_lowered_for_cuda, "@mosaic_gpu_v2", marks=needs_new_jax)],
+    ids=["tpu", "cuda"],
+)  # fmt: skip
+def test_the_lowered_program_is_the_same(lowered, kernel):
+    wanted = lowered().as_text()
+    assert wanted.count(kernel) >= len(OPS)
+    for name, setting in TRACING.items():
+        jax.clear_caches()
+        with setting():
+            assert lowered().as_text() == wanted, name
 
 
-@needs_new_jax
-@pytest.mark.parametrize("setting", TRACING)
-def test_lowered_for_cuda_it_is_the_same_program(setting):
-    wanted = _wanted_for_cuda()
-    jax.clear_caches()
-    with TRACING[setting]():
-        found = _lowered_for_cuda()
-    assert wanted.count("custom_call @mosaic_gpu_v2") >= len(OPS) and found == wanted
+@pytest.mark.usefixtures("for_one_platform")
+def test_compiles_for_a_tpu_in_an_explicit_mesh():
+    mesh = mesh_of("v5e")
+    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,))
+    names = ("token_write", "write_and_attend")
+    hlo = _lowered_for_tpu(mesh, names).compile().as_text()
+    assert hlo.count('custom_call_target="tpu_custom_call"') == len(names)
 
 
-# Interpreted, because the interpreters, too, are traced under a caller's settings.
-INTERPRETED = ("token_write", "copy_pages", "attention")
-
-
-def _run_interpreted(backend):
-    x = _arrays() | {"pool": _arrays()["pool"].at[8].set(0)}
+def _interpreted(backend):
+    """The bits of two ops interpreted; the interpreters are lowered under a caller's settings."""
+    x = _copies()
+    x["pool"] = x["pool"].at[8].set(0)
     call = jax.jit(
-        lambda x: jax.tree.leaves(_every_op(x, backend, INTERPRETED)),
+        lambda x: jax.tree.leaves(_every_op(x, backend, ("token_write", "attention"))),
         compiler_options=EXACT_COMPILE,
     )
     if backend == "mosaic_gpu":
@@ -288,4 +289,69 @@ def _run_interpreted(backend):
     return _bits(interpret_all(lambda: call(x), "eager", detect_races=False))
 
 
-_wanted_interpreted = functools.cache(_run_interpreted)
+@pytest.mark.parametrize(
+    "backend", ["mosaic_tpu", pytest.param("mosaic_gpu", marks=needs_new_jax)]
+)
+def test_an_interpreted_kernel_has_the_same_bits(backend):
+    wanted = _interpreted(backend)
+    with TRACING["x64, highest precision, no promotion"]():
+        found = _interpreted(backend)
+    assert found == wanted
+
+
+def test_64_bit_numbers():
+    """What a caller computes under x64 is taken as 32 bits, and a window too large is a large one."""
+    x = _arrays()
+
+    def attend(sm_scale, window):
+        return pallas_paged.ragged_paged_attention(
+            x["q"], x["pool"], *_batch(x), sm_scale=sm_scale, sliding_window=window,
+            num_kv_heads=KV_HEADS, backend="oracle",
+        )  # fmt: skip
+
+    wanted = attend(jnp.float32(0.1), None)
+    with jax.enable_x64(True):
+        sm_scale, window = jnp.float64(0.1), jnp.int64(2**40)
+        assert (sm_scale.dtype, window.dtype) == (jnp.float64, jnp.int64)
+        for call in (attend, jax.jit(attend)):
+            out = call(sm_scale, window)
+            np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (out, wanted)), 1e-2)
+
+
+def test_outside_of_the_ops_nothing_is_changed():
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
+        with settings.defaults():
+            assert jnp.arange(2).dtype == jnp.int32
+        assert jnp.arange(2).dtype == jnp.int64
+        with pytest.raises(ValueError, match="rank_promotion"):
+            jnp.zeros((2, 3)) + jnp.zeros(3)
+
+
+@pytest.mark.parametrize("setting", ["x64", "no rank promotion", "no dtype promotion", "no NaN"])
+def test_pools_and_validate(setting):
+    x = _arrays()
+    with EAGER[setting]():
+        pool = pallas_paged.make_kv_pages(9, PAGE_SIZE, KV_HEADS, H)
+        pallas_paged.validate(
+            pool, kv_lens=x["kv_lens"], page_indices=x["page_indices"],
+            cu_q_lens=x["cu_q_lens"], num_seqs=x["num_seqs"],
+        )  # fmt: skip
+    assert pool.shape == (9, PAGE_SIZE, 2, H) and pool.dtype == jnp.bfloat16
+
+
+def _served():
+    model = ModelConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2,
+        num_kv_heads=1, head_dim=8,
+    )  # fmt: skip
+    engine = Engine(random_params(model, seed=0), model, EngineConfig(max_model_len=64))
+    engine.add_request([3, 1, 4], SamplingParams(max_tokens=3, logprobs=2))
+    engine.add_request([2, 7], SamplingParams(max_tokens=3, temperature=0.9, seed=3, top_p=0.9))
+    return [tuple(output) for _ in range(3) for output in engine.step()]
+
+
+@pytest.mark.parametrize("setting", [None, "no NaN"])
+def test_the_engine_generates_the_same_tokens(setting):
+    wanted = _served()
+    with EAGER[setting]() if setting else TRACING["globals"]():
+        assert _served() == wanted
