@@ -26,6 +26,7 @@ def defaults() -> Iterator[None]:
         jax.numpy_rank_promotion("allow"),
         jax.numpy_dtype_promotion("standard"),
         jax.disable_jit(False),
+        jax.check_tracer_leaks(False),  # jax's own GPU kernels leave tracers in their jaxprs
     ):
         yield
 
