@@ -105,8 +105,8 @@ def write_indices(
 
     with settings.defaults():
         return _write_indices(
-            *(jnp.asarray(x) for x in (page_indices, kv_lens, cu_q_lens, num_seqs)), page_size,
-            num_tokens,
+            jnp.asarray(page_indices), jnp.asarray(kv_lens), jnp.asarray(cu_q_lens),
+            jnp.asarray(num_seqs), page_size, num_tokens,
         )  # fmt: skip
 
 
