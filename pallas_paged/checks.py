@@ -373,9 +373,10 @@ def _refuse(
     raise AssertionError("require(False, ...) raises")
 
 
-def refuse_transforms(op: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+def refuse_transforms(op: str, arrays: Any) -> Any:
     """Returns `arrays` as they are; differentiating or vmapping through it is a sentence.
 
+    `arrays` is a pytree of all that the op is given: what is left out may lower without a word.
     The rules sit on an identity in front of the op, so that they also hold where the caller's own
     jit stands between the transformation and the op.
     """
@@ -389,7 +390,8 @@ def refuse_transforms(op: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
         del axis_size, in_batched, arrays
         raise NotImplementedError(
             f"{op}: vmap is not supported: the op is batched already; pack the sequences into one "
-            "ragged batch and the layers into one flat pool"
+            "ragged batch and the layers into one flat pool, or call it once after another in "
+            "jax.lax.map"
         )
 
     @jax.custom_jvp
@@ -401,7 +403,8 @@ def refuse_transforms(op: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
         del primals, tangents
         raise NotImplementedError(
             f"{op}: no derivative is defined, it serves inference: keep it out of the function "
-            "that is differentiated"
+            "that is differentiated, or pass jax.lax.stop_gradient of its arguments (of its result "
+            "it comes too late)"
         )
 
     return differentiated(arrays)

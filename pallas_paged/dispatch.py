@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from pallas_paged import scalars
 
@@ -21,13 +23,23 @@ _AUTO_ORDER = {
 }
 
 
-def platform() -> str:
-    """The platform that a call made now would run on: "tpu", "gpu" or "cpu"."""
-    config: Any = jax.config  # has its flags as attributes that not every jax declares
-    device = config.jax_default_device
+def _device() -> Any:
+    """The device that a call made now is traced for: the mesh's in context, else the default one.
+
+    In an ahead-of-time trace that is the topology's, or an AbstractDevice that only says its kind.
+    """
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
+        config: Any = jax.config  # has its flags as attributes that not every jax declares
+        device = config.jax_default_device
+    if device is None or isinstance(device, str):
+        device = jax.devices(device)[0]
+    return device
+
+
+def platform() -> str:
+    """The platform that a call made now is traced for: "tpu", "gpu" or "cpu"."""
+    return _device().platform
 
 
 def tpu_generation() -> int | None:
@@ -42,16 +54,7 @@ def tpu_vmem_bytes() -> int | None:
 
 def tpu_device_kind() -> str | None:
     """What jax calls the TPU that a call is traced for ("TPU v6 lite"), None elsewhere."""
-    if not pltpu.is_tpu_device():
-        return None
-    # Inside an ahead-of-time trace the mesh has the device and jax.devices() another.
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        config: Any = jax.config
-        device = config.jax_default_device
-    if device is None or isinstance(device, str):
-        device = jax.devices(device)[0]
-    return device.device_kind
+    return _device().device_kind if pltpu.is_tpu_device() else None
 
 
 def why_no_mosaic_gpu() -> str | None:
@@ -61,9 +64,10 @@ def why_no_mosaic_gpu() -> str | None:
             f"jax is {jax.__version__}, and a kernel can update a pool in place on a GPU (through "
             "jax.new_ref) from 0.11.2 on; update jax"
         )
-    if platform() != "gpu":
+    device = _gpu()
+    if device is None:
         return None  # lowered for another machine, or interpreted
-    capability = getattr(jax.devices()[0], "compute_capability", "unknown")
+    capability = getattr(device, "compute_capability", "unknown")
     if capability != "9.0":
         return (
             f"the GPU has compute capability {capability}, and the kernels are written for Hopper "
@@ -74,12 +78,21 @@ def why_no_mosaic_gpu() -> str | None:
 
 def gpu_device_kind() -> str | None:
     """What jax calls the GPU that a call is made for ("NVIDIA H100 80GB HBM3"), None elsewhere."""
-    return jax.devices()[0].device_kind if platform() == "gpu" else None
+    return _device().device_kind if platform() == "gpu" else None
 
 
 def num_multiprocessors() -> int:
     """Multiprocessors of the GPU that a call is made for; those of an H100 elsewhere."""
-    return jax.devices()[0].core_count if platform() == "gpu" else 132
+    device = _gpu()
+    return 132 if device is None else device.core_count
+
+
+def _gpu() -> Any:
+    """The GPU of this machine that a call made now is traced for, None elsewhere."""
+    if platform() != "gpu":
+        return None
+    kind = gpu_device_kind()
+    return next((device for device in jax.devices() if device.device_kind == kind), None)
 
 
 def choose(op: str, backend: str, reasons: Mapping[str, str | None]) -> str:
@@ -112,3 +125,61 @@ def choose(op: str, backend: str, reasons: Mapping[str, str | None]) -> str:
     if reason is not None:
         raise NotImplementedError(f"{op}: backend {backend!r} cannot run this call: {reason}")
     return backend
+
+
+def require_lowering(op: str, backend: str, is_auto: bool, x: jax.Array) -> jax.Array:
+    """Returns `x` as it is; lowering it for a platform that the call was not traced for is refused.
+
+    jit may trace here and lower for another machine (`jax.export`, ahead-of-time compilation), and
+    only the lowering knows for which.
+
+    Args:
+      op: the op's name, for the message.
+      backend: the backend that runs it.
+      is_auto: whether "auto" chose it, by the platform of the trace.
+      x: an array that the op computes with.
+
+    Raises:
+      NotImplementedError: when it is lowered; the message says what to do.
+    """
+    return _require_lowering_p.bind(
+        x, op=op, backend=backend, is_auto=is_auto, traced_for=platform(),
+        knows_tpu=pltpu.is_tpu_device(),
+    )  # fmt: skip
+
+
+_require_lowering_p = Primitive("require_lowering")
+_require_lowering_p.def_impl(lambda x, **_: x)
+_require_lowering_p.def_abstract_eval(lambda x, **_: x)
+
+_TRACE_FOR = (
+    "trace and lower it inside `jax.sharding.use_abstract_mesh` of an ahead-of-time topology's "
+    'mesh, or of `AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("TPU v6 lite", 1, '
+    '"tpu"))` with the kind of device that will run it (pallas_paged/README.md, "Export")'
+)
+
+
+def _lower_require_lowering(ctx, x, *, op, backend, is_auto, traced_for, knows_tpu):
+    for name in ctx.platforms or ctx.module_context.platforms:
+        lowered_for = "gpu" if name in ("cuda", "rocm") else name
+        if is_auto and lowered_for != traced_for:
+            raise NotImplementedError(
+                f'{op}: backend "auto" chose {backend!r} because the call was traced for a '
+                f"{traced_for}, and it is lowered for a {lowered_for}: name the backend that is to "
+                f"run there, or {_TRACE_FOR}"
+            )
+        if (backend, lowered_for) in (("mosaic_tpu", "gpu"), ("mosaic_gpu", "tpu")):
+            raise NotImplementedError(
+                f"{op}: backend {backend!r} is lowered for a {lowered_for}, and its kernels are "
+                f'for another kind of chip: name another backend, or "auto" and {_TRACE_FOR}'
+            )
+        if (backend, lowered_for) == ("mosaic_tpu", "tpu") and not knows_tpu:
+            raise NotImplementedError(
+                f"{op}: backend {backend!r} is lowered for a TPU, and block sizes and kernels "
+                f"depend on its generation, which the {traced_for} that the call was traced for "
+                f"does not tell: {_TRACE_FOR}"
+            )
+    return [x]
+
+
+mlir.register_lowering(_require_lowering_p, _lower_require_lowering)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pallas_paged import dispatch, layout
+from pallas_paged import dispatch, layout, settings
 from pallas_paged.checks import require
 from reference_engine import compiles
 from reference_engine.batch import (
@@ -139,6 +139,7 @@ def jitted_step(platform: str) -> Any:
     )
 
 
+@settings.defaults()
 def run_step(
     params: Params, kv_pages: jax.Array, packed: Array, **options: Any
 ) -> tuple[jax.Array, jax.Array]:

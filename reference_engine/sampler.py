@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_paged import settings
 from reference_engine.batch import Array
 from reference_engine.request import MAX_BIASED_IDS, MAX_LOGPROBS, MAX_STOP_IDS, Request
 
@@ -123,6 +124,7 @@ def make_penalties(
     return penalties
 
 
+@settings.defaults()
 @jax.jit
 def add_bias(logits: jax.Array, bias: Bias) -> jax.Array:
     """Logits with what their rows add: f32[S, V] -> f32[S, V]."""
@@ -130,6 +132,7 @@ def add_bias(logits: jax.Array, bias: Bias) -> jax.Array:
     return _finite_above(logits.at[rows, bias.ids].add(bias.values, mode="drop"))
 
 
+@settings.defaults()
 @jax.jit
 def penalise(logits: jax.Array, penalties: Penalties) -> jax.Array:
     """Logits with their rows' penalties, see SamplingParams: f32[S, V] -> f32[S, V].
@@ -156,6 +159,7 @@ def _finite_above(logits: jax.Array) -> jax.Array:
     return jnp.minimum(logits, float(_FLOAT32.max))
 
 
+@settings.defaults()
 @jax.jit
 def greedy(logits: jax.Array) -> jax.Array:
     """The id of the largest logit, the lowest id among equals: f32[S, V] -> i32[S].
@@ -166,6 +170,7 @@ def greedy(logits: jax.Array) -> jax.Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
+@settings.defaults()
 @jax.jit
 def sample(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """The next token of each row: f32[S, V] -> i32[S]; see SamplingParams.
@@ -199,6 +204,7 @@ def _draw(logits: jax.Array, s: Sampling) -> jax.Array:
     return order[jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf))].astype(jnp.int32)
 
 
+@settings.defaults()
 @jax.jit
 def log_probabilities(
     logits: jax.Array, tokens: jax.Array

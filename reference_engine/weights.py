@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_paged import settings
 from reference_engine import checkpoint
 from reference_engine.config import ModelConfig
 
@@ -119,6 +120,7 @@ def _tied(params: Params) -> Params:
     return params
 
 
+@settings.defaults()
 def random_params(config: ModelConfig, seed: int) -> Params:
     """Random parameters of which greedy decoding yields diverse tokens, made on the device.
 

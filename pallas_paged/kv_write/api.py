@@ -11,7 +11,7 @@ import functools
 
 import jax
 
-from pallas_paged import checks, dispatch
+from pallas_paged import checks, dispatch, settings
 from pallas_paged.dispatch import Backend
 from pallas_paged.kv_write import mosaic_gpu, mosaic_tpu, oracle
 from pallas_paged.kv_write.indices import WriteIndices, write_indices
@@ -86,8 +86,9 @@ def page_write(
         _require_same_form(op, "token_starts", token_starts, "page_ids", page_ids)
     chosen = _choose(op, backend, kv_pages, k, heads, head_dim, config)
     return _page_write(
-        kv_pages, k, v, page_ids, token_starts, k_scale, v_scale, heads, config, chosen
-    )
+        kv_pages, k, v, page_ids, token_starts, k_scale, v_scale, heads, config, chosen,
+        backend == "auto",
+    )  # fmt: skip
 
 
 def slice_write(
@@ -154,8 +155,9 @@ def slice_write(
     )
     chosen = _choose(op, backend, kv_pages, k, heads, head_dim, config)
     return _slice_write(
-        kv_pages, k, v, slices, num_slices, k_scale, v_scale, heads, config, chosen
-    )
+        kv_pages, k, v, slices, num_slices, k_scale, v_scale, heads, config, chosen,
+        backend == "auto",
+    )  # fmt: skip
 
 
 def token_write(
@@ -206,7 +208,9 @@ def token_write(
         hint=f"one slot for each token of k {checks.describe(k)}; -1 skips one",
     )
     chosen = _choose(op, backend, kv_pages, k, heads, head_dim, config)
-    return _token_write(kv_pages, k, v, slots, k_scale, v_scale, heads, config, chosen)
+    return _token_write(
+        kv_pages, k, v, slots, k_scale, v_scale, heads, config, chosen, backend == "auto"
+    )
 
 
 def copy_pages(
@@ -247,7 +251,7 @@ def copy_pages(
     reasons = {name: kernels.unsupported_pool(kv_pages) for name, kernels in _KERNELS.items()}
     chosen = dispatch.choose(op, backend, {"oracle": None, **reasons})
     _require_config(op, config, chosen)
-    return _copy_pages(kv_pages, src_ids, dst_ids, config, chosen)
+    return _copy_pages(kv_pages, src_ids, dst_ids, config, chosen, backend == "auto")
 
 
 def _require_same_form(op, argument, x, other_argument, other):
@@ -287,17 +291,23 @@ def _choose(op, backend, kv_pages, k, num_kv_heads, head_dim, config):
 
 # The jitted halves. The pool alone is donated; what is static is keyed by value.
 _jit_write = functools.partial(
-    jax.jit, static_argnames=("num_kv_heads", "config", "backend"), donate_argnames="kv_pages"
+    jax.jit,
+    static_argnames=("num_kv_heads", "config", "backend", "is_auto"),
+    donate_argnames="kv_pages",
 )
+_independent = settings.independent()
 
 
+@_independent
 @_jit_write
 def _page_write(
-    kv_pages, k, v, page_ids, token_starts, k_scale, v_scale, num_kv_heads, config, backend
+    kv_pages, k, v, page_ids, token_starts, k_scale, v_scale, num_kv_heads, config, backend,
+    is_auto,
 ):
     kv_pages, k, v, page_ids, token_starts, k_scale, v_scale = checks.refuse_transforms(
         "page_write", (kv_pages, k, v, page_ids, token_starts, k_scale, v_scale)
     )
+    kv_pages = dispatch.require_lowering("page_write", backend, is_auto, kv_pages)
     scales = {"k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads}
     if backend == "oracle":
         return oracle.page_write(kv_pages, k, v, page_ids, token_starts, **scales)
@@ -306,13 +316,16 @@ def _page_write(
     )
 
 
+@_independent
 @_jit_write
 def _slice_write(
-    kv_pages, k, v, slices, num_slices, k_scale, v_scale, num_kv_heads, config, backend
+    kv_pages, k, v, slices, num_slices, k_scale, v_scale, num_kv_heads, config, backend,
+    is_auto,
 ):
     kv_pages, k, v, slices, num_slices, k_scale, v_scale = checks.refuse_transforms(
         "slice_write", (kv_pages, k, v, slices, num_slices, k_scale, v_scale)
     )
+    kv_pages = dispatch.require_lowering("slice_write", backend, is_auto, kv_pages)
     scales = {"k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads}
     if backend == "oracle":
         return oracle.slice_write(kv_pages, k, v, slices, num_slices, **scales)
@@ -321,11 +334,13 @@ def _slice_write(
     )
 
 
+@_independent
 @_jit_write
-def _token_write(kv_pages, k, v, slots, k_scale, v_scale, num_kv_heads, config, backend):
+def _token_write(kv_pages, k, v, slots, k_scale, v_scale, num_kv_heads, config, backend, is_auto):
     kv_pages, k, v, slots, k_scale, v_scale = checks.refuse_transforms(
         "token_write", (kv_pages, k, v, slots, k_scale, v_scale)
     )
+    kv_pages = dispatch.require_lowering("token_write", backend, is_auto, kv_pages)
     scales = {"k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads}
     if backend == "oracle":
         return oracle.token_write(kv_pages, k, v, slots, **scales)
@@ -334,13 +349,15 @@ def _token_write(kv_pages, k, v, slots, k_scale, v_scale, num_kv_heads, config, 
     )
 
 
+@_independent
 @functools.partial(
-    jax.jit, static_argnames=("config", "backend"), donate_argnames="kv_pages"
+    jax.jit, static_argnames=("config", "backend", "is_auto"), donate_argnames="kv_pages"
 )
-def _copy_pages(kv_pages, src_ids, dst_ids, config, backend):
+def _copy_pages(kv_pages, src_ids, dst_ids, config, backend, is_auto):
     kv_pages, src_ids, dst_ids = checks.refuse_transforms(
         "copy_pages", (kv_pages, src_ids, dst_ids)
     )
+    kv_pages = dispatch.require_lowering("copy_pages", backend, is_auto, kv_pages)
     if backend == "oracle":
         return oracle.copy_pages(kv_pages, src_ids, dst_ids)
     return _KERNELS[backend].copy_pages(kv_pages, src_ids, dst_ids, config=config)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_paged import checks, scalars
+from pallas_paged import checks, scalars, settings
 
 
 class WriteIndices(NamedTuple):
@@ -79,7 +79,7 @@ def write_indices(
         wanted="int32[S, M], neither of them 0",
         hint="for a batch without sequences pass one row of any ids and num_seqs 0",
     )
-    max_seqs, table_width = page_indices.shape
+    max_seqs = page_indices.shape[0]
     for name, array, size in (
         ("kv_lens", kv_lens, max_seqs),
         ("cu_q_lens", cu_q_lens, max_seqs + 1),
@@ -96,9 +96,15 @@ def write_indices(
     page_size = _static_int(op, "page_size", page_size, 1)
     num_tokens = _static_int(op, "num_tokens", num_tokens, 0)
 
-    page_indices, kv_lens, cu_q_lens, num_seqs = (
-        jnp.asarray(x) for x in (page_indices, kv_lens, cu_q_lens, num_seqs)
-    )
+    with settings.defaults():
+        return _write_indices(
+            jnp.asarray(page_indices), jnp.asarray(kv_lens), jnp.asarray(cu_q_lens),
+            jnp.asarray(num_seqs), page_size, num_tokens,
+        )  # fmt: skip
+
+
+def _write_indices(page_indices, kv_lens, cu_q_lens, num_seqs, page_size, num_tokens):
+    max_seqs, table_width = page_indices.shape
     # Absurd lengths must give no wild slot: a sequence lives inside the batch and its table row.
     is_seq = jnp.arange(max_seqs) < num_seqs[0]
     q_start = jnp.clip(cu_q_lens[:-1], 0, num_tokens)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_paged import checks, dispatch, layout
+from pallas_paged import checks, dispatch, layout, settings
 from pallas_paged.dispatch import Backend
 from pallas_paged.kv_write import api as kv_write
 from pallas_paged.kv_write import mosaic_gpu as mosaic_gpu_write
@@ -122,6 +122,7 @@ def ragged_paged_attention(
         v_scale, sinks, causal=causal, soft_cap=soft_cap, mask_value=mask_value,
         num_kv_heads=num_kv_heads, return_lse=return_lse, config=config, backend=chosen,
         is_scale_positive=_is_positive(sm_scale),
+        is_auto=backend == "auto",
     )
     return (out, lse) if return_lse else out
 
@@ -210,6 +211,7 @@ def write_and_attend(
         k_scale, v_scale, sinks, causal=causal, soft_cap=soft_cap, mask_value=mask_value,
         num_kv_heads=num_kv_heads, return_lse=return_lse, config=config, backend=chosen,
         is_scale_positive=_is_positive(sm_scale),
+        is_auto=backend == "auto",
     )
     return (out, kv_pages, lse) if return_lse else (out, kv_pages)
 
@@ -241,21 +243,27 @@ def _is_positive(sm_scale) -> bool:
 
 _STATIC = (
     "causal", "soft_cap", "mask_value", "num_kv_heads", "return_lse", "config", "backend",
-    "is_scale_positive",
-)
+    "is_scale_positive", "is_auto",
+)  # fmt: skip
 
 
+@settings.independent(checks_nans=True)
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _attention(
     q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window, k_scale,
-    v_scale, sinks, *, mask_value, return_lse, config, backend, is_scale_positive, **options,
+    v_scale, sinks, *, mask_value, return_lse, config, backend, is_scale_positive, is_auto,
+    **options,
 ):
-    q, kv_pages = checks.refuse_transforms(_OP, (q, kv_pages, kv_lens, page_indices))[:2]
     arrays = (q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
-    options |= {
+    dynamic = {
         "sm_scale": sm_scale, "sliding_window": sliding_window, "k_scale": k_scale,
         "v_scale": v_scale, "sinks": sinks,
     }
+    arrays, dynamic = checks.refuse_transforms(_OP, (arrays, dynamic))
+    arrays = (dispatch.require_lowering(_OP, backend, is_auto, arrays[0]), *arrays[1:])
+    if q.shape[0] == 0:
+        return _no_rows(arrays[0])
+    options |= dynamic
     if backend == "oracle":
         return oracle.ragged_paged_attention(*arrays, mask_value=mask_value, **options)
     options |= {"return_lse": return_lse, "config": config}
@@ -266,36 +274,44 @@ def _attention(
     return mosaic_tpu.ragged_paged_attention(*arrays, **options)
 
 
+@settings.independent()
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="kv_pages")
 def _write_and_attend(
     q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window,
-    k_scale, v_scale, sinks, *, num_kv_heads, backend, **options,
+    k_scale, v_scale, sinks, *, num_kv_heads, backend, is_auto, **options,
 ):
     """One kernel where there is one, else composed of the two ops: (out, log-sum-exp, pool)."""
+    arrays = (q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
+    dynamic = {
+        "sm_scale": sm_scale, "sliding_window": sliding_window, "k_scale": k_scale,
+        "v_scale": v_scale, "sinks": sinks,
+    }
+    op = "write_and_attend"
+    arrays, dynamic = checks.refuse_transforms(op, (arrays, dynamic))
+    arrays = (dispatch.require_lowering(op, backend, is_auto, arrays[0]), *arrays[1:])
+    if q.shape[0] == 0:
+        return *_no_rows(arrays[0]), arrays[3]
     # The fused kernel attends to what it quantised itself.
     can_fuse = backend == "mosaic_tpu" and not layout.is_quantized(k.dtype)
     if can_fuse and mosaic_tpu.is_fused(q, kv_pages, num_kv_heads, options["config"]):
-        arrays = (q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
-        arrays = checks.refuse_transforms("write_and_attend", arrays)
         del options["mask_value"], options["is_scale_positive"]
         return mosaic_tpu.write_and_attend(
-            *arrays, sm_scale=sm_scale, sliding_window=sliding_window, k_scale=k_scale,
-            v_scale=v_scale, sinks=sinks, num_kv_heads=num_kv_heads, **options,
+            *arrays, **dynamic, num_kv_heads=num_kv_heads, **options
         )
+    q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs = arrays
     w = kv_write.write_indices(
         page_indices, kv_lens, cu_q_lens, num_seqs, kv_pages.shape[1], num_tokens=q.shape[0]
     )
-    write = {
-        "k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads, "backend": backend
-    }
+    write = {name: dynamic[name] for name in ("k_scale", "v_scale")}
+    write |= {"num_kv_heads": num_kv_heads, "backend": backend}
     if backend == "mosaic_gpu":  # one launch, and as fast as whole pages there
         kv_pages = kv_write.token_write(kv_pages, k, v, w.slots, **write)
     else:
         kv_pages = kv_write.page_write(kv_pages, k, v, w.page_ids, w.token_starts, **write)
         kv_pages = kv_write.slice_write(kv_pages, k, v, w.slices, w.num_slices, **write)
     out, lse = _attention(
-        q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale, sliding_window, k_scale,
-        v_scale, sinks, num_kv_heads=num_kv_heads, backend=backend, **options,
+        q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, **dynamic,
+        num_kv_heads=num_kv_heads, backend=backend, is_auto=False, **options,
     )
     return out, lse, kv_pages
 
@@ -327,6 +343,11 @@ def _heads_of_new(op, q, k) -> int | None:
         hint="q, k and v are of the same tokens, and their heads of the same size",
     )
     return k.shape[1] // q.shape[2]
+
+
+def _no_rows(q):
+    """The output and the log-sum-exp of a batch without a token; no backend launches anything."""
+    return q, jnp.zeros_like(q[..., 0], jnp.float32)
 
 
 def _check_arrays(op, q, kv_pages, num_kv_heads) -> int:
@@ -376,7 +397,8 @@ def _check_metadata(op, kv_lens, page_indices, cu_q_lens, num_seqs):
     checks.require(
         0 not in page_indices.shape,
         op, "page_indices", got=checks.describe(page_indices), wanted="int32[S, M], neither 0",
-        hint="give the table one row per sequence slot and one column per page",
+        hint="give the table one row per sequence slot and one column per page; for a batch "
+        "without sequences pass one row of any ids and num_seqs 0",
     )
     max_seqs = page_indices.shape[0]
     for name, array, size in (

@@ -214,8 +214,6 @@ def ragged_paged_attention(
 ):
     """Returns the output, q's dtype [T, N, H], and the log-sum-exp, f32[T, N] or None; see api."""
     num_tokens, _, head_dim = q.shape
-    if num_tokens == 0:
-        return q, jnp.zeros(q.shape[:2], jnp.float32)
     shape = _shape_of(
         q, kv_pages, page_indices, num_kv_heads, causal=causal, soft_cap=soft_cap,
         has_window=sliding_window is not None, return_lse=return_lse,

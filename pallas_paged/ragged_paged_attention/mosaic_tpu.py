@@ -210,8 +210,6 @@ def ragged_paged_attention(
     return_lse, config,
 ):
     """See api.ragged_paged_attention; returns (out, log-sum-exp or None)."""
-    if q.shape[0] == 0:
-        return q, jnp.zeros(q.shape[:2], jnp.float32)
     heads = heads_of(q, kv_pages, num_kv_heads)
     out, lse, _ = _attend(
         q, None, kv_pages, (kv_lens, page_indices, cu_q_lens, num_seqs), heads=heads,
@@ -228,8 +226,6 @@ def write_and_attend(
     return_lse, config,
 ):
     """See api.write_and_attend, where `is_fused`; returns (out, log-sum-exp or None, pool)."""
-    if q.shape[0] == 0:
-        return q, jnp.zeros(q.shape[:2], jnp.float32), kv_pages
     heads = heads_of(q, kv_pages, num_kv_heads)
     return _attend(
         q, (k, v), kv_pages, (kv_lens, page_indices, cu_q_lens, num_seqs), heads=heads,

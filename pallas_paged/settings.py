@@ -1,0 +1,69 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""jax's global settings, which the ops do not depend on: they are traced under jax's defaults."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_INT32 = jnp.iinfo(jnp.int32)
+
+
+@contextlib.contextmanager
+def defaults() -> Iterator[None]:
+    """A context in which jax traces by its own defaults, whatever the process or a caller set.
+
+    A Python int is an int32 here and not an int64, a product has the precision that it names, and
+    arrays broadcast. What is lowered later, outside, is settled by then: jaxprs have their dtypes.
+    """
+    with (
+        jax.enable_x64(False),
+        jax.default_matmul_precision(None),
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+        jax.disable_jit(False),
+        jax.check_tracer_leaks(False),  # jax's own GPU kernels leave tracers in their jaxprs
+    ):
+        yield
+
+
+def independent(*, checks_nans: bool = False) -> Callable[[Any], Any]:
+    """Decorates a jitted function so that jax's settings change nothing about it.
+
+    Args:
+      checks_nans: whether `jax_debug_nans` still looks at the results. Not where a pool is one:
+        its unused rows may hold anything. `jax_debug_infs` never does: the log-sum-exp of a row
+        without work is -inf.
+    """
+
+    def decorate(jitted):
+        @functools.wraps(jitted)
+        def call(*args, **kwargs):
+            with contextlib.ExitStack() as stack:
+                args, kwargs = jax.tree.map(_narrow, (args, kwargs))
+                stack.enter_context(defaults())
+                stack.enter_context(jax.debug_infs(False))
+                if not checks_nans:
+                    stack.enter_context(jax.debug_nans(False))
+                # Numbers go to the device as they always do; who forbids that means arrays.
+                if not any(isinstance(x, np.ndarray) for x in jax.tree.leaves((args, kwargs))):
+                    stack.enter_context(jax.transfer_guard_host_to_device("allow"))
+                return jitted(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def _narrow(x: Any) -> Any:
+    """A 64-bit array (`jax_enable_x64` makes them) as 32 bits; integers saturate."""
+    dtype = getattr(x, "dtype", None)
+    if dtype == jnp.float64:
+        return x.astype(jnp.float32)
+    if dtype == jnp.int64:
+        return x.clip(_INT32.min, _INT32.max).astype(jnp.int32)
+    return x
