@@ -46,7 +46,8 @@ def page_write(
 
     Args:
       kv_pages: [P, page_size, R, C], the pool; donated.
-      k, v: [T, K, H] or [T, K*H], float32 or bfloat16 (float16 on a GPU and in the oracle), any T.
+      k, v: [T, K, H] or [T, K*H], float32 or bfloat16 (float16 on a GPU and in the oracle), any T;
+        or the dtype of an 8-bit pool, which are stored as they are, whatever the scales.
       page_ids: int32[n]; -1 skips.
       token_starts: int32[n], the first token of each page in the packed batch, in any order (in
         ascending order the batch is read once); None means `i * page_size`.
@@ -108,7 +109,8 @@ def slice_write(
 
     Args:
       kv_pages: [P, page_size, R, C], the pool; donated.
-      k, v: [T, K, H] or [T, K*H], float32 or bfloat16 (float16 on a GPU and in the oracle), any T.
+      k, v: [T, K, H] or [T, K*H], float32 or bfloat16 (float16 on a GPU and in the oracle), any T;
+        or the dtype of an 8-bit pool, which are stored as they are, whatever the scales.
       slices: int32[3, max_slices], rows: first slot (`page * page_size + row`), first token,
         length. A slice whose length is below 1 or that would leave its page is skipped. Any order
         of the tokens is right; in ascending order the batch is read once.
@@ -176,7 +178,8 @@ def token_write(
 
     Args:
       kv_pages: [P, page_size, R, C], the pool; donated.
-      k, v: [T, K, H] or [T, K*H], float32 or bfloat16 (float16 on a GPU and in the oracle), any T.
+      k, v: [T, K, H] or [T, K*H], float32 or bfloat16 (float16 on a GPU and in the oracle), any T;
+        or the dtype of an 8-bit pool, which are stored as they are, whatever the scales.
       slots: int32[T]; -1 skips.
       k_scale, v_scale, num_kv_heads, config, backend: as in `page_write`.
 

@@ -55,7 +55,8 @@ def ragged_paged_attention(
     Args:
       q: [T, N, H], float32, bfloat16 or float16.
       kv_pages: [P, page_size, R, C], the pool; read only. Rows and pages that no sequence uses may
-        hold anything, NaN included.
+        hold anything, NaN included. V of a sequence's own token should be finite: in a prefill the
+        kernels, unlike the oracle, may hand a NaN to earlier rows that do not see the token.
       kv_lens: int32[S], tokens of each sequence, the new ones included.
       page_indices: int32[S, M], page table; entry m of a row holds positions
         `m * page_size .. + page_size`. Entries past a sequence's tokens may hold anything.
@@ -71,8 +72,8 @@ def ragged_paged_attention(
       soft_cap: bound on the scores, > 0; None for no bound. Static.
       mask_value: added to the scores of keys that the mask hides; None, or -inf, leaves them out.
         Static.
-      k_scale, v_scale: a number or float32[K], for fp8 and int8 pools: what the stored values are
-        multiplied by. None means 1.
+      k_scale, v_scale: a number or float32[K], > 0, for fp8 and int8 pools: what the stored values
+        are multiplied by. None means 1.
       sinks: float32[N] or another float dtype, one more score per head, which takes its share of
         the softmax and has no value; -inf for a head without one.
       num_kv_heads: K, an int. None takes it from the pool where one K alone divides N and makes a
