@@ -124,7 +124,7 @@ def _device_calls():
         options_of(soft_cap=3.0, sliding_window=64),
         options_of(sinks=True, sliding_window=100, causal=False),
         options_of(sm_scale=-0.09), options_of(sm_scale=0.0, sinks=True),
-        options_of(sm_scale=0.5, soft_cap=300.0),
+        options_of(sm_scale=0.1, soft_cap=300.0),
     ]  # fmt: skip
     for seed, (lens, feature) in enumerate(itertools.product((LONG, DECODES), features)):
         dtype = FLOATS[seed % 2]

@@ -128,12 +128,16 @@ for name in ("causal", "return_lse"):
         "it is compiled into the kernel",
     )
 
+ON_ACCELERATOR = jax.default_backend() != "cpu"
+
 
 @pytest.mark.parametrize("op", ATTENTION)
 @pytest.mark.parametrize("argument", BAD)
 def test_a_number_that_cannot_be_served_is_a_sentence(op, argument):
     values, hint = BAD[argument]
     for name, value in values.items():
+        if ON_ACCELERATOR and isinstance(value, jax.Array):
+            continue  # its value is not read
         try:
             _refused(op, argument, hint, **{argument: value})
         except BaseException as error:
@@ -164,6 +168,8 @@ def test_a_number_of_a_write_that_cannot_be_served_is_a_sentence(op, argument):
     else:
         values, hint = BAD[argument]
     for name, value in values.items():
+        if ON_ACCELERATOR and isinstance(value, jax.Array):
+            continue  # its value is not read
         try:
             _refused(op, argument, hint, _write, **{argument: value})
         except BaseException as error:
@@ -174,9 +180,10 @@ def test_the_sentence_says_what_came():
     message = _refused(ATTENTION[0], "k_scale", k_scale=np.array([1.0, 1e-50]))
     assert "is 1e-50 at index 1 of float64[2]; wanted a number or float32[2], > 0" in message
     assert "is inf; wanted" in _refused(ATTENTION[0], "soft_cap", soft_cap=INF)
-    assert "is int32[] -1; wanted" in _refused(
-        ATTENTION[0], "sliding_window", sliding_window=jnp.int32(-1)
-    )
+    if not ON_ACCELERATOR:
+        assert "is int32[] -1; wanted" in _refused(
+            ATTENTION[0], "sliding_window", sliding_window=jnp.int32(-1)
+        )
     assert "is True of type bool; wanted" in _refused(ATTENTION[0], "soft_cap", soft_cap=True)
     assert len(_refused(ATTENTION[0], "sm_scale", sm_scale=[1.0] * 10**5)) < 400
 

@@ -369,7 +369,7 @@ def test_other_gpus(monkeypatch):
     """An Ampere has none of the copies; "auto" walks past."""
 
     class Device:
-        compute_capability = "8.0"
+        compute_capability, device_kind = "8.0", "NVIDIA A100"
 
     monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda *_: [Device()])
