@@ -9,12 +9,11 @@ added_tokens.json are not read. This follows its PreTrainedTokenizerFast of vers
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from reference_engine.checkpoint import import_extra
+from reference_engine.checkpoint import import_extra, read_object
 
 CONFIG = "tokenizer_config.json"
 # The names that every tokenizer knows, in the order in which transformers adds their tokens.
@@ -109,22 +108,6 @@ def read_added_tokens(
         extra=tuple(extra or ()),
         declared=tuple(declared[index] for index in sorted(declared)),
     )
-
-
-def read_object(file: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-      OSError: it cannot be read.
-      ValueError: it is no JSON object; the message names the file.
-    """
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or no JSON
-        raise ValueError(f"{file}: no JSON: {error}") from error
-    if not isinstance(found, dict):
-        _fail(file, f"a JSON object is wanted, and it is {str(found)[:80]!r}")
-    return found
 
 
 def _special_tokens(

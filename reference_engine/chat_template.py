@@ -15,8 +15,8 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from reference_engine.added_tokens import CONFIG, read_object
-from reference_engine.checkpoint import import_extra
+from reference_engine.added_tokens import CONFIG
+from reference_engine.checkpoint import import_extra, read_object
 
 Message = Mapping[str, Any]
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing, the usual first

@@ -110,7 +110,7 @@ def read_model_config(path: str | pathlib.Path, dtype: str = "auto") -> ModelCon
     """
     folder = pathlib.Path(path)
     file = folder / "config.json"
-    fields = _Fields(file, _read_json(file))
+    fields = _Fields(file, read_object(file))
     name, family = _family(fields)
     for field, *served in (
         ("hidden_act", "silu", "swish", *(() if "hidden_act" in fields else (None,))),
@@ -153,11 +153,11 @@ def read_generation_config(path: str | pathlib.Path) -> dict[str, Any]:
     it is not here."""
     folder = pathlib.Path(path)
     file = folder / "generation_config.json"
-    raw = _read_json(file) if file.exists() else {}
+    raw = read_object(file) if file.exists() else {}
     eos = raw.get("eos_token_id")
     if eos is None:
         file = folder / "config.json"
-        eos = _read_json(file).get("eos_token_id")
+        eos = read_object(file).get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         _fail(file, f"`eos_token_id` is {eos!r}; wanted an id >= 0 or a list of them")
@@ -255,7 +255,7 @@ def _weight_map(folder: pathlib.Path) -> _WeightMap:
     """Looks where transformers looks: for the file that config.json names, or model.safetensors,
     or the index of a model in several files."""
     config = folder / "config.json"
-    named = _read_json(config).get("transformers_weights") if config.is_file() else None
+    named = read_object(config).get("transformers_weights") if config.is_file() else None
     if named is not None and not _is_inside(named):
         _fail(config, f"`transformers_weights` is {named!r}; wanted the name of a file")
     weights, index = folder / _WEIGHTS, folder / _INDEX
@@ -273,7 +273,7 @@ def _weight_map(folder: pathlib.Path) -> _WeightMap:
             2, f"no {_WEIGHTS} and no {_INDEX}, which alone are read; there is"
             f" {', '.join(found) or 'no *.safetensors file'}", str(folder),
         )
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         _fail(index, "`weight_map` is missing or empty, or no object")
     for tensor, name in weight_map.items():
@@ -430,13 +430,19 @@ def _longest(max_position: int, scaling: RopeScaling) -> int:
     return max_position
 
 
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
+def read_object(file: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is no JSON object; the message names the file.
+    """
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: no JSON: {error}") from error
     if not isinstance(raw, dict):
-        _fail(file, "no JSON object")
+        _fail(file, f"no JSON object: it is {str(raw)[:80]!r}")
     return raw
 
 
