@@ -114,15 +114,10 @@ def read_model_config(path: str | pathlib.Path, dtype: str = "auto") -> ModelCon
     name, family = _family(fields)
     for field, *served in (
         ("hidden_act", "silu", "swish", *(() if "hidden_act" in fields else (None,))),
-        ("quantization_config", None), ("use_sliding_window", False, None),
-        ("partial_rotary_factor", 1, None),
+        ("quantization_config", None), ("partial_rotary_factor", 1, None),
     ):
         fields.only(field, *served)
-    layer_types = fields.raw.get("layer_types")
-    if not isinstance(layer_types, list | None):
-        fields.fail("layer_types", "a list")
-    if any(kind != "full_attention" for kind in layer_types or ()):
-        _fail(file, "`layer_types` has layers of other kinds than full_attention")
+    _refuse_windows(fields, name, fields.whole("num_hidden_layers"))
     has_bias = fields.flag("attention_bias", False)
     max_position = fields.whole("max_position_embeddings", family.max_position)
     heads, width = fields.whole("num_attention_heads"), fields.whole("hidden_size")
@@ -145,7 +140,8 @@ def read_model_config(path: str | pathlib.Path, dtype: str = "auto") -> ModelCon
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         max_position=_longest(max_position, scaling),
     )
-    return ModelConfig(**config, dtype=_dtype(fields, folder) if dtype == "auto" else dtype)
+    dtype = _dtype(fields, folder) if dtype == "auto" else _torch_name(dtype)
+    return ModelConfig(**config, dtype=dtype)
 
 
 def read_generation_config(path: str | pathlib.Path) -> dict[str, Any]:
@@ -299,9 +295,8 @@ def _dtype(fields: _Fields, folder: pathlib.Path) -> str:
     """The config's or, where that is none of ours, that of the first tensor by name."""
     stored = fields.raw.get("dtype")
     stored = fields.raw.get("torch_dtype") if stored is None else stored
-    stored = stored.removeprefix("torch.") if isinstance(stored, str) else stored
-    if stored in DTYPES:
-        return stored
+    if _torch_name(stored) in DTYPES:
+        return _torch_name(stored)
     try:
         files = _weight_map(folder).files
     except FileNotFoundError:
@@ -315,6 +310,14 @@ def _dtype(fields: _Fields, folder: pathlib.Path) -> str:
     _fail(files[0], f"no tensor is one of {', '.join(_FLOAT_DTYPES)}")
 
 
+def _torch_name(dtype: Any) -> Any:
+    """The name of a dtype that torch calls otherwise, as "torch.float16" or "half"."""
+    if not isinstance(dtype, str):
+        return dtype
+    name = dtype.removeprefix("torch.")
+    return {"half": "float16", "float": "float32"}.get(name, name)
+
+
 def _family(fields: _Fields) -> tuple[str, _Family]:
     name, architectures = fields.raw.get("model_type"), fields.raw.get("architectures")
     architectures = [] if architectures is None else architectures
@@ -325,6 +328,24 @@ def _family(fields: _Fields) -> tuple[str, _Family]:
         _fail(fields.file, f"`model_type` is {name!r} and `architectures` {architectures!r}; served"
                            f" are {', '.join(_ARCHITECTURES)}")
     return name, _FAMILIES[name]
+
+
+def _refuse_windows(fields: _Fields, name: str, num_layers: int) -> None:
+    """Refuses layers that see a sliding window. Llama has none, whatever its config says."""
+    layer_types = fields.raw.get("layer_types")
+    if not isinstance(layer_types, list | None):
+        fields.fail("layer_types", "a list")
+    if any(kind != "full_attention" for kind in layer_types or ()):
+        _fail(fields.file, "`layer_types` has layers of other kinds than full_attention")
+    has_window = fields.raw.get("sliding_window", 4096) is not None
+    if name == "llama" or layer_types or not has_window:
+        return
+    # Where nothing names the layers' kinds, those from `max_window_layers` on have the window.
+    first = fields.number("max_window_layers", 28)
+    if fields.flag("use_sliding_window", False) and first < num_layers:
+        fields.fail(
+            "use_sliding_window", f"false, or a `max_window_layers` of all {num_layers} layers"
+        )
 
 
 def _num_kv_heads(fields: _Fields, heads: int, name: str, family: _Family) -> int:
