@@ -427,6 +427,8 @@ class LLM:
                 for stream in streams:
                     while stream.deltas:
                         yield stream.deltas.popleft()
+                if any(stream.deltas for stream in streams):
+                    continue  # steps of others, while the caller had one of the last streams'
                 if all(stream.is_done for stream in streams):
                     return
                 self.step()

@@ -119,6 +119,20 @@ def test_two_streams_and_a_generate_go_on_side_by_side(llm):
     assert [*texts, of(whole[0]).text] == want
 
 
+def test_no_delta_is_lost_when_others_step_between_two_of_them(llm):
+    params = SamplingParams(max_tokens=6)
+    want = [of(output) for output in llm.generate(PROMPTS[:2], params)]
+    got = {0: [], 1: []}
+    for delta in llm.stream(PROMPTS[:2], params):
+        got[delta.prompt_index].append(delta)
+        if delta.prompt_index == 1:  # the first prompt's may be complete before the next `next`
+            llm.generate(PROMPTS[2], params)
+    for index, deltas in got.items():
+        assert deltas[-1].finish_reason == "length"
+        assert tuple(token for delta in deltas for token in delta.token_ids) == want[index].token_ids
+        assert "".join(delta.text for delta in deltas) == want[index].text
+
+
 def test_a_stream_that_is_closed_ends_its_requests(llm):
     stream = llm.stream(PROMPTS, SamplingParams(max_tokens=50))
     next(stream)
