@@ -287,6 +287,14 @@ def _text_part(part: Any, where: str) -> dict[str, Any]:
     return part if kind == "text" else {"type": "text", "text": part[name]}
 
 
+def is_object(value: Any) -> bool:
+    """Whether it becomes an object as JSON has it: a dict, a dataclass or a pydantic model."""
+    return (
+        isinstance(value, Mapping) or callable(getattr(value, "model_dump", None))
+        or dataclasses.is_dataclass(value)
+    ) and not isinstance(value, type)  # fmt: skip
+
+
 def _plain(value: Any, where: str) -> Any:
     """A copy out of JSON's types alone: a template can neither change nor call what it sees."""
     if value is None or type(value) in (str, int, float, bool):

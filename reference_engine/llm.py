@@ -15,6 +15,7 @@ import numpy as np
 from pallas_paged.checks import require
 from reference_engine import checkpoint, progress
 from reference_engine.batch import batch_shapes
+from reference_engine.chat_template import is_object
 from reference_engine.compiles import use_persistent_cache
 from reference_engine.config import EngineConfig
 from reference_engine.engine import Engine, Output
@@ -511,12 +512,12 @@ def _conversations(messages: Any) -> list[Any]:
         hint='as [{"role": "user", "content": "..."}]',
     )
     assert many is not None
-    if not many or isinstance(many[0], Mapping):
+    if not many or is_object(many[0]):
         many = [many]
     for i, each in enumerate(many):
         found = _listed(each)
         require(
-            found is not None and all(isinstance(message, Mapping) for message in found),
+            found is not None and all(map(is_object, found)),
             "LLM.chat", f"messages[{i}]", got=f"{each!r}", wanted="a list of messages, which are"
             " dicts", hint='as [{"role": "user", "content": "..."}]',
         )

@@ -2,6 +2,7 @@
 """LLM: what is generated, streamed, stopped and taken back, from a folder made here."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -410,6 +411,9 @@ def test_a_chat_is_a_prompt_laid_out(llm):
     params = SamplingParams(max_tokens=5)
     (got,) = llm.chat(messages, params)
     assert of(got).token_ids == of(llm.generate(prompt, params)[0]).token_ids
+    message = types.SimpleNamespace(model_dump=lambda: messages[0])  # as pydantic's models
+    assert llm.chat([message], params)[0].prompt_token_ids == tuple(prompt)
+    assert len(llm.chat([[message], messages], params)) == 2
     # Several, with vLLM's arguments.
     other = [{"role": "user", "content": "quick"}]
     several = llm.chat(messages=[messages, other, messages], use_tqdm=False, lora_request=None,
