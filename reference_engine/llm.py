@@ -191,8 +191,8 @@ class LLM:
             name: options.pop(name) for name in EngineConfig.__dataclass_fields__ if name in options
         }
         fields = {name: value for name, value in fields.items() if value is not None}
-        if options.get("tokenizer") == model:
-            del options["tokenizer"]
+        if str(options.get("tokenizer")) == str(model):
+            options["tokenizer"] = None  # the folder's own
         refuse_unserved("LLM", options, _OPTIONS)
         if compilation_cache is not None:
             use_persistent_cache(compilation_cache)

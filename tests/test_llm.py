@@ -130,8 +130,9 @@ def test_no_delta_is_lost_when_others_step_between_two_of_them(llm):
             llm.generate(PROMPTS[2], params)
     for index, deltas in got.items():
         assert deltas[-1].finish_reason == "length"
-        assert tuple(token for delta in deltas for token in delta.token_ids) == want[index].token_ids
-        assert "".join(delta.text for delta in deltas) == want[index].text
+        tokens = tuple(token for delta in deltas for token in delta.token_ids)
+        text = "".join(delta.text for delta in deltas)
+        assert (tokens, text) == (want[index].token_ids, want[index].text)
 
 
 def test_a_stream_that_is_closed_ends_its_requests(llm):
@@ -570,7 +571,7 @@ def test_what_an_llm_does_not_take_is_a_sentence(folder, arguments, message):
 
 def test_an_llm_takes_vllms_names_and_the_fields_of_its_config(folder):
     llm = LLM(model=folder, max_model_len=64, max_num_seqs=2, page_size=8, num_pages=16, seed=None,
-              tensor_parallel_size=1, trust_remote_code=False, quantization=None, tokenizer=folder,
+              tensor_parallel_size=1, trust_remote_code=False, quantization=None, tokenizer=str(folder),
               tokenizer_mode="auto", runner="generate", max_num_batched_tokens=None,
               enable_prefix_caching=None)
     assert llm.engine.config == EngineConfig(
