@@ -572,8 +572,8 @@ def test_what_an_llm_does_not_take_is_a_sentence(folder, arguments, message):
 def test_an_llm_takes_vllms_names_and_the_fields_of_its_config(folder):
     llm = LLM(model=folder, max_model_len=64, max_num_seqs=2, page_size=8, num_pages=16, seed=None,
               tensor_parallel_size=1, trust_remote_code=False, quantization=None,
-              tokenizer=str(folder), tokenizer_mode="auto", runner="generate", max_num_batched_tokens=None,
-              enable_prefix_caching=None)
+              tokenizer=str(folder), tokenizer_mode="auto", runner="generate",
+              max_num_batched_tokens=None, enable_prefix_caching=None)
     assert llm.engine.config == EngineConfig(
         max_model_len=64, max_num_seqs=2, page_size=8, num_pages=16
     )
