@@ -9,12 +9,11 @@ added_tokens.json are not read. This follows its PreTrainedTokenizerFast of vers
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from reference_engine.checkpoint import import_extra
+from reference_engine.checkpoint import import_extra, read_object
 
 CONFIG = "tokenizer_config.json"
 # The names that every tokenizer knows, in the order in which transformers adds their tokens.
@@ -91,41 +90,24 @@ def read_added_tokens(
         if "extra_special_tokens" in raw:
             extra, tokens = [*(extra or ()), *(tokens or ())], None
         known = [token for name, token in (named | more).items() if name in NAMES]
-        declared |= _older_tokens(folder / "added_tokens.json", (*known, *(extra or ())))
+        known += [token for token in extra or () if token.special]
+        declared |= _older_tokens(folder / "added_tokens.json", known)
         declared |= tokenizer.get_added_tokens_decoder()
         extra = tokens if extra is None else extra
         # That file has the last word on the names that every tokenizer knows, and not on a
         # model's own ones that are plain texts.
-        own = {
-            name: named.pop(name) for name in list(named)
-            if name not in NAMES and not isinstance(settings.get(name), dict)
-        }  # fmt: skip
-        named = named | more | own
+        named = named | more | _own(settings, named)
     if "pad_token" not in named and tokenizer.padding is not None:
         file = folder / "tokenizer.json"
         named["pad_token"] = _token(file, "`padding`", tokenizer.padding["pad_token"])
-    named = dict.fromkeys(NAMES) | named  # in that order
+    own = _own(settings, named)
+    order = (*NAMES, *(name for name in named if name not in own), *own)
+    named = dict.fromkeys(order) | named
     return AddedTokens(
         named={name: token for name, token in named.items() if token is not None},
         extra=tuple(extra or ()),
         declared=tuple(declared[index] for index in sorted(declared)),
     )
-
-
-def read_object(file: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-      OSError: it cannot be read.
-      ValueError: it is no JSON object; the message names the file.
-    """
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or no JSON
-        raise ValueError(f"{file}: no JSON: {error}") from error
-    if not isinstance(found, dict):
-        _fail(file, f"a JSON object is wanted, and it is {str(found)[:80]!r}")
-    return found
 
 
 def _special_tokens(
@@ -137,9 +119,9 @@ def _special_tokens(
         if name in NAMES:
             named[name] = None if value is None else _token(file, f"`{name}`", value)
         elif name.endswith("_token") and (
-            isinstance(value, str) or isinstance(value, dict) and "content" in value
+            isinstance(value, str | None) or isinstance(value, dict) and "content" in value
         ):  # a name of this model's; add_bos_token is none
-            named[name] = _token(file, f"`{name}`", value)
+            named[name] = None if value is None else _token(file, f"`{name}`", value)
     field = "extra_special_tokens"
     if isinstance(raw.get(field), dict):
         named |= {
@@ -152,7 +134,24 @@ def _special_tokens(
         return named, None
     if not isinstance(values, list):
         _fail(file, f"`{field}` is {values!r}; wanted a list of tokens")
-    return named, [_token(file, f"`{field}`[{i}]", value) for i, value in enumerate(values)]
+    # Objects are as special as they say; those in the older file's list all are.
+    is_older = file.name != CONFIG and field == "extra_special_tokens"
+    return named, [
+        _token(
+            file, f"`{field}`[{i}]", value,
+            special=is_older or not isinstance(value, dict) or "__type" not in value,
+        )
+        for i, value in enumerate(values)
+    ]  # fmt: skip
+
+
+def _own(settings: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a model's own names those that tokenizer_config.json gives as plain texts, or among the
+    extra ones: their tokens are added last, and no other file has a say in them."""
+    extra = settings.get("extra_special_tokens")
+    names = {name for name, value in settings.items() if isinstance(value, str)}
+    names |= set(extra) if isinstance(extra, dict) else set()
+    return {name: token for name, token in named.items() if name in names - set(NAMES)}
 
 
 def _older_tokens(file: pathlib.Path, special_tokens: Iterable[Any]) -> dict[int, Any]:

@@ -15,8 +15,8 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from reference_engine.added_tokens import CONFIG, read_object
-from reference_engine.checkpoint import import_extra
+from reference_engine.added_tokens import CONFIG
+from reference_engine.checkpoint import import_extra, read_object
 
 Message = Mapping[str, Any]
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing, the usual first
@@ -285,6 +285,14 @@ def _text_part(part: Any, where: str) -> dict[str, Any]:
     if not isinstance(part.get(name), str):
         raise ValueError(f"chat: {where}.{name} is {part.get(name)!r}; wanted a text")
     return part if kind == "text" else {"type": "text", "text": part[name]}
+
+
+def is_object(value: Any) -> bool:
+    """Whether it becomes an object as JSON has it: a dict, a dataclass or a pydantic model."""
+    return (
+        isinstance(value, Mapping) or callable(getattr(value, "model_dump", None))
+        or dataclasses.is_dataclass(value)
+    ) and not isinstance(value, type)  # fmt: skip
 
 
 def _plain(value: Any, where: str) -> Any:

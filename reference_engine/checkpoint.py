@@ -110,19 +110,14 @@ def read_model_config(path: str | pathlib.Path, dtype: str = "auto") -> ModelCon
     """
     folder = pathlib.Path(path)
     file = folder / "config.json"
-    fields = _Fields(file, _read_json(file))
+    fields = _Fields(file, read_object(file))
     name, family = _family(fields)
     for field, *served in (
         ("hidden_act", "silu", "swish", *(() if "hidden_act" in fields else (None,))),
-        ("quantization_config", None), ("use_sliding_window", False, None),
-        ("partial_rotary_factor", 1, None),
+        ("quantization_config", None), ("partial_rotary_factor", 1, None),
     ):
         fields.only(field, *served)
-    layer_types = fields.raw.get("layer_types")
-    if not isinstance(layer_types, list | None):
-        fields.fail("layer_types", "a list")
-    if any(kind != "full_attention" for kind in layer_types or ()):
-        _fail(file, "`layer_types` has layers of other kinds than full_attention")
+    _refuse_windows(fields, name, fields.whole("num_hidden_layers"))
     has_bias = fields.flag("attention_bias", False)
     max_position = fields.whole("max_position_embeddings", family.max_position)
     heads, width = fields.whole("num_attention_heads"), fields.whole("hidden_size")
@@ -145,7 +140,8 @@ def read_model_config(path: str | pathlib.Path, dtype: str = "auto") -> ModelCon
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         max_position=_longest(max_position, scaling),
     )
-    return ModelConfig(**config, dtype=_dtype(fields, folder) if dtype == "auto" else dtype)
+    dtype = _dtype(fields, folder) if dtype == "auto" else _torch_name(dtype)
+    return ModelConfig(**config, dtype=dtype)
 
 
 def read_generation_config(path: str | pathlib.Path) -> dict[str, Any]:
@@ -153,11 +149,11 @@ def read_generation_config(path: str | pathlib.Path) -> dict[str, Any]:
     it is not here."""
     folder = pathlib.Path(path)
     file = folder / "generation_config.json"
-    raw = _read_json(file) if file.exists() else {}
+    raw = read_object(file) if file.exists() else {}
     eos = raw.get("eos_token_id")
     if eos is None:
         file = folder / "config.json"
-        eos = _read_json(file).get("eos_token_id")
+        eos = read_object(file).get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         _fail(file, f"`eos_token_id` is {eos!r}; wanted an id >= 0 or a list of them")
@@ -255,7 +251,7 @@ def _weight_map(folder: pathlib.Path) -> _WeightMap:
     """Looks where transformers looks: for the file that config.json names, or model.safetensors,
     or the index of a model in several files."""
     config = folder / "config.json"
-    named = _read_json(config).get("transformers_weights") if config.is_file() else None
+    named = read_object(config).get("transformers_weights") if config.is_file() else None
     if named is not None and not _is_inside(named):
         _fail(config, f"`transformers_weights` is {named!r}; wanted the name of a file")
     weights, index = folder / _WEIGHTS, folder / _INDEX
@@ -273,7 +269,7 @@ def _weight_map(folder: pathlib.Path) -> _WeightMap:
             2, f"no {_WEIGHTS} and no {_INDEX}, which alone are read; there is"
             f" {', '.join(found) or 'no *.safetensors file'}", str(folder),
         )
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         _fail(index, "`weight_map` is missing or empty, or no object")
     for tensor, name in weight_map.items():
@@ -299,9 +295,8 @@ def _dtype(fields: _Fields, folder: pathlib.Path) -> str:
     """The config's or, where that is none of ours, that of the first tensor by name."""
     stored = fields.raw.get("dtype")
     stored = fields.raw.get("torch_dtype") if stored is None else stored
-    stored = stored.removeprefix("torch.") if isinstance(stored, str) else stored
-    if stored in DTYPES:
-        return stored
+    if _torch_name(stored) in DTYPES:
+        return _torch_name(stored)
     try:
         files = _weight_map(folder).files
     except FileNotFoundError:
@@ -315,6 +310,14 @@ def _dtype(fields: _Fields, folder: pathlib.Path) -> str:
     _fail(files[0], f"no tensor is one of {', '.join(_FLOAT_DTYPES)}")
 
 
+def _torch_name(dtype: Any) -> Any:
+    """The name of a dtype that torch calls otherwise, as "torch.float16" or "half"."""
+    if not isinstance(dtype, str):
+        return dtype
+    name = dtype.removeprefix("torch.")
+    return {"half": "float16", "float": "float32"}.get(name, name)
+
+
 def _family(fields: _Fields) -> tuple[str, _Family]:
     name, architectures = fields.raw.get("model_type"), fields.raw.get("architectures")
     architectures = [] if architectures is None else architectures
@@ -325,6 +328,24 @@ def _family(fields: _Fields) -> tuple[str, _Family]:
         _fail(fields.file, f"`model_type` is {name!r} and `architectures` {architectures!r}; served"
                            f" are {', '.join(_ARCHITECTURES)}")
     return name, _FAMILIES[name]
+
+
+def _refuse_windows(fields: _Fields, name: str, num_layers: int) -> None:
+    """Refuses layers that see a sliding window. Llama has none, whatever its config says."""
+    layer_types = fields.raw.get("layer_types")
+    if not isinstance(layer_types, list | None):
+        fields.fail("layer_types", "a list")
+    if any(kind != "full_attention" for kind in layer_types or ()):
+        _fail(fields.file, "`layer_types` has layers of other kinds than full_attention")
+    has_window = fields.raw.get("sliding_window", 4096) is not None
+    if name == "llama" or layer_types or not has_window:
+        return
+    # Where nothing names the layers' kinds, those from `max_window_layers` on have the window.
+    first = fields.number("max_window_layers", 28)
+    if fields.flag("use_sliding_window", False) and first < num_layers:
+        fields.fail(
+            "use_sliding_window", f"false, or a `max_window_layers` of all {num_layers} layers"
+        )
 
 
 def _num_kv_heads(fields: _Fields, heads: int, name: str, family: _Family) -> int:
@@ -430,13 +451,19 @@ def _longest(max_position: int, scaling: RopeScaling) -> int:
     return max_position
 
 
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
+def read_object(file: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is no JSON object; the message names the file.
+    """
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: no JSON: {error}") from error
     if not isinstance(raw, dict):
-        _fail(file, "no JSON object")
+        _fail(file, f"no JSON object: it is {str(raw)[:80]!r}")
     return raw
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Iterable
+
+import numpy as np
 
 from pallas_paged import dispatch
 from pallas_paged.checks import require
+from reference_engine.request import as_int
 from reference_engine.rope import RopeScaling
 
 KV_WRITES = ("tokens", "slices", "pages", "fused")
@@ -63,7 +67,7 @@ class ModelConfig:
             "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
             "num_kv_heads", "head_dim",
         ):
-            _at_least_one("ModelConfig", name, getattr(self, name))
+            object.__setattr__(self, name, _whole("ModelConfig", name, getattr(self, name), low=1))
         require(
             self.num_heads % self.num_kv_heads == 0, "ModelConfig", "num_heads",
             got=f"{self.num_heads}", wanted=f"a multiple of num_kv_heads={self.num_kv_heads}",
@@ -132,13 +136,16 @@ class EngineConfig:
         for name in (
             "page_size", "num_pages", "max_model_len", "max_num_batched_tokens", "max_num_seqs",
         ):
-            _at_least_one("EngineConfig", name, getattr(self, name))
+            self._set(name, _whole("EngineConfig", name, getattr(self, name), low=1))
         for name in ("long_prefill_token_threshold", "max_deferrals"):
+            self._set(name, _whole("EngineConfig", name, getattr(self, name), low=0))
+        for name in ("page_aligned_scheduling", "enable_prefix_caching", "return_logits"):
             value = getattr(self, name)
             require(
-                isinstance(value, int) and value >= 0, "EngineConfig", name, got=f"{value!r}",
-                wanted="an int >= 0", hint="pass 0 to turn it off",
+                isinstance(value, bool | np.bool_), "EngineConfig", name, got=f"{value!r}",
+                wanted="True or False", hint="numbers and strings are not taken for it",
             )
+            self._set(name, bool(value))
         require(
             self.kv_write in KV_WRITES, "EngineConfig", "kv_write", got=f"{self.kv_write!r}",
             wanted=f"one of {KV_WRITES}", hint="pages is the page-granular form",
@@ -148,6 +155,9 @@ class EngineConfig:
         self._check_buckets("seq_buckets", self.max_num_seqs)
         if self.page_aligned_scheduling:
             self._check_alignment()
+
+    def _set(self, name: str, value: object):
+        object.__setattr__(self, name, value)
 
     def _check_backends(self):
         for name in ("write_backend", "attention"):
@@ -164,16 +174,18 @@ class EngineConfig:
         )
 
     def _check_buckets(self, name: str, largest: int):
-        buckets = getattr(self, name)
-        if buckets is None:
+        given = getattr(self, name)
+        if given is None:
             return
+        buckets = tuple(map(as_int, given)) if isinstance(given, Iterable) else ()
+        rising = sorted({bucket for bucket in buckets if bucket is not None and bucket >= 1})
         require(
-            bool(buckets) and min(buckets) >= 1 and tuple(sorted(set(buckets))) == tuple(buckets)
-            and buckets[-1] >= largest,
-            "EngineConfig", name, got=f"{buckets!r}",
+            bool(rising) and tuple(rising) == buckets and rising[-1] >= largest,
+            "EngineConfig", name, got=f"{given!r}",
             wanted=f"a rising tuple of positive sizes, the last of them at least {largest}",
             hint=f"({largest},) is the smallest such tuple",
         )
+        self._set(name, buckets)
 
     def _check_alignment(self):
         budget, page_size = self.max_num_batched_tokens, self.page_size
@@ -213,8 +225,13 @@ def num_pages_for(num_tokens: int, page_size: int) -> int:
     return -(-num_tokens // page_size)
 
 
-def _at_least_one(where: str, name: str, value: object):
+def _whole(where: str, name: str, given: object, *, low: int) -> int:
+    """The number as Python's; numpy's and jax's are taken."""
+    value = as_int(given)
     require(
-        isinstance(value, int) and value >= 1, where, name, got=f"{value!r}",
-        wanted="an int >= 1", hint="pass a positive whole number",
+        value is not None and value >= low, where, name, got=f"{given!r}",
+        wanted=f"an int >= {low}",
+        hint="pass a positive whole number" if low else "pass 0 to turn it off",
     )
+    assert value is not None
+    return value

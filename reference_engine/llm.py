@@ -15,6 +15,7 @@ import numpy as np
 from pallas_paged.checks import require
 from reference_engine import checkpoint, progress
 from reference_engine.batch import batch_shapes
+from reference_engine.chat_template import is_object
 from reference_engine.compiles import use_persistent_cache
 from reference_engine.config import EngineConfig
 from reference_engine.engine import Engine, Output
@@ -29,6 +30,7 @@ DEFAULT_MODEL_LEN = 1024
 # What vLLM's LLM takes beside EngineConfig's fields: see request.refuse_unserved.
 _OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "tokenizer": ((None,), "the folder's own is used; give token ids made by another"),
+    "tokenizer_mode": ((None, "auto"), "tokenizer.json is read"),
     "skip_tokenizer_init": ((None, False), "take tokenizer.json out of the folder"),
     "trust_remote_code": ((None, False), "no code of a model's folder is ever run; leave it out"),
     "tensor_parallel_size": ((None, 1), "one device serves a model"),
@@ -36,7 +38,23 @@ _OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "data_parallel_size": ((None, 1), "one device serves a model"),
     "quantization": ((None,), "quantised weights are left out on purpose"),
     "kv_cache_dtype": ((None, "auto"), "the pool has the parameters' dtype; give dtype"),
-    "load_format": ((None, "auto"), "a folder has safetensors"),
+    "load_format": ((None, "auto", "safetensors"), "a folder has safetensors"),
+    "config_format": ((None, "auto", "hf"), "a folder has config.json"),
+    "hf_config_path": ((None,), "the folder's config.json is read"),
+    "hf_token": ((None, False), "download the model, and give its folder"),
+    "model_impl": ((None, "auto"), "this engine's own model is run"),
+    "runner": ((None, "auto", "generate"), "a model generates"),
+    "task": ((None, "auto", "generate"), "a model generates"),
+    "convert": ((None, "auto", "none"), "a model generates"),
+    "device": ((None, "auto"), "jax chooses it: set JAX_PLATFORMS or jax_default_device"),
+    "distributed_executor_backend": ((None,), "one device serves a model"),
+    "disable_custom_all_reduce": ((None, False, True), "one device serves a model"),
+    "served_model_name": ((None,), "outputs do not name the model"),
+    "max_logprobs": ((None, 20), "it is 20"),
+    "logits_processors": ((None, [], ()), "give SamplingParams logit_bias or bad_words"),
+    "override_generation_config": ((None, {}), "give SamplingParams with each call"),
+    "compilation_config": ((None, {}), "every step is a compiled program; leave it out"),
+    "enable_sleep_mode": ((None, False), "delete the LLM to free its memory"),
     "revision": ((None,), "download the revision, and give its folder"),
     "tokenizer_revision": ((None,), "download the revision, and give its folder"),
     "download_dir": ((None,), "download the model, and give its folder"),
@@ -162,20 +180,20 @@ class LLM:
           warm_up: compile every shape now, and none later.
           compilation_cache: a folder that keeps what is compiled, for the next process.
           use_tqdm: show progress, if standard error is a terminal.
-          **options: fields of EngineConfig, in place of `config`'s. vLLM's other arguments are
-            known, and refused by a sentence unless they ask for nothing.
+          **options: fields of EngineConfig, in place of `config`'s; None leaves one as it is.
+            vLLM's other arguments are known, and refused by a sentence unless they ask for nothing.
 
         Raises:
           OSError: a file is missing.
           ValueError: the model is not served, the files are corrupt, or an option is not served.
         """
         fields = {
-            name: value for name, value in options.items()
-            if name in EngineConfig.__dataclass_fields__
+            name: options.pop(name) for name in EngineConfig.__dataclass_fields__ if name in options
         }
-        refuse_unserved(
-            "LLM", {name: options[name] for name in options if name not in fields}, _OPTIONS
-        )
+        fields = {name: value for name, value in fields.items() if value is not None}
+        if str(options.get("tokenizer")) == str(model):
+            options["tokenizer"] = None  # the folder's own
+        refuse_unserved("LLM", options, _OPTIONS)
         if compilation_cache is not None:
             use_persistent_cache(compilation_cache)
         folder = pathlib.Path(model)
@@ -410,6 +428,8 @@ class LLM:
                 for stream in streams:
                     while stream.deltas:
                         yield stream.deltas.popleft()
+                if any(stream.deltas for stream in streams):
+                    continue  # steps of others, while the caller had one of the last streams'
                 if all(stream.is_done for stream in streams):
                     return
                 self.step()
@@ -492,12 +512,12 @@ def _conversations(messages: Any) -> list[Any]:
         hint='as [{"role": "user", "content": "..."}]',
     )
     assert many is not None
-    if not many or isinstance(many[0], Mapping):
+    if not many or is_object(many[0]):
         many = [many]
     for i, each in enumerate(many):
         found = _listed(each)
         require(
-            found is not None and all(isinstance(message, Mapping) for message in found),
+            found is not None and all(map(is_object, found)),
             "LLM.chat", f"messages[{i}]", got=f"{each!r}", wanted="a list of messages, which are"
             " dicts", hint='as [{"role": "user", "content": "..."}]',
         )

@@ -117,11 +117,12 @@ def test_a_config_without_a_dtype_means_the_tensors_own(tmp_path, stored, want, 
     )
     for name, value, meant in (
         ("dtype", "torch.bfloat16", "bfloat16"), ("torch_dtype", "torch.float16", "float16"),
-        ("torch_dtype", "float32", "float32"),
+        ("torch_dtype", "float32", "float32"), ("torch_dtype", "half", "float16"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(raw | {name: value}))
         assert checkpoint.read_model_config(tmp_path).dtype == meant
-        assert checkpoint.read_model_config(tmp_path, "float16").dtype == "float16"
+        for name in ("float16", "half", "torch.float16"):
+            assert checkpoint.read_model_config(tmp_path, name).dtype == "float16"
     (tmp_path / "config.json").write_text(
         json.dumps(raw | {"dtype": "bfloat16", "torch_dtype": "float16"}))
     assert checkpoint.read_model_config(tmp_path).dtype == "bfloat16"
@@ -305,7 +306,10 @@ def test_missing_files_are_named(tmp_path):
          "`model_type` is 'mixtral' and `architectures` \\['MixtralForCausalLM'\\]; served are"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "`architectures` \\['Qwen3ForSeq"),
         ({"hidden_act": "gelu"}, "`hidden_act` is 'gelu'; only 'silu' is served"),
-        ({"use_sliding_window": True}, "`use_sliding_window` is True; only False is served"),
+        ({"use_sliding_window": True, "max_window_layers": 1},
+         "`use_sliding_window` is True; wanted false, or a `max_window_layers` of all 2 layers"),
+        ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 9}, "is True; wan"),
+        ({"use_sliding_window": "yes"}, "`use_sliding_window` is 'yes'; wanted true or false"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "`layer_types` has layers of"),
         ({"quantization_config": {"bits": 4}}, "`quantization_config` is {'bits': 4}"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE of type 'dynamic' is not"),
@@ -419,6 +423,17 @@ def test_what_a_missing_field_means_depends_on_the_family(tmp_path):
 def test_the_longest_context_is_what_rope_reaches(tmp_path, rope, longest, name):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(SMALL) | {name: rope}))
     assert checkpoint.read_model_config(tmp_path).max_position == longest
+
+
+@pytest.mark.parametrize("fields", [
+    {"max_window_layers": 2}, {"max_window_layers": 0, "sliding_window": None}, {},
+    {"max_window_layers": 0, "layer_types": ["full_attention"] * 2},
+    {"max_window_layers": 0, "model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+], ids=str)  # fmt: skip
+def test_a_window_that_no_layer_has_is_none(tmp_path, fields):
+    raw = hf_config(SMALL) | {"use_sliding_window": True} | fields
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert checkpoint.read_model_config(tmp_path).num_layers == 2
 
 
 def test_a_config_that_is_no_json_is_refused(tmp_path):

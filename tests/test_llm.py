@@ -2,6 +2,7 @@
 """LLM: what is generated, streamed, stopped and taken back, from a folder made here."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -117,6 +118,21 @@ def test_two_streams_and_a_generate_go_on_side_by_side(llm):
     texts[1] += "".join(delta.text for delta in second)
     texts[0] += "".join(delta.text for delta in first)
     assert [*texts, of(whole[0]).text] == want
+
+
+def test_no_delta_is_lost_when_others_step_between_two_of_them(llm):
+    params = SamplingParams(max_tokens=6)
+    want = [of(output) for output in llm.generate(PROMPTS[:2], params)]
+    got = {0: [], 1: []}
+    for delta in llm.stream(PROMPTS[:2], params):
+        got[delta.prompt_index].append(delta)
+        if delta.prompt_index == 1:  # the first prompt's may be complete before the next `next`
+            llm.generate(PROMPTS[2], params)
+    for index, deltas in got.items():
+        assert deltas[-1].finish_reason == "length"
+        tokens = tuple(token for delta in deltas for token in delta.token_ids)
+        text = "".join(delta.text for delta in deltas)
+        assert (tokens, text) == (want[index].token_ids, want[index].text)
 
 
 def test_a_stream_that_is_closed_ends_its_requests(llm):
@@ -396,6 +412,9 @@ def test_a_chat_is_a_prompt_laid_out(llm):
     params = SamplingParams(max_tokens=5)
     (got,) = llm.chat(messages, params)
     assert of(got).token_ids == of(llm.generate(prompt, params)[0]).token_ids
+    message = types.SimpleNamespace(model_dump=lambda: messages[0])  # as pydantic's models
+    assert llm.chat([message], params)[0].prompt_token_ids == tuple(prompt)
+    assert len(llm.chat([[message], messages], params)) == 2
     # Several, with vLLM's arguments.
     other = [{"role": "user", "content": "quick"}]
     several = llm.chat(messages=[messages, other, messages], use_tqdm=False, lora_request=None,
@@ -541,6 +560,8 @@ def test_arguments_that_are_not_served_are_a_sentence(llm, arguments, message):
         ({"page_size": 0}, "argument `page_size` is 0"),
         ({"seed": -1}, "argument `seed` is -1; wanted an int >= 0"),
         ({"seed": 1.5}, "argument `seed` is 1.5"),
+        ({"tokenizer": "another"}, "the folder's own is used"),
+        ({"runner": "pooling"}, "`runner` is 'pooling', which is not served"),
     ],
 )
 def test_what_an_llm_does_not_take_is_a_sentence(folder, arguments, message):
@@ -550,7 +571,9 @@ def test_what_an_llm_does_not_take_is_a_sentence(folder, arguments, message):
 
 def test_an_llm_takes_vllms_names_and_the_fields_of_its_config(folder):
     llm = LLM(model=folder, max_model_len=64, max_num_seqs=2, page_size=8, num_pages=16, seed=None,
-              tensor_parallel_size=1, trust_remote_code=False, quantization=None)
+              tensor_parallel_size=1, trust_remote_code=False, quantization=None,
+              tokenizer=str(folder), tokenizer_mode="auto", runner="generate",
+              max_num_batched_tokens=None, enable_prefix_caching=None)
     assert llm.engine.config == EngineConfig(
         max_model_len=64, max_num_seqs=2, page_size=8, num_pages=16
     )

@@ -12,6 +12,7 @@ import pytest
 from reference_engine import engine as engine_lib
 from reference_engine import sampler
 from reference_engine.engine import next_tokens
+from reference_engine.request import _UNSERVED as UNSERVED
 from reference_engine.request import MAX_BIASED_IDS, MAX_LOGPROBS, Request, SamplingParams
 from reference_engine.sampler import (
     add_bias,
@@ -349,6 +350,14 @@ def test_numbers_may_be_numpys_and_jaxs():
         assert got == want and hash(got) == hash(want)
         assert all(type(value) in (int, float, bool, tuple, type(None))
                    for value in dataclasses.asdict(got).values())
+
+
+def test_each_of_vllms_other_names_is_refused_by_its_own():
+    """SamplingParams lists them twice, and both lists must be in one order."""
+    assert "best_of" in UNSERVED and "repetition_detection" in UNSERVED
+    for name in UNSERVED:
+        with pytest.raises(ValueError, match=f"SamplingParams: argument `{name}` is "):
+            SamplingParams(**{name: object()})
 
 
 def test_none_and_the_neutral_values_of_vllms_other_names_ask_for_nothing():

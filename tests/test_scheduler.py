@@ -9,6 +9,7 @@ import random
 import warnings
 
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -814,11 +815,28 @@ def test_ten_thousand_requests_with_aborts_end_with_the_pool_full_again():
         ({"kv_write": "rows"}, "is 'rows'; wanted one of"),
         ({"token_buckets": (64, 32)}, "argument `token_buckets` is \\(64, 32\\)"),
         ({"seq_buckets": (4,)}, "the last of them at least 16"),
+        ({"seq_buckets": 16}, "argument `seq_buckets` is 16; wanted a rising tuple"),
+        ({"seq_buckets": (True, 16)}, "argument `seq_buckets` is \\(True, 16\\)"),
+        ({"max_num_seqs": True}, "argument `max_num_seqs` is True; wanted an int >= 1"),
+        ({"max_deferrals": False}, "argument `max_deferrals` is False; wanted an int >= 0"),
+        ({"enable_prefix_caching": "no"}, "`enable_prefix_caching` is 'no'; wanted True or False"),
+        ({"page_aligned_scheduling": None}, "`page_aligned_scheduling` is None; wanted True or"),
     ],
 )
 def test_what_cannot_work_is_refused_at_the_start(fields, message):
     with pytest.raises(ValueError, match=message):
         EngineConfig(**fields)
+
+
+def test_numbers_may_be_numpys():
+    config = EngineConfig(
+        page_size=np.int64(8), max_deferrals=np.uint8(0), seq_buckets=np.array([8, 16]),
+        return_logits=np.True_,
+    )
+    assert config == EngineConfig(
+        page_size=8, max_deferrals=0, seq_buckets=(8, 16), return_logits=True
+    )
+    assert type(config.page_size) is int and hash(config) == hash(dataclasses.replace(config))
 
 
 def test_small_budgets_and_thresholds_are_fine_without_alignment():

@@ -350,7 +350,7 @@ TEMPLATE_OF_NOTHING = {
     [
         ({"tokenizer": {"post_processor": TEMPLATE_OF_NOTHING}}, r"/tokenizer\.json: no tokenizer"),
         ({"tokenizer_config": "{"}, r"/tokenizer_config\.json: no JSON: "),
-        ({"tokenizer_config": "[1]"}, r"/tokenizer_config\.json: a JSON object is wanted"),
+        ({"tokenizer_config": "[1]"}, r"/tokenizer_config\.json: no JSON object: it is '\[1\]'"),
         ({"tokenizer_config": {"bos_token": 3}}, r"/tokenizer_config\.json: `bos_token` is 3"),
         ({"tokenizer_config": {"bos_token": {"lstrip": True}}}, r"_config\.json: `bos_token` is "),
         ({"tokenizer_config": {"bos_token": {"content": "x", "lstrip": 1}}}, "`lstrip` is 1; "),

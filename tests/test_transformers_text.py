@@ -57,6 +57,17 @@ FOLDERS = {
         str(NEW + 2): {"content": "<IMG>", "normalized": False, "special": True}}}},
     "single words": {"tokenizer_config": {"added_tokens_decoder": {
         str(NEW): {"content": "dog", "single_word": True}}}},
+    "additional by object": {"tokenizer_config": {"additional_special_tokens": [
+        "<x>", TYPED, {"__type": "AddedToken", "content": "<IMG>", "special": True}]}},
+    "additional by object in older files": {
+        "tokenizer_config": {"additional_special_tokens": ["<x>", TYPED]},
+        "added_tokens": {"<pad>": NEW, "<x>": NEW + 1}},
+    "a model's own": {"tokenizer_config": {
+        "image_token": "<IMG>", "audio_token": TYPED, "extra_special_tokens": {"x_token": "[MASK]"},
+        "added_tokens_decoder": {str(NEW): {"content": "<x>"}}}},
+    "special map takes away": {
+        "tokenizer_config": {"eos_token": "<x>", "image_token": TYPED, "audio_token": "<IMG>"},
+        "special_tokens_map": {"eos_token": None, "image_token": None, "audio_token": None}},
     "special map": {"tokenizer_config": {"bos_token": "<s>", "image_token": "<IMG>"},
                     "special_tokens_map": {
                         "bos_token": {"content": "<y y>", "lstrip": True}, "audio_token": "[MASK]",
