@@ -34,21 +34,17 @@ def describe(x: Any) -> str:
     'float32[2,3]'
     """
     text = scalars.show(x)
-    return (
-        text
-        if hasattr(x, "shape") and hasattr(x, "dtype")
-        else f"{text} of type {type(x).__name__}"
-    )
+    return text if scalars.is_array(x) else f"{text} of type {type(x).__name__}"
 
 
 def require_array(op: str, argument: str, x: Any) -> None:
-    """Refuses what is no array (lists, None, Python numbers)."""
+    """Refuses what is no array (lists, None, Python numbers, other libraries' tensors)."""
     require(
-        hasattr(x, "shape") and hasattr(x, "dtype"),
+        scalars.is_array(x),
         op,
         argument,
         got=describe(x),
-        wanted="an array",
+        wanted="an array of jax or numpy",
         hint="pass it through jnp.asarray with the dtype that the op takes",
     )
 
@@ -359,7 +355,7 @@ def _refuse(
     op: str, argument: str, x: Any, wanted: str, hint: str, is_bad: np.ndarray | None = None
 ) -> NoReturn:
     """Raises the sentence, with the value where it is known, of an array the first bad one."""
-    is_array = hasattr(x, "dtype")
+    is_array = scalars.is_array(x)
     got = scalars.show(x) if scalars.is_real(x) else describe(x)
     if isinstance(x, jax.core.Tracer):
         got += ", traced"
@@ -378,7 +374,8 @@ def refuse_transforms(op: str, arrays: Any) -> Any:
 
     `arrays` is a pytree of all that the op is given: what is left out may lower without a word.
     The rules sit on an identity in front of the op, so that they also hold where the caller's own
-    jit stands between the transformation and the op.
+    jit stands between the transformation and the op. Under a shard_map that checks what varies, all
+    arrays then vary alike.
     """
 
     @jax.custom_batching.custom_vmap
@@ -407,4 +404,22 @@ def refuse_transforms(op: str, arrays: Any) -> Any:
             "it comes too late)"
         )
 
-    return differentiated(arrays)
+    return _vary_alike(differentiated(arrays))
+
+
+def _vary_alike(arrays: Any) -> Any:
+    """Arrays of which each varies over a shard_map's axes where any of them does.
+
+    So do the results then: each shard's are its own though only its page table, say, is.
+    """
+
+    def axes_of(x):
+        return jax.typeof(x).manual_axis_type.varying
+
+    axes = frozenset().union(*map(axes_of, jax.tree.leaves(arrays)))
+
+    def vary(x):
+        missing = axes - axes_of(x)
+        return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return jax.tree.map(vary, arrays)

@@ -12,6 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def is_array(x: Any) -> bool:
+    """Whether x is jax's or numpy's: not another library's tensor, nor a wrapper of an array.
+
+    A struct is one whose form can be checked; jax says by name that it cannot compute with it.
+    """
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
 def read_int(x: Any) -> int | None:
     """The int of a Python, numpy or concrete jax integer of shape []; None for all else."""
     if isinstance(x, bool | jax.core.Tracer):
@@ -26,8 +34,8 @@ def read_bool(x: Any) -> bool | None:
     """The bool of a Python, numpy or concrete jax bool of shape []; None for all else."""
     if isinstance(x, bool):
         return x
-    is_bool = _is_array(x) and x.dtype == jnp.bool_ and x.shape == ()
-    return bool(x) if is_bool and not isinstance(x, jax.core.Tracer) else None
+    is_bool = is_array(x) and x.dtype == jnp.bool_ and x.shape == ()
+    return bool(x) if is_bool and known_values(x) is not None else None
 
 
 def read_real(x: Any) -> float | None:
@@ -43,21 +51,22 @@ def read_real(x: Any) -> float | None:
 
 def is_real(x: Any) -> bool:
     """Whether x is a real number or an array of them, concrete or traced."""
-    if _is_array(x):
+    if is_array(x):
         return is_integer(x) or jnp.issubdtype(x.dtype, jnp.floating)
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 def is_integer(x: Any) -> bool:
     """Whether x is an integer or an array of them, concrete or traced."""
-    if _is_array(x):
-        return jnp.issubdtype(x.dtype, jnp.integer)
+    if is_array(x):
+        # numpy counts durations among the integers.
+        return jnp.issubdtype(x.dtype, jnp.integer) and x.dtype.kind != "m"
     return isinstance(x, int) and not isinstance(x, bool)
 
 
 def shape_of(x: Any) -> tuple[int, ...]:
     """The shape of a number or an array."""
-    return tuple(x.shape) if _is_array(x) else ()
+    return tuple(x.shape) if is_array(x) else ()
 
 
 def known_values(x: Any) -> np.ndarray | None:
@@ -70,7 +79,7 @@ def known_values(x: Any) -> np.ndarray | None:
         return None
     if isinstance(x, jax.Array):
         return np.asarray(x) if _lies_on_host(x) else None
-    if _is_array(x):
+    if is_array(x):
         return np.asarray(x)
     try:
         return np.asarray(float(x))
@@ -102,7 +111,7 @@ def as_float32(x: Any) -> Any:
 def as_int32(x: Any) -> Any:
     """int32 of what `is_integer`, the nearest one where it is out of range, not its low bits."""
     least, most = -(2**31), 2**31 - 1
-    if not _is_array(x):
+    if not is_array(x):
         return np.int32(min(max(x, least), most))
     if x.dtype == jnp.int32:
         return x
@@ -128,14 +137,10 @@ def show(x: Any) -> str:
     >>> show(jnp.zeros((2, 3))), show([1, "a"])
     ('float32[2,3]', "[1, 'a']")
     """
-    if _is_array(x):
+    if is_array(x):
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
     try:
         text = " ".join(repr(x).split())
     except ValueError:  # an int of more digits than Python prints
         text = "a very large number"
     return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")

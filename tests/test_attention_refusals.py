@@ -64,13 +64,25 @@ def _refused(op, argument, hint="", call=_call, **changes):
 
 # ---- Numbers that are refused
 
+
+class OfAnotherLibrary:
+    """Has a shape and a dtype of its own, as torch's tensors, and one value."""
+
+    shape = ()
+    dtype = "other.float32"
+
+    def __float__(self):
+        return 1.0
+
+
 NO_NUMBERS = {
     "list": [1.0], "tuple": (1,), "string": "1", "bytes": b"1", "bool": True,
     "numpy_bool": np.bool_(True), "jax_bool": jnp.bool_(True), "complex": 1j,
     "jax_complex": jnp.complex64(1), "decimal": Decimal(1), "object": np.array(None),
     "text": np.array("1"), "function": len, "dict": {}, "matrix": np.ones((1, 1)),
     "two": np.ones(2, np.int32), "none": np.zeros(0), "nan": NAN, "numpy_nan": np.float64(NAN),
-    "jax_nan": jnp.float32(NAN),
+    "jax_nan": jnp.float32(NAN), "another's": OfAnotherLibrary(), "class": OfAnotherLibrary,
+    "duration": np.timedelta64(1, "s"),
 }  # fmt: skip
 BEYOND = {"inf": INF, "numpy_inf": np.float32(INF), "jax_inf": jnp.float32(INF)}
 LARGE = {"1e300": 1e300, "huge": HUGE}
@@ -288,7 +300,7 @@ def test_a_scale_whose_sign_is_known_is_known_to_the_kernel(op, monkeypatch):
     monkeypatch.setattr(api, "_write_and_attend", record)
     monkeypatch.setattr(api, "_attention", lambda *args, **rest: record(*args, **rest)[:2])
     positive = [None, 0.5, 1, np.float32(2), np.float64(0.5), np.array(0.5), np.array([0.5])]
-    others = [0, -0.5, np.float32(-1), np.array([-0.5])]
+    others = [0, -0.5, np.float32(-1), np.array([-0.5]), 1e-40]
     for sm_scale in positive + others:
         _call(op, sm_scale=sm_scale)
     assert seen == [True] * len(positive) + [False] * len(others)
@@ -556,7 +568,7 @@ NO_ARRAYS = {
     "huge": HUGE, "numpy_scalar": np.float32(1), "numpy_0d": np.array(1),
     "complex": np.ones(8) * 1j,
     "int64": np.ones(8, np.int64), "object": np.array([None] * 8), "text": np.array(["a"] * 8),
-    "bools": np.ones(8, bool), "random_key": jax.random.key(0),
+    "bools": np.ones(8, bool), "random_key": jax.random.key(0), "another's": OfAnotherLibrary(),
 }  # fmt: skip
 
 

@@ -141,6 +141,21 @@ def test_a_mask_value_moves_no_nan():
         np.testing.assert_array_equal(found[rows], want[rows])
 
 
+@pytest.mark.parametrize("mask_value", [-1e4, -0.7 * float(np.finfo(np.float32).max)])
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_a_mask_value_moves_no_infinity(mask_value, value):
+    """One lane of a hidden key makes its score infinite, of either sign, and not NaN."""
+    case = _case("bfloat16")
+    wanted = _run(case, "oracle", mask_value=mask_value)
+    page = case.page_indices[0, 23 // PAGE_SIZE]
+    pool = case.kv_pages.at[page, 23 % PAGE_SIZE, :, 0].set(value)
+    poisoned = dataclasses.replace(case, kv_pages=pool)
+    rows = slice(case.cu_q_lens[0], case.cu_q_lens[0] + 23)
+    # Its weight is 0 with the larger mask value, and next to it with the other.
+    for found, want in zip(_run(poisoned, "oracle", mask_value=mask_value), wanted, strict=True):
+        np.testing.assert_allclose(found[rows], want[rows], atol=1e-6)
+
+
 def test_values_of_later_tokens_in_later_blocks(backend):
     """A value that no row of a tile sees, in a block that the tile does not take."""
     case = make_case(

@@ -238,8 +238,11 @@ def _choose(
 
 
 def _is_positive(sm_scale) -> bool:
-    """Whether a factor is known to be above 0, which saves the GPU kernels a product a score."""
-    return isinstance(sm_scale, int | float | np.number) and bool(sm_scale > 0)
+    """Whether a factor is known to be above 0, which saves the GPU kernels a product a score.
+
+    A chip may take what is less than a normal number for 0.
+    """
+    return isinstance(sm_scale, np.number) and bool(sm_scale >= np.finfo(np.float32).tiny)
 
 
 _STATIC = (

@@ -120,8 +120,9 @@ def _attend(q, k, v, is_seen, is_token, sm_scale, soft_cap, mask_value, sinks):
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     is_seen = is_seen[:, None, None]  # [B, 1, 1, L]
-    # A mask value moves a hidden key's score; a score that is NaN must not reach the row by it.
-    masked = -jnp.inf if mask_value is None else jnp.nan_to_num(scores, nan=-jnp.inf) + mask_value
+    # A mask value moves a hidden key's score; one that is NaN or infinite must not reach the row.
+    moved = -jnp.inf if mask_value is None else scores + mask_value
+    masked = jnp.where(jnp.isfinite(scores), moved, -jnp.inf)
     scores = jnp.where(is_token, jnp.where(is_seen, scores, masked), -jnp.inf)
     largest = jnp.max(scores, axis=-1)  # [B, K, G]
     if sinks is not None:
