@@ -72,7 +72,7 @@ def default_config() -> Config:
 def unsupported(kv_pages, k, num_kv_heads: int, head_dim: int) -> str | None:
     """Why the kernels cannot run a write, as a sentence; None if they can."""
     del num_kv_heads
-    reason = unsupported_pool(kv_pages)
+    reason = unsupported_pool(kv_pages, k)
     if reason is None and layout.padded_head_dim(head_dim) not in _HEAD_DIMS:
         reason = (
             f"head_dim is {head_dim} and the kernels take up to {_HEAD_DIMS[-1]}; split the heads "
@@ -86,10 +86,10 @@ def unsupported(kv_pages, k, num_kv_heads: int, head_dim: int) -> str | None:
     return reason
 
 
-def unsupported_pool(kv_pages) -> str | None:
+def unsupported_pool(kv_pages, k=None) -> str | None:
     """Why the kernels cannot run on a pool, as a sentence; None if they can."""
     reason = dispatch.why_no_mosaic_gpu()
-    if reason is None and _varies(kv_pages):
+    if reason is None and (_varies(kv_pages) or _varies(k)):
         reason = (
             "under shard_map jax's kernels on a GPU take no ref that varies over the mesh; call "
             "jax.shard_map with check_vma=False"
@@ -97,9 +97,9 @@ def unsupported_pool(kv_pages) -> str | None:
     return reason
 
 
-def _varies(kv_pages) -> bool:
-    """Whether a shard_map that checks what varies is around the call."""
-    axes = getattr(getattr(kv_pages, "aval", None), "manual_axis_type", None)
+def _varies(array) -> bool:
+    """Whether a shard_map that checks what varies is around the call, and each shard has its own."""
+    axes = getattr(getattr(array, "aval", None), "manual_axis_type", None)
     return axes is not None and bool(axes.varying)
 
 
