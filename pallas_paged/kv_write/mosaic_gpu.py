@@ -98,7 +98,7 @@ def unsupported_pool(kv_pages, k=None) -> str | None:
 
 
 def _varies(array) -> bool:
-    """Whether a shard_map that checks what varies is around the call, and each shard has its own."""
+    """Whether each shard of a shard_map that checks what varies has an array of its own."""
     axes = getattr(getattr(array, "aval", None), "manual_axis_type", None)
     return axes is not None and bool(axes.varying)
 

@@ -226,7 +226,7 @@ def _choose(
         if config is None or isinstance(config, kernels.Config):
             reason = kernels.unsupported(q, kv_pages, page_indices, num_kv_heads, config)
             if reason is None and writes and name == "mosaic_gpu":
-                reason = mosaic_gpu_write.unsupported_pool(kv_pages)
+                reason = mosaic_gpu_write.unsupported_pool(kv_pages, q)
         else:
             reason = f"its block sizes are a {kernels.__name__}.Config, and config is {config!r}"
         if mask_value is not None and mask_value > _LEAVES_OUT:
