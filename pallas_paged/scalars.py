@@ -31,11 +31,15 @@ def read_int(x: Any) -> int | None:
 
 
 def read_bool(x: Any) -> bool | None:
-    """The bool of a Python, numpy or concrete jax bool of shape []; None for all else."""
+    """The bool of a Python, numpy or concrete jax bool of shape []; None for all else.
+
+    Waits for a jax array.
+    """
     if isinstance(x, bool):
         return x
+    is_traced = isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
     is_bool = is_array(x) and x.dtype == jnp.bool_ and x.shape == ()
-    return bool(x) if is_bool and known_values(x) is not None else None
+    return bool(x) if is_bool and not is_traced else None
 
 
 def read_real(x: Any) -> float | None:

@@ -197,7 +197,9 @@ def test_a_decode_in_every_row():
 @pytest.mark.parametrize("return_lse", [True, False])
 def test_no_tokens(return_lse):
     q, *rest = make_case([(1, 3)]).arrays
-    result = ragged_paged_attention(q[:0], *rest, return_lse=return_lse, backend="mosaic_tpu")
+    result = ragged_paged_attention(
+        q[:0], *rest, num_kv_heads=2, return_lse=return_lse, backend="mosaic_tpu"
+    )
     out, *lse = result if return_lse else (result,)
     assert out.shape == (0, 4, 32) and [x.shape for x in lse] == [(0, 4)] * return_lse
 

@@ -110,8 +110,8 @@ def as_on_a_gpu(monkeypatch, tmp_path):
         {"prefill": {"p": ((2, 20, 40),)}, "decode, few": {"f": ((2, 1, 50),)},
          "decode, many": {"m": ((40, 1, 20),)}},
     )  # fmt: skip
-    device = type("Device", (), {"device_kind": _KIND})
-    monkeypatch.setattr(tune.jax, "devices", lambda: [device])
+    device = type("Device", (), {"device_kind": _KIND, "platform": "cpu"})
+    monkeypatch.setattr(tune.jax, "devices", lambda *_: [device])
     where = {"device_kind": _KIND, "jax": "0.11.2", "commit": "c", "date": "d"}
     monkeypatch.setattr(_report, "environment", lambda: where)
     return tmp_path / "NVIDIA_H100_80GB_HBM3.json"
