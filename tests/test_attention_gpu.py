@@ -104,12 +104,10 @@ INTERPRETED = [
     # Factors that turn the order of the scores or make all of them equal.
     Call(FEW, (2, 1), 64, options=options_of(sm_scale=-0.09, sinks=True), config=SMALL),
     Call(FEW, (2, 1), 64, options=options_of(sm_scale=0.0, sliding_window=30), config=SMALL),
-    Call(FEW, (2, 1), 64, options=options_of(sm_scale=-0.3, soft_cap=4.0), config=SMALL),
     Call(FEW, (2, 1), 64, options=options_of(sm_scale=0.5, soft_cap=1e6), config=SMALL),
     # Heads that the pool has more lanes for.
     Call(FEW, (2, 1), 80, 24, config=SMALL),
     Call(FEW, (4, 2), 32, pool_dtype="float8_e4m3fn", options=SCALES, config=SMALL),
-    Call(FEW, (2, 1), 192, dtype="float16", config=SMALL),
 ]  # fmt: skip
 
 
@@ -124,7 +122,7 @@ def _device_calls():
         options_of(soft_cap=3.0, sliding_window=64),
         options_of(sinks=True, sliding_window=100, causal=False),
         options_of(sm_scale=-0.09), options_of(sm_scale=0.0, sinks=True),
-        options_of(sm_scale=0.1, soft_cap=300.0),
+        options_of(sm_scale=0.1, soft_cap=300.0), options_of(sm_scale=-0.3, soft_cap=4.0),
     ]  # fmt: skip
     for seed, (lens, feature) in enumerate(itertools.product((LONG, DECODES), features)):
         dtype = FLOATS[seed % 2]
@@ -201,7 +199,7 @@ def test_queries_beyond_float16(exponent):
 
 
 @needs_new_jax
-@pytest.mark.parametrize("window", [0, -1, -(2**31), 2**31 - 1])
+@pytest.mark.parametrize("window", [0, -(2**31), 2**31 - 1])
 def test_traced_windows_of_none_and_of_all(window):
     """Neither what no block holds nor what overflows: a window of 0 shows nothing to anybody."""
     call = Call(((1, 64), (30, 128)), (2, 1), 64, options=options_of(causal=False), config=SMALL)
