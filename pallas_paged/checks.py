@@ -387,7 +387,7 @@ def refuse_transforms(op: str, arrays: Any) -> Any:
         del axis_size, in_batched, arrays
         raise NotImplementedError(
             f"{op}: vmap is not supported: the op is batched already; pack the sequences into one "
-            "ragged batch and the layers into one flat pool, or call it once after another in "
+            "ragged batch and the layers into one flat pool, or make one call after another in "
             "jax.lax.map"
         )
 

@@ -91,8 +91,11 @@ def _gpu() -> Any:
     """The GPU of this machine that a call made now is traced for, None elsewhere."""
     if platform() != "gpu":
         return None
-    kind = gpu_device_kind()
-    return next((device for device in jax.devices() if device.device_kind == kind), None)
+    device = _device()
+    if hasattr(device, "compute_capability"):
+        return device
+    # A device of a mesh that only says its kind: any of this machine's that is of it.
+    return next((d for d in jax.devices() if d.device_kind == device.device_kind), None)
 
 
 def choose(op: str, backend: str, reasons: Mapping[str, str | None]) -> str:
