@@ -23,17 +23,18 @@ import numpy as np
 from absl import app, flags
 from jax.experimental.pallas import tpu as pltpu
 
-from bench import _peers, _report
-from bench import _tpu_schedule as ts
-from bench._attention_cases import CASES, GPU_CASES, PRESETS, SCALES, Call, Case, Runs, room_for
-from bench._attention_measure import (
+from bench import report
+from bench.cases.attention import CASES, GPU_CASES, PRESETS, SCALES, Call, Case, Runs, room_for
+from bench.measure.attention import (
     measure,
     measure_peers,
     measured_text,
     peers_text,
     random_inputs,
 )
-from bench._attention_model import (
+from bench.peers import child as peers
+from bench.tpu_model import schedule as ts
+from bench.tpu_model.attention import (
     Prediction,
     Writing,
     compiles,
@@ -41,8 +42,8 @@ from bench._attention_model import (
     unknown,
     writing_pairs,
 )
-from bench._tpu_compile import as_if_on
-from pallas_paged.ragged_paged_attention import mosaic_tpu
+from bench.tpu_model.compile import as_if_on
+from pallas_paged.attention.tpu import launch as mosaic_tpu
 
 # `allow_override`: other commands have flags of these names, and a process may import several.
 _GENERATIONS = flags.DEFINE_list(
@@ -79,12 +80,15 @@ _HEAD_DIM = flags.DEFINE_integer(
 _WINDOW = flags.DEFINE_integer("sliding_window", None, "Sliding window, in place of the preset's.")
 _SOFT_CAP = flags.DEFINE_float("soft_cap", None, "Soft cap, in place of the preset's.")
 _POOL_DTYPE = flags.DEFINE_enum(
-    "pool_dtype", "bfloat16", ["bfloat16", *SCALES],
+    "pool_dtype",
+    "bfloat16",
+    ["bfloat16", *SCALES],
     "Of the pool; q is bfloat16. 8-bit pools have a scale a tensor.",
 )
 _PEERS = flags.DEFINE_list(
-    "peers", [],
-    f"Measure these on a GPU too: {', '.join(_peers.MODULES)}; a missing one is an error.",
+    "peers",
+    [],
+    f"Measure these on a GPU too: {', '.join(peers.MODULES)}; a missing one is an error.",
     allow_override=True,
 )
 _FUSED = flags.DEFINE_bool(
@@ -104,9 +108,10 @@ _PLOTTED: dict[str, Runs] = {
 
 _ASSUMPTIONS = """\
 The numbers for TPUs are predictions. They rest on
-- the clock and the peak HBM bandwidth of one core (bench/_tpu_schedule.py has their sources): {};
+- the clock and the peak HBM bandwidth of one core (sources: bench/tpu_model/schedule.py):
+  {};
 - bundles of the final schedule that libtpu compiled, each part as often as the kernel's walk over
-  these lengths runs it (bench/_attention_walk.py), as cycles;
+  these lengths runs it (bench/tpu_model/attention_trips.py), as cycles;
 - perfect overlap: a call takes as long as the slower of the core and HBM;
 - weights that stay in range, so that no prefill runs again with its exact maxima.
 They leave out waiting for a DMA, its latency (about 0.45 us at either end of a call) and what the
@@ -123,14 +128,14 @@ tokens."""
 
 def main(argv: Sequence[str]) -> None:
     """Checks, predicts or measures, prints."""
-    say = _report.start(argv, as_json=_JSON.value, plot=_PLOT.value)
-    on_cpu = _report.start_backends() == "cpu"
-    _peers.require(_PEERS.value, on_gpu=jax.default_backend() == "gpu")
+    say = report.start(argv, as_json=_JSON.value, plot=_PLOT.value)
+    on_cpu = report.start_backends() == "cpu"
+    peers.require(_PEERS.value, on_gpu=jax.default_backend() == "gpu")
     cases = _cases(_runs())
     plotted = _cases(_PLOTTED) if _PLOT.value else []
     _require_supported([*cases, *plotted])
     check_against_oracle(list(_shapes().values()))
-    record: dict[str, Any] = {"environment": _report.environment()}
+    record: dict[str, Any] = {"environment": report.environment()}
     if on_cpu:
         pairs = writing_pairs(cases) if _FUSED.value else []
         wanted = [*cases, *(case for pair in pairs for case in pair), *plotted]
@@ -142,7 +147,7 @@ def main(argv: Sequence[str]) -> None:
         record["writing"] = [_as_record(w.fused) | {w.unit: w.extra_cycles} for w in writing]
         say(_prediction_text(predictions))
         if writing:
-            say(f"\n{_WRITING}\n{_report.table([_writing_row(w) for w in writing], indent=2)}")
+            say(f"\n{_WRITING}\n{report.table([_writing_row(w) for w in writing], indent=2)}")
     else:
         kind = jax.devices()[0].device_kind
         first = [case for case in cases if case.generation == cases[0].generation]
@@ -157,12 +162,15 @@ def main(argv: Sequence[str]) -> None:
             say(peers_text(record["peers"]))
     if _PLOT.value:
         how = "predicted" if on_cpu else "measured"
-        _report.save_plot(
-            _PLOT.value, points, xlabel="keys of each of 64 decodes", ylabel="microseconds",
+        report.save_plot(
+            _PLOT.value,
+            points,
+            xlabel="keys of each of 64 decodes",
+            ylabel="microseconds",
             title=f"Attention, {how}",
-        )  # fmt: skip
+        )
     if _JSON.value:
-        _report.write_json(record)
+        report.write_json(record)
 
 
 # --- cases ------------------------------------------------------------------------------------
@@ -172,7 +180,7 @@ def _runs() -> dict[str, Runs]:
     """Case name -> its sequences, as the flags say."""
     known = CASES | GPU_CASES
     names = _CASES.value or list(GPU_CASES if jax.default_backend() == "gpu" else CASES)
-    _report.require_known("cases", known, names)
+    report.require_known("cases", known, names)
     chosen = {name: known[name] for name in names}
     if _LENS.value is None:
         return chosen
@@ -190,7 +198,7 @@ def _runs() -> dict[str, Runs]:
 
 def _shapes() -> dict[str, dict[str, Any]]:
     """Name -> heads and options, as the flags say."""
-    _report.require_known("presets", PRESETS, _PRESETS.value)
+    report.require_known("presets", PRESETS, _PRESETS.value)
     given: dict[str, Any] = {
         "num_heads": _NUM_HEADS.value,
         "num_kv_heads": _KV_HEADS.value,
@@ -218,7 +226,7 @@ def _shapes() -> dict[str, dict[str, Any]]:
 
 def _cases(runs: dict[str, Runs]) -> list[Case]:
     """Such sequences for every generation, page size and shape that the flags name."""
-    _report.require_known("generations", tuple(ts.GENERATIONS), _GENERATIONS.value)
+    report.require_known("generations", tuple(ts.GENERATIONS), _GENERATIONS.value)
     if not all(value.isdigit() and int(value) for value in _PAGE_SIZES.value):
         raise app.UsageError(
             f"--page_sizes has {','.join(_PAGE_SIZES.value)!r}; wanted integers >= 1"
@@ -293,7 +301,7 @@ def check_against_oracle(shapes: Sequence[dict[str, Any]]) -> None:
 
 def _predict(cases: Sequence[Case]) -> list[Prediction]:
     number = len(set(compiles(cases).values()))
-    with _report.Progress(number, "compiling") as progress:
+    with report.Progress(number, "compiling") as progress:
         return predict(cases, on_done=lambda job, _: progress.step(job.name))
 
 
@@ -324,10 +332,10 @@ def _prediction_text(predictions: Sequence[Prediction]) -> str:
                 and {key: getattr(p.case.call, key) for key in shape} == shape
             ]
             text += [f"\n{generation}, {name}: {_shape_text(shape)}"]
-            text += [_report.table([_row(p, mine) for p in mine], indent=2)]
+            text += [report.table([_row(p, mine) for p in mine], indent=2)]
             if _PARTS.value:
                 text += ["  percent of a call's bundles in"]
-                text += [_report.table([_parts_row(p) for p in mine], indent=2)]
+                text += [report.table([_parts_row(p) for p in mine], indent=2)]
     return "\n".join(text)
 
 
@@ -355,7 +363,7 @@ def _writing_row(w: Writing) -> dict[str, str]:
     }
 
 
-def _sizes(c: mosaic_tpu.Config) -> str:
+def _sizes(c: mosaic_tpu.TpuAttentionConfig) -> str:
     return f"{c.block_keys}:{c.window_rows}:{c.num_buffers}:{c.blocks_per_body}"
 
 

@@ -22,10 +22,13 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from bench import _engine_cost, _engine_real, _engine_share, _report
-from bench import _engine_study as study
-from bench import _kv_write_model as write_model
-from bench import _tpu_schedule as ts
+from bench import report
+from bench.engine_study import cost as engine_cost
+from bench.engine_study import real as engine_real
+from bench.engine_study import share as engine_share
+from bench.engine_study import simulate as study
+from bench.tpu_model import kv_write as write_model
+from bench.tpu_model import schedule as ts
 from reference_engine import traffic
 from reference_engine.config import BACKENDS, KV_WRITES
 
@@ -34,7 +37,9 @@ PARTS = ("study", "share", "real")
 # `allow_override`: other commands have flags of these names, and a process may import several.
 _PARTS = flags.DEFINE_list("parts", None, f"Some of {', '.join(PARTS)}.", allow_override=True)
 _TRACES = flags.DEFINE_list(
-    "traces", [], "Trace files with the columns of the Azure LLM inference traces; a generator's"
+    "traces",
+    [],
+    "Trace files with the columns of the Azure LLM inference traces; a generator's"
     " requests are studied beside them.",
 )
 _NUM_REQUESTS = flags.DEFINE_integer(
@@ -45,14 +50,17 @@ _LOAD = flags.DEFINE_float(
 )
 _SEED = flags.DEFINE_integer("traffic_seed", 0, "Fixes the generated requests.")
 _DEVICE = flags.DEFINE_string(
-    "device", "v6e", "TPU generation whose predicted costs the study has; or a file that"
+    "device",
+    "v6e",
+    "TPU generation whose predicted costs the study has; or a file that"
     " `--parts=real --json` wrote, for a device's measured costs.",
 )
 _GENERATIONS = flags.DEFINE_list(
     "generations", ["v5e", "v6e", "tpu7x"], "TPU generations of the share.", allow_override=True
 )
 _PAGE_SIZES = flags.DEFINE_list(
-    "page_sizes", ["16", "32", "64", "128", "256"],
+    "page_sizes",
+    ["16", "32", "64", "128", "256"],
     "Tokens in a page; where the flag is left out, the parts but the study take 16 alone.",
     allow_override=True,
 )
@@ -61,11 +69,15 @@ _BUDGETS = flags.DEFINE_list(
 )
 _KV_WRITES = flags.DEFINE_list("kv_writes", list(KV_WRITES), f"Some of {', '.join(KV_WRITES)}.")
 _BOUND = flags.DEFINE_bool(
-    "descriptor_bound", True, "Whether the study's DMA engine takes a descriptor in"
+    "descriptor_bound",
+    True,
+    "Whether the study's DMA engine takes a descriptor in"
     f" {write_model.DESCRIPTOR_NS:.0f} ns, all that published data prove, and no less.",
 )
 _HOST_US = flags.DEFINE_float(
-    "host_us", 700.0, "Host work between two steps, for the study; the default is between the"
+    "host_us",
+    700.0,
+    "Host work between two steps, for the study; the default is between the"
     " least and the median (600, 770) that `pytest bench/test_engine.py --benchmark-only` measured"
     " with 64 decodes on a shared core.",
 )
@@ -75,7 +87,7 @@ _POOL_TOKENS = flags.DEFINE_integer(
 _TTFT_MS = flags.DEFINE_float("ttft_ms", 1000.0, "A good request's time to first token, at most.")
 _TPOT_MS = flags.DEFINE_float("tpot_ms", 50.0, "A good request's time for each further token.")
 _MODEL = flags.DEFINE_enum(
-    "real_model", None, list(_engine_real.MODELS), "Default: llama3-8b, tiny on a CPU."
+    "real_model", None, list(engine_real.MODELS), "Default: llama3-8b, tiny on a CPU."
 )
 _BATCHES = flags.DEFINE_list(
     "batches", ["prefill", "mixed", "decode"], "Kinds of batches of the real part."
@@ -91,16 +103,16 @@ _PLOT = flags.DEFINE_string("plot", None, "Write a PNG to this file.", allow_ove
 
 def main(argv: Sequence[str]) -> None:
     """Runs the parts, prints."""
-    say = _report.start(argv, as_json=_JSON.value, plot=_PLOT.value)
+    say = report.start(argv, as_json=_JSON.value, plot=_PLOT.value)
     traces = _traces()
-    on_cpu = _report.start_backends() == "cpu"
+    on_cpu = report.start_backends() == "cpu"
     parts = _PARTS.value or (["study", "share"] if on_cpu else ["real"])
-    _report.require_known("parts", PARTS, parts)
+    report.require_known("parts", PARTS, parts)
     if _PLOT.value and "study" not in parts:
         raise app.UsageError("--plot draws the study; wanted study among --parts")
-    _report.require_known("kv_writes", KV_WRITES, _KV_WRITES.value)
-    _report.require_known("generations", tuple(ts.GENERATIONS), _GENERATIONS.value)
-    record: dict[str, Any] = {"environment": _report.environment()}
+    report.require_known("kv_writes", KV_WRITES, _KV_WRITES.value)
+    report.require_known("generations", tuple(ts.GENERATIONS), _GENERATIONS.value)
+    record: dict[str, Any] = {"environment": report.environment()}
     panels: dict[str, dict[str, list]] = {}
     if "study" in parts:
         record["study"], panels = _study(traces, say)
@@ -109,13 +121,16 @@ def main(argv: Sequence[str]) -> None:
     if "real" in parts:
         record["real"] = _real(on_cpu, say)
     if _PLOT.value and panels:
-        _report.save_plot(
-            _PLOT.value, panels, xlabel="budget of a step, tokens", log_y=False,
+        report.save_plot(
+            _PLOT.value,
+            panels,
+            xlabel="budget of a step, tokens",
+            log_y=False,
             ylabel="change of throughput with alignment, percent",
             title=f"Page-aligned scheduling, every request there from the start ({_DEVICE.value})",
         )
     if _JSON.value:
-        _report.write_json(record)
+        report.write_json(record)
 
 
 def _sizes(name: str, given: Sequence[str], known: Sequence[int] | None = None) -> list[int]:
@@ -150,7 +165,7 @@ def _traces() -> dict[str, list[traffic.Arrival]]:
 
 
 def _study(traces: dict[str, list[traffic.Arrival]], say) -> tuple[dict[str, Any], dict[str, Any]]:
-    page_sizes = _sizes("page_sizes", _PAGE_SIZES.value, _engine_cost.PAGE_SIZES)
+    page_sizes = _sizes("page_sizes", _PAGE_SIZES.value, engine_cost.PAGE_SIZES)
     budgets = _sizes("budgets", _BUDGETS.value)
     cost = _cost()
     options: dict[str, Any] = {
@@ -163,27 +178,39 @@ def _study(traces: dict[str, list[traffic.Arrival]], say) -> tuple[dict[str, Any
     }
     cells = [
         study.Cell(trace, page, budget, aligned, form)
-        for trace in traces for page in page_sizes for budget in budgets if budget >= page
-        for form in _KV_WRITES.value for aligned in (False, True)
+        for trace in traces
+        for page in page_sizes
+        for budget in budgets
+        if budget >= page
+        for form in _KV_WRITES.value
+        for aligned in (False, True)
     ]
-    at_once = {name: [dataclasses.replace(a, seconds=0.0) for a in arrivals]
-               for name, arrivals in traces.items()}
+    at_once = {
+        name: [dataclasses.replace(a, seconds=0.0) for a in arrivals]
+        for name, arrivals in traces.items()
+    }
     full = [cell for cell in cells if cell.kv_write == _KV_WRITES.value[-1]]
-    with _report.Progress(len(cells) + len(full), "simulating") as progress:
+    with report.Progress(len(cells) + len(full), "simulating") as progress:
+
         def done(cell):
             progress.step(f"{cell.trace} page {cell.page_size} budget {cell.budget}")
 
-        outcomes = study.sweep(loaded, cells, cost, num_processes=_PROCESSES.value, on_done=done,
-                               **options)
-        capacity = study.sweep(at_once, full, cost, num_processes=_PROCESSES.value, on_done=done,
-                               **options)
+        outcomes = study.sweep(
+            loaded, cells, cost, num_processes=_PROCESSES.value, on_done=done, **options
+        )
+        capacity = study.sweep(
+            at_once, full, cost, num_processes=_PROCESSES.value, on_done=done, **options
+        )
     by_cell = dict(zip(cells, outcomes, strict=True))
     say(_study_text(by_cell, loaded, cost))
     panels = _panels(dict(zip(full, capacity, strict=True)))
-    say("\nChange of throughput with alignment, percent, all requests there from the start\n"
-        + _report.table(_capacity_rows(panels), indent=2))
+    say(
+        "\nChange of throughput with alignment, percent, all requests there from the start\n"
+        + report.table(_capacity_rows(panels), indent=2)
+    )
     return {
-        "cost": _engine_cost.as_record(cost), "load": _LOAD.value,
+        "cost": engine_cost.as_record(cost),
+        "load": _LOAD.value,
         "cells": [dataclasses.asdict(c) | dataclasses.asdict(o) for c, o in by_cell.items()],
         "capacity": [
             dataclasses.asdict(c) | {"throughput": o.throughput, "seconds": o.seconds}
@@ -192,10 +219,10 @@ def _study(traces: dict[str, list[traffic.Arrival]], say) -> tuple[dict[str, Any
     }, panels
 
 
-def _cost() -> _engine_cost.Cost:
+def _cost() -> engine_cost.Cost:
     if _DEVICE.value not in ts.GENERATIONS:
         try:
-            return _engine_cost.fitted(
+            return engine_cost.fitted(
                 _DEVICE.value, host_us=_HOST_US.value if _HOST_US.present else None
             )
         except OSError:
@@ -205,9 +232,11 @@ def _cost() -> _engine_cost.Cost:
             ) from None
         except ValueError as error:
             raise app.UsageError(str(error)) from None
-    with _report.Progress(12, "compiling") as progress:
-        return _engine_cost.predicted(
-            _DEVICE.value, host_us=_HOST_US.value, is_bound_by_descriptors=_BOUND.value,
+    with report.Progress(12, "compiling") as progress:
+        return engine_cost.predicted(
+            _DEVICE.value,
+            host_us=_HOST_US.value,
+            is_bound_by_descriptors=_BOUND.value,
             on_done=lambda job, _: progress.step(job.name),
         )
 
@@ -215,7 +244,7 @@ def _cost() -> _engine_cost.Cost:
 def _study_text(by_cell: dict[study.Cell, study.Outcome], loaded, cost) -> str:
     text = [
         f"Scheduling of Llama 3 8B in simulated time. Costs {cost.source}, microseconds a step:",
-        _report.table(_cost_rows(cost), indent=2),
+        report.table(_cost_rows(cost), indent=2),
         f"At most {study.MAX_NUM_SEQS} requests at a time, {_POOL_TOKENS.value:,} tokens in the"
         f" pool, batches padded to the engine's buckets, load {_LOAD.value:g}; good requests have"
         f" their first token in {_TTFT_MS.value:g} ms and the others every {_TPOT_MS.value:g} ms.",
@@ -223,30 +252,42 @@ def _study_text(by_cell: dict[study.Cell, study.Outcome], loaded, cost) -> str:
     form = "pages" if "pages" in _KV_WRITES.value else _KV_WRITES.value[0]
     for trace, arrivals in loaded.items():
         span = arrivals[-1].seconds
-        text += [f"\n{trace}: {len(arrivals):,} requests in {span:,.0f} s,"
-                 f" {sum(a.num_prompt for a in arrivals):,} prompt tokens,"
-                 f" {sum(a.num_output for a in arrivals):,} generated; written by {form};"
-                 " alignment off / on"]
+        text += [
+            f"\n{trace}: {len(arrivals):,} requests in {span:,.0f} s,"
+            f" {sum(a.num_prompt for a in arrivals):,} prompt tokens,"
+            f" {sum(a.num_output for a in arrivals):,} generated; written by {form};"
+            " alignment off / on"
+        ]
         rows = []
         for cell, off in by_cell.items():
             if cell.trace == trace and cell.kv_write == form and not cell.aligned:
                 rows.append(_pair_row(cell, off, by_cell[dataclasses.replace(cell, aligned=True)]))
-        text += [_report.table(rows, indent=2)]
-    text += ["\nForms of write, page 16, budget 2,048 (or the nearest that was run); descriptors a"
-             " step, the writes' share of the time, requests a second; alignment off / on",
-             _report.table(_form_rows(by_cell), indent=2)]
+        text += [report.table(rows, indent=2)]
+    text += [
+        "\nForms of write, page 16, budget 2,048 (or the nearest that was run); descriptors a"
+        " step, the writes' share of the time, requests a second; alignment off / on",
+        report.table(_form_rows(by_cell), indent=2),
+    ]
     return "\n".join(text)
 
 
-def _cost_rows(cost: _engine_cost.Cost) -> list[dict[str, str]]:
-    return [{
-        "host": f"{cost.host_us:.0f}", "weights": f"{cost.weights_us:.0f}",
-        "row": f"{cost.row_us:.2f}", "decode": f"{cost.decode_us:.2f}",
-        "key": f"{cost.decode_key_us:.4f}", "prefilled": f"{cost.prefilled_us:.3f}",
-        "pair": f"{cost.pair_us:.6f}", "token's bytes": f"{cost.written_us:.3f}",
-        "page of 16": f"{cost.page_us[16]:.3f}", "slice of 16": f"{cost.slice_us[16]:.3f}",
-        "token": f"{cost.token_us:.3f}", "descriptor": f"{cost.descriptor_us:.3f}",
-    }]
+def _cost_rows(cost: engine_cost.Cost) -> list[dict[str, str]]:
+    return [
+        {
+            "host": f"{cost.host_us:.0f}",
+            "weights": f"{cost.weights_us:.0f}",
+            "row": f"{cost.row_us:.2f}",
+            "decode": f"{cost.decode_us:.2f}",
+            "key": f"{cost.decode_key_us:.4f}",
+            "prefilled": f"{cost.prefilled_us:.3f}",
+            "pair": f"{cost.pair_us:.6f}",
+            "token's bytes": f"{cost.written_us:.3f}",
+            "page of 16": f"{cost.page_us[16]:.3f}",
+            "slice of 16": f"{cost.slice_us[16]:.3f}",
+            "token": f"{cost.token_us:.3f}",
+            "descriptor": f"{cost.descriptor_us:.3f}",
+        }
+    ]
 
 
 def _pair_row(cell: study.Cell, off: study.Outcome, on: study.Outcome) -> dict[str, str]:
@@ -254,12 +295,14 @@ def _pair_row(cell: study.Cell, off: study.Outcome, on: study.Outcome) -> dict[s
         return " / ".join(format(value, form) for value in values)
 
     return {
-        "page": str(cell.page_size), "budget": f"{cell.budget:,}",
+        "page": str(cell.page_size),
+        "budget": f"{cell.budget:,}",
         "steps": pair(",", off.steps, on.steps),
         "whole pages": pair(",", off.pages, on.pages),
         "partial": pair(",", off.partials, on.partials),
         "padding %": pair(".1f", *(100 * o.padding / (o.padding + o.tokens) for o in (off, on))),
-        "deferrals": f"{on.deferrals:,}", "decode skips": pair(",", off.skips, on.skips),
+        "deferrals": f"{on.deferrals:,}",
+        "decode skips": pair(",", off.skips, on.skips),
         "preempted": pair(",", off.preemptions, on.preemptions),
         "TTFT p50 ms": pair(",.0f", off.ttft_ms[0], on.ttft_ms[0]),
         "p99": pair(",.0f", off.ttft_ms[1], on.ttft_ms[1]),
@@ -273,20 +316,26 @@ def _pair_row(cell: study.Cell, off: study.Outcome, on: study.Outcome) -> dict[s
 
 def _form_rows(by_cell: dict[study.Cell, study.Outcome]) -> list[dict[str, str]]:
     page = min(cell.page_size for cell in by_cell)
-    budget = min((cell.budget for cell in by_cell if cell.page_size == page),
-                 key=lambda b: abs(b - 2048))
+    budget = min(
+        (cell.budget for cell in by_cell if cell.page_size == page), key=lambda b: abs(b - 2048)
+    )
     rows = []
     for cell, off in by_cell.items():
         if (cell.page_size, cell.budget, cell.aligned) != (page, budget, False):
             continue
         on = by_cell[dataclasses.replace(cell, aligned=True)]
-        rows.append({
-            "trace": cell.trace, "form": cell.kv_write,
-            "descriptors a step": " / ".join(f"{o.descriptors / o.steps:.0f}" for o in (off, on)),
-            "share %": " / ".join(f"{100 * o.write_share:.2f}" for o in (off, on)),
-            "requests/s": " / ".join(f"{o.throughput:.3f}" for o in (off, on)),
-            "TTFT p50 ms": " / ".join(f"{o.ttft_ms[0]:,.0f}" for o in (off, on)),
-        })
+        rows.append(
+            {
+                "trace": cell.trace,
+                "form": cell.kv_write,
+                "descriptors a step": " / ".join(
+                    f"{o.descriptors / o.steps:.0f}" for o in (off, on)
+                ),
+                "share %": " / ".join(f"{100 * o.write_share:.2f}" for o in (off, on)),
+                "requests/s": " / ".join(f"{o.throughput:.3f}" for o in (off, on)),
+                "TTFT p50 ms": " / ".join(f"{o.ttft_ms[0]:,.0f}" for o in (off, on)),
+            }
+        )
     return rows
 
 
@@ -306,7 +355,8 @@ def _capacity_rows(panels: dict[str, dict[str, list]]) -> list[dict[str, str]]:
     return [
         {"trace": trace, "page": name.removeprefix("page ")}
         | {f"budget {b:,}": next((f"{y:+.1f}" for x, y in line if x == b), "-") for b in budgets}
-        for trace, lines in panels.items() for name, line in lines.items()
+        for trace, lines in panels.items()
+        for name, line in lines.items()
     ]
 
 
@@ -314,22 +364,28 @@ def _capacity_rows(panels: dict[str, dict[str, list]]) -> list[dict[str, str]]:
 
 
 def _share(say) -> list[dict[str, Any]]:
-    with _report.Progress(12 * len(_GENERATIONS.value), "compiling") as progress:
+    with report.Progress(12 * len(_GENERATIONS.value), "compiling") as progress:
         costs = [
-            _engine_cost.predicted(
-                name, host_us=0.0, is_bound_by_descriptors=False,
+            engine_cost.predicted(
+                name,
+                host_us=0.0,
+                is_bound_by_descriptors=False,
                 on_done=lambda job, _: progress.step(job.name),
             )
             for name in _GENERATIONS.value
         ]
-    descriptor_us = _engine_cost.LLAMA3_8B.num_layers * write_model.DESCRIPTOR_NS * 1e-3
-    page_sizes = _sizes("page_sizes", _page_sizes_or_16(), _engine_cost.PAGE_SIZES)
-    shares = _engine_share.shares(costs, _engine_share.BATCHES, page_sizes, descriptor_us)
-    forms = (*_engine_share.FORMS, "shipped")
+    descriptor_us = engine_cost.LLAMA3_8B.num_layers * write_model.DESCRIPTOR_NS * 1e-3
+    page_sizes = _sizes("page_sizes", _page_sizes_or_16(), engine_cost.PAGE_SIZES)
+    shares = engine_share.shares(costs, engine_share.BATCHES, page_sizes, descriptor_us)
+    forms = (*engine_share.FORMS, "shipped")
     rows = []
     for share in shares:
-        row = {"": share.generation, "batch": share.batch, "page": str(share.page_size),
-               "step ms": f"{share.compute_us / 1e3:.2f}"}
+        row = {
+            "": share.generation,
+            "batch": share.batch,
+            "page": str(share.page_size),
+            "step ms": f"{share.compute_us / 1e3:.2f}",
+        }
         for form in forms:
             row[form] = " / ".join(
                 f"{share.percent(form, is_bound=bound):.2f}" for bound in (False, True)
@@ -349,12 +405,13 @@ def _share(say) -> list[dict[str, Any]]:
         f" {write_model.DESCRIPTOR_NS:.0f} ns. Products at peak,\nweights at peak bandwidth,"
         " attention and writes from compiled schedules, no host: a real step is\nlonger and its"
         " share smaller. `shipped`: one slice of"
-        f" {_engine_share.SHIPPED_SLICE_CYCLES} cycles a token. `fused`: what the writing adds to\n"
+        f" {engine_share.SHIPPED_SLICE_CYCLES} cycles a token. `fused`: what the writing adds to\n"
         "the attention, none of it hidden. The weights alone fill a v5e.\n"
-        + _report.table(rows, indent=2)
+        + report.table(rows, indent=2)
     )
     return [
-        dataclasses.asdict(share) | {
+        dataclasses.asdict(share)
+        | {
             "percent": {form: share.percent(form, is_bound=False) for form in forms},
             "percent_bound": {form: share.percent(form, is_bound=True) for form in forms},
         }
@@ -367,17 +424,19 @@ def _share(say) -> list[dict[str, Any]]:
 
 def _real(on_cpu: bool, say) -> dict[str, Any]:
     name = _MODEL.value or ("tiny" if on_cpu else "llama3-8b")
-    setup = _engine_real.Setup(
-        _engine_real.MODELS[name], shrink=16 if name == "tiny" else 1, attention=_ATTENTION.value,
+    setup = engine_real.Setup(
+        engine_real.MODELS[name],
+        shrink=16 if name == "tiny" else 1,
+        attention=_ATTENTION.value,
         write_backend=_WRITE_BACKEND.value,
     )
     page_sizes = _sizes("page_sizes", _page_sizes_or_16())
     forms = _KV_WRITES.value
-    _report.require_known("batches", ("prefill", "mixed", "decode"), _BATCHES.value)
-    batches = [b for b in _engine_real.ALL_BATCHES if b.name.startswith(tuple(_BATCHES.value))]
+    report.require_known("batches", ("prefill", "mixed", "decode"), _BATCHES.value)
+    batches = [b for b in engine_real.ALL_BATCHES if b.name.startswith(tuple(_BATCHES.value))]
     total = len(batches) * len(forms) * len(page_sizes)
     device = jax.devices()[0].device_kind
-    host = _engine_real.host_work(setup)
+    host = engine_real.host_work(setup)
     say(
         f"The engine on {host['batch']}: {host['step_us'] / 1e3:.2f} ms a step, of which the host"
         f" works {host['host_us'] / 1e3:.3f} ms ({host['host_percent']:.1f}%) while no program is"
@@ -385,28 +444,35 @@ def _real(on_cpu: bool, say) -> dict[str, Any]:
         f" {host['recompiles']} programs compiled after warm-up"
     )
     rows = []
-    for row in _engine_real.measure(setup, batches, forms, page_sizes):
+    for row in engine_real.measure(setup, batches, forms, page_sizes):
         rows.append(row)  # told at once: a run of minutes may be cut short
         cells = _real_row(row)
-        print(f"{len(rows)}/{total} {cells['batch']}, page {cells['page']}, {cells['form']}:"
-              f" {cells['step ms']} ms, writes {cells['writes ms']}",
-              file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"{len(rows)}/{total} {cells['batch']}, page {cells['page']}, {cells['form']}:"
+            f" {cells['step ms']} ms, writes {cells['writes ms']}",
+            file=sys.stderr,
+            flush=True,
+        )
     say(
         f"\nMeasured on {device}: {name}, random weights, {setup.model.dtype}, attention by"
         f" {setup.attention}, writes by {setup.write_backend}"
         + (f"; batches and lengths divided by {setup.shrink}" if setup.shrink > 1 else "")
     )
-    say(_report.table([_real_row(row) for row in rows], indent=2))
-    fit = _engine_real.fit(rows, host["host_us"], device) if setup.shrink == 1 else None
+    say(report.table([_real_row(row) for row in rows], indent=2))
+    fit = engine_real.fit(rows, host["host_us"], device) if setup.shrink == 1 else None
     return {"model": name, "shrink": setup.shrink, "rows": rows, "host": host, "fit": fit}
 
 
 def _real_row(row: dict[str, Any]) -> dict[str, str]:
     write = row["write_us"]
     return {
-        "batch": row["batch"], "page": str(row["page_size"]), "form": row["kv_write"],
-        "tokens": f"{row['tokens']:,}", "step ms": f"{row['step_us'] / 1e3:.3f}",
-        "p20": f"{row['p20_us'] / 1e3:.3f}", "p80": f"{row['p80_us'] / 1e3:.3f}",
+        "batch": row["batch"],
+        "page": str(row["page_size"]),
+        "form": row["kv_write"],
+        "tokens": f"{row['tokens']:,}",
+        "step ms": f"{row['step_us'] / 1e3:.3f}",
+        "p20": f"{row['p20_us'] / 1e3:.3f}",
+        "p80": f"{row['p80_us'] / 1e3:.3f}",
         "kernels ms": "-" if row["kernels_us"] is None else f"{row['kernels_us'] / 1e3:.3f}",
         "writes ms": "-" if write is None else f"{write / 1e3:.3f}",
         "share %": "-" if write is None else f"{100 * write / row['step_us']:.2f}",

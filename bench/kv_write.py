@@ -21,10 +21,14 @@ import numpy as np
 from absl import app, flags
 from jax.experimental.pallas import tpu as pltpu
 
-from bench import _kv_write_measure, _kv_write_peers, _model_check, _peers, _report
-from bench import _tpu_schedule as ts
-from bench._kv_write_measure import random_inputs
-from bench._kv_write_model import DESCRIPTOR_NS, OPS, Case, Prediction, predict
+from bench import report
+from bench.measure import kv_write as kv_write_measure
+from bench.measure.kv_write import random_inputs
+from bench.peers import child as peers
+from bench.peers import kv_write as kv_write_peers
+from bench.tpu_model import published as model_check
+from bench.tpu_model import schedule as ts
+from bench.tpu_model.kv_write import DESCRIPTOR_NS, OPS, Case, Prediction, predict
 
 _GENERATIONS = flags.DEFINE_list(
     "generations", ["v5e", "v6e", "tpu7x"], "TPU generations to predict for."
@@ -40,7 +44,7 @@ _FORM = flags.DEFINE_enum("form", "flat", ["flat", "heads"], "k and v as [T, K*H
 _PEERS = flags.DEFINE_list(
     "peers",
     [],
-    f"Measure these on a GPU too: {', '.join(_peers.MODULES)}; a missing one is an error.",
+    f"Measure these on a GPU too: {', '.join(peers.MODULES)}; a missing one is an error.",
 )
 _SCATTER = flags.DEFINE_bool("scatter", True, "Measure the plain-jax scatter beside the ops.")
 _CHECK_MODEL = flags.DEFINE_bool(
@@ -53,7 +57,8 @@ _DTYPE = "bfloat16"
 
 _ASSUMPTIONS = f"""\
 The numbers for TPUs are predictions. They rest on
-- the clock and the peak HBM bandwidth of one core (bench/_tpu_schedule.py has their sources): {{}};
+- the clock and the peak HBM bandwidth of one core (sources: bench/tpu_model/schedule.py):
+  {{}};
 - bundles of the final schedule that libtpu compiled, times the trips of this case, as cycles;
 - perfect overlap: a call takes as long as its slowest unit, HBM or the issuing core; the second
   bound lets the DMA engine take one descriptor in {DESCRIPTOR_NS:.0f} ns, all that published v6e \
@@ -65,43 +70,43 @@ what XLA runs before the kernel ("XLA passes"). Expect 80 to 90% of a bandwidth-
 
 def main(argv: Sequence[str]) -> None:
     """Checks, predicts or measures, prints."""
-    say = _report.start(argv, as_json=_JSON.value, plot=_PLOT.value)
+    say = report.start(argv, as_json=_JSON.value, plot=_PLOT.value)
     cases = _cases()
-    on_cpu = _report.start_backends() == "cpu"
-    _peers.require(_PEERS.value, on_gpu=jax.default_backend() == "gpu")
+    on_cpu = report.start_backends() == "cpu"
+    peers.require(_PEERS.value, on_gpu=jax.default_backend() == "gpu")
     check_against_oracle()
-    record: dict[str, Any] = {"environment": _report.environment()}
+    record: dict[str, Any] = {"environment": report.environment()}
     if on_cpu:
         predictions = _predict(cases)
         record["predictions"] = [_as_record(p) for p in predictions]
         say(_prediction_text(predictions))
         points = _points(predictions)
         if _CHECK_MODEL.value:
-            with _report.Progress(len(_model_check.PUBLISHED_US), "checking the model") as progress:
-                checks = _model_check.check_model(on_done=lambda job, _: progress.step(job.name))
+            with report.Progress(len(model_check.PUBLISHED_US), "checking the model") as progress:
+                checks = model_check.check_model(on_done=lambda job, _: progress.step(job.name))
             record["model_check"] = [dataclasses.asdict(check) for check in checks]
-            say("\n" + _model_check.format_check(checks))
+            say("\n" + model_check.format_check(checks))
     else:
         record["measured"] = _measure(cases, say)
-        points = {jax.devices()[0].device_kind: _kv_write_measure.lines(record["measured"])}
+        points = {jax.devices()[0].device_kind: kv_write_measure.lines(record["measured"])}
     record |= _baselines(say, on_cpu=on_cpu)
     if _PLOT.value:
-        _report.save_plot(
+        report.save_plot(
             _PLOT.value, points, xlabel="new tokens", ylabel="microseconds", title=_plot_title()
         )
     if _JSON.value:
-        _report.write_json(record)
+        report.write_json(record)
 
 
 def _measure(cases: Sequence[Case], say: Callable[[str], None]) -> list[dict[str, Any]]:
     """The ops on this accelerator; of the cases for several generations those for the first."""
     mine = [case for case in cases if case.generation == cases[0].generation]
     measured = []
-    with _report.Progress(len(mine), "measuring") as progress:
+    with report.Progress(len(mine), "measuring") as progress:
         for case in mine:
-            measured.append(_kv_write_measure.measure_op(case))
+            measured.append(kv_write_measure.measure_op(case))
             progress.step(case.op)
-    say(_kv_write_measure.text(measured, jax.devices()[0].device_kind))
+    say(kv_write_measure.text(measured, jax.devices()[0].device_kind))
     return measured
 
 
@@ -113,20 +118,20 @@ def _baselines(say: Callable[[str], None], *, on_cpu: bool) -> dict[str, Any]:
     def tell(name: str, title: str, rows: list[dict[str, Any]]) -> None:
         found[name] = rows
         say(f"\n{title}, measured on this {jax.devices()[0].device_kind}:")
-        say(_kv_write_measure.baseline_table(rows))
+        say(kv_write_measure.baseline_table(rows))
 
     if _SCATTER.value:
         promises = [False] if on_cpu else [False, True]
-        rows = [_kv_write_measure.measure_scatter(case, x) for case in cases for x in promises]
+        rows = [kv_write_measure.measure_scatter(case, x) for case in cases for x in promises]
         tell("scatter", "The plain-jax scatter", rows)
     if not on_cpu:
-        rows = [_kv_write_measure.measure_copy(case) for case in cases]
+        rows = [kv_write_measure.measure_copy(case) for case in cases]
         tell("copy", "A plain copy of as many bytes", rows)
     if _PEERS.value:
-        with _peers.Child() as run:
+        with peers.Child() as run:
             rows = [
-                _kv_write_measure.as_record(
-                    case, _kv_write_peers.NAMES[peer], run(_kv_write_peers.measure, peer, case)
+                kv_write_measure.as_record(
+                    case, kv_write_peers.NAMES[peer], run(kv_write_peers.measure, peer, case)
                 )
                 for case in cases
                 for peer in _PEERS.value
@@ -137,29 +142,45 @@ def _baselines(say: Callable[[str], None], *, on_cpu: bool) -> dict[str, Any]:
 
 def _cases() -> list[Case]:
     """The cases that the flags name; a token is written by itself, whatever the page size."""
-    _report.require_known("generations", ts.GENERATIONS, _GENERATIONS.value)
-    _report.require_known("ops", OPS, _OPS.value)
+    report.require_known("generations", ts.GENERATIONS, _GENERATIONS.value)
+    report.require_known("ops", OPS, _OPS.value)
     sizes = {}
     for name, given in (("page_sizes", _PAGE_SIZES.value), ("tokens", _TOKENS.value)):
         if not all(value.isdigit() and int(value) for value in given):
             raise app.UsageError(f"--{name} has {','.join(given)!r}; wanted integers >= 1")
         sizes[name] = sorted({int(value) for value in given})
     return [
-        Case(op, generation, page, tokens, _KV_HEADS.value, _HEAD_DIM.value, _DTYPE,
-             is_flat=_FORM.value == "flat")
+        Case(
+            op,
+            generation,
+            page,
+            tokens,
+            _KV_HEADS.value,
+            _HEAD_DIM.value,
+            _DTYPE,
+            is_flat=_FORM.value == "flat",
+        )
         for generation in _GENERATIONS.value
         for tokens in sizes["tokens"]
         for op in _OPS.value
         for page in (sizes["page_sizes"][:1] if op == "token" else sizes["page_sizes"])
         if tokens >= page or op == "token"
-    ]  # fmt: skip
+    ]
 
 
 def _token_case(num_tokens: int) -> Case:
     """Tokens one by one, [T, K, H], as the baselines take them."""
     page_size = min(map(int, _PAGE_SIZES.value))
-    return Case("token", "v6e", page_size, num_tokens, _KV_HEADS.value, _HEAD_DIM.value, _DTYPE,
-                is_flat=False)  # fmt: skip
+    return Case(
+        "token",
+        "v6e",
+        page_size,
+        num_tokens,
+        _KV_HEADS.value,
+        _HEAD_DIM.value,
+        _DTYPE,
+        is_flat=False,
+    )
 
 
 # --- correctness ------------------------------------------------------------------------------
@@ -195,7 +216,7 @@ def _bytes(x: jax.Array) -> np.ndarray:
 
 
 def _predict(cases: Sequence[Case]) -> list[Prediction]:
-    with _report.Progress(len(cases), "compiling") as progress:
+    with report.Progress(len(cases), "compiling") as progress:
         return predict(cases, on_done=lambda job, _: progress.step(job.name))
 
 
@@ -218,9 +239,9 @@ def _prediction_text(predictions: Sequence[Prediction]) -> str:
     parts += [_ASSUMPTIONS.format(generations)]
     for generation in _GENERATIONS.value:
         mine = [p for p in predictions if p.case.generation == generation]
-        parts += [f"\n{generation}", _report.table([_row(p) for p in mine], indent=2)]
+        parts += [f"\n{generation}", report.table([_row(p) for p in mine], indent=2)]
     parts += ["\nTime of page : slice : token, page = 1"]
-    parts += [_report.table(_ratio_rows(predictions), indent=2)]
+    parts += [report.table(_ratio_rows(predictions), indent=2)]
     parts += ["", *_token_sentences(predictions)]
     return "\n".join(parts)
 

@@ -4,8 +4,8 @@
 import jax
 import pytest
 
-from bench._attention_cases import Call, Case, room_for
-from bench._attention_measure import random_inputs
+from bench.cases.attention import Call, Case, room_for
+from bench.measure.attention import random_inputs
 
 _RUNS = {"decode": ((8, 1, 256),), "prefill": ((1, 128, 256),), "mixed": ((8, 1, 256), (1, 64, 64))}
 

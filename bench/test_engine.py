@@ -35,17 +35,27 @@ def test_scheduler_step_with_512_running(benchmark):
 def test_host_work_of_64_decodes(benchmark, monkeypatch):
     """An engine's step without the model: scheduling, packing, two dispatches, commit."""
     model = ModelConfig(
-        vocab_size=512, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2,
-        num_kv_heads=1, head_dim=8,
+        vocab_size=512,
+        hidden_size=16,
+        intermediate_size=16,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
     )
     config = EngineConfig(
-        num_pages=64 * 125, max_model_len=2000, max_num_batched_tokens=2048, max_num_seqs=64,
-        token_buckets=(64, 2048), seq_buckets=(64,),
+        num_pages=64 * 125,
+        max_model_len=2000,
+        max_num_batched_tokens=2048,
+        max_num_seqs=64,
+        token_buckets=(64, 2048),
+        seq_buckets=(64,),
     )
     engine = Engine(random_params(model, 0), model, config)
     logits = jnp.zeros((64, model.vocab_size))
-    monkeypatch.setattr(engine_lib, "run_step", lambda params, kv_pages, packed, **_: (
-        logits, kv_pages))
+    monkeypatch.setattr(
+        engine_lib, "run_step", lambda params, kv_pages, packed, **_: (logits, kv_pages)
+    )
     for i in range(64):
         engine.add_request([i] * 1000, SamplingParams(max_tokens=900))
     while len(engine.step()) < 64:

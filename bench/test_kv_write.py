@@ -4,8 +4,8 @@
 import jax
 import pytest
 
-from bench._kv_write_model import OPS, Case
 from bench.kv_write import random_inputs
+from bench.tpu_model.kv_write import OPS, Case
 
 
 @pytest.mark.parametrize("op", OPS)

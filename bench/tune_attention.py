@@ -21,12 +21,12 @@ from typing import Any
 
 from absl import app, flags
 
-from bench import _report, _tuning
-from bench import _tpu_schedule as ts
-from bench._attention_cases import CASES, PRESETS, Call, Case, room_for
-from bench._attention_model import Prediction, predict
-from bench._tpu_compile import DEVICES, as_if_on
-from pallas_paged.ragged_paged_attention import mosaic_tpu
+from bench import report, tuning
+from bench.cases.attention import CASES, PRESETS, Call, Case, room_for
+from bench.tpu_model import schedule as ts
+from bench.tpu_model.attention import Prediction, predict
+from bench.tpu_model.compile import DEVICES, as_if_on
+from pallas_paged.attention.tpu import launch as mosaic_tpu
 
 # `allow_override`: other commands have flags of these names, and a process may import several.
 _GENERATIONS = flags.DEFINE_list(
@@ -67,7 +67,7 @@ class Trial:
       refusal: first line of the compiler's or the model's sentence.
     """
 
-    config: mosaic_tpu.Config
+    config: mosaic_tpu.TpuAttentionConfig
     predictions: tuple[Prediction, ...] = ()
     refusal: str = ""
 
@@ -91,32 +91,32 @@ class Trial:
 
 def main(argv: Sequence[str]) -> None:
     """Tries, prints, writes."""
-    _report.start(argv, as_json=False, plot=None)
-    _report.require_known("generations", ts.GENERATIONS, _GENERATIONS.value)
-    _report.require_known("presets", PRESETS, _PRESETS.value)
+    report.start(argv, as_json=False, plot=None)
+    report.require_known("generations", ts.GENERATIONS, _GENERATIONS.value)
+    report.require_known("presets", PRESETS, _PRESETS.value)
     if not all(value.isdigit() and int(value) for value in _PAGE_SIZES.value):
         raise app.UsageError(
             f"--page_sizes has {','.join(_PAGE_SIZES.value)!r}; wanted integers >= 1"
         )
-    _report.start_backends()
+    report.start_backends()
     print("Predicted from compiled schedules, as by bench.attention; microseconds.")
     for preset, generation in itertools.product(_PRESETS.value, _GENERATIONS.value):
         for page_size in sorted({int(value) for value in _PAGE_SIZES.value}):
             trials = list(_trials(generation, preset, page_size))
             best = choose(trials)
             print(f"\n{generation}, {preset}, pages of {page_size}")
-            print(_report.table([_row(trial, trial is best) for trial in trials], indent=2))
+            print(report.table([_row(trial, trial is best) for trial in trials], indent=2))
             if _WRITE.value:
-                _tuning.write(DEVICES[generation][0], _OP, entry_of(best), _SHAPE)
+                tuning.write(DEVICES[generation][0], _OP, entry_of(best), _SHAPE)
 
 
 def _trials(generation: str, preset: str, page_size: int) -> Iterator[Trial]:
     call = Call(**PRESETS[preset], page_size=page_size, **room_for(list(CASES.values()), page_size))
     with as_if_on(generation):
         sizes = _GRID if _FULL.value else _likely(call.num_kv_heads)
-        configs = [mosaic_tpu.Config(*size) for size in sizes]
+        configs = [mosaic_tpu.TpuAttentionConfig(*size) for size in sizes]
         configs = [config for config in configs if mosaic_tpu.fits(call.heads, config)]
-    with _report.Progress(len(configs), f"{generation} {preset} {page_size}:") as progress:
+    with report.Progress(len(configs), f"{generation} {preset} {page_size}:") as progress:
         for config in configs:
             cases = [
                 Case(name, generation, runs, dataclasses.replace(call, config=config))
@@ -172,7 +172,7 @@ def _row(trial: Trial, is_best: bool) -> dict[str, str]:
 def entry_of(trial: Trial) -> dict[str, Any]:
     """A trial as an entry of `pallas_paged.tuned`."""
     call = trial.predictions[0].case.call
-    where = _report.environment()
+    where = report.environment()
     return {
         "num_heads": call.num_heads,
         "num_kv_heads": call.num_kv_heads,

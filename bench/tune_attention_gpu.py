@@ -25,10 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from bench import _clock, _report, _tuning
-from bench._attention_cases import SCALES, Call, Case, Runs, room_for
-from bench._attention_measure import random_inputs, step_on_gpu
-from pallas_paged.ragged_paged_attention import mosaic_gpu
+from bench import clock, report, tuning
+from bench.cases.attention import SCALES, Call, Case, Runs, room_for
+from bench.measure.attention import random_inputs, step_on_gpu
+from pallas_paged.attention.gpu import launch as mosaic_gpu
 
 # `allow_override`: other commands have flags of these names, and a process may import several.
 _HEAD_DIMS = flags.DEFINE_list("head_dims", ["128", "64", "256"], "Head dimensions.")
@@ -69,7 +69,7 @@ class Trial:
       refusal: first line of the sentence.
     """
 
-    config: mosaic_gpu.Config
+    config: mosaic_gpu.GpuAttentionConfig
     times_us: dict[str, float] = dataclasses.field(default_factory=dict)
     refusal: str = ""
 
@@ -81,10 +81,10 @@ class Trial:
 
 def main(argv: Sequence[str]) -> None:
     """Searches, prints, writes."""
-    _report.start(argv, as_json=False, plot=None)
-    _report.require_known("head_dims", tuple(map(str, _HEADS)), _HEAD_DIMS.value)
-    _report.require_known("pool_dtypes", ("bfloat16", *SCALES), _POOL_DTYPES.value)
-    if _report.start_backends() != "gpu":
+    report.start(argv, as_json=False, plot=None)
+    report.require_known("head_dims", tuple(map(str, _HEADS)), _HEAD_DIMS.value)
+    report.require_known("pool_dtypes", ("bfloat16", *SCALES), _POOL_DTYPES.value)
+    if report.start_backends() != "gpu":
         raise app.UsageError(
             "the GPU's block sizes are measured on a GPU, and there is none; a TPU's: "
             "python -m bench.tune_attention"
@@ -95,16 +95,19 @@ def main(argv: Sequence[str]) -> None:
     for head_dim, pool_dtype in itertools.product(map(int, _HEAD_DIMS.value), _POOL_DTYPES.value):
         for entry in _tune(call_of(head_dim, pool_dtype), end):
             if _WRITE.value:
-                _tuning.write(kind, _OP, entry, _SHAPE)
+                tuning.write(kind, _OP, entry, _SHAPE)
 
 
 def call_of(head_dim: int, pool_dtype: str) -> Call:
     """The call that stands for all of a head dimension and kind of pool."""
     heads, kv_heads = _HEADS[head_dim]
     return Call(
-        num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, page_size=_PAGE_SIZE.value,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=_PAGE_SIZE.value,
         pool_dtype=None if pool_dtype == "bfloat16" else pool_dtype,
-    )  # fmt: skip
+    )
 
 
 def _tune(call: Call, end: float) -> Iterator[dict[str, Any]]:
@@ -118,7 +121,7 @@ def _tune(call: Call, end: float) -> Iterator[dict[str, Any]]:
         trials = list(_trials(call, name, cases, prefill.config if prefill else None))
         best = choose(trials)
         print(f"\n{title}")
-        print(_report.table([_row(trial, cases, trial is best) for trial in trials], indent=2))
+        print(report.table([_row(trial, cases, trial is best) for trial in trials], indent=2))
         if name == "prefill":
             prefill = best
         else:
@@ -127,7 +130,7 @@ def _tune(call: Call, end: float) -> Iterator[dict[str, Any]]:
 
 
 def _trials(
-    call: Call, name: str, runs: dict[str, Runs], prefill: mosaic_gpu.Config | None
+    call: Call, name: str, runs: dict[str, Runs], prefill: mosaic_gpu.GpuAttentionConfig | None
 ) -> Iterator[Trial]:
     room = room_for(list(runs.values()), call.page_size, is_exact=True)
     call = dataclasses.replace(call, **room)
@@ -136,7 +139,7 @@ def _trials(
     oracle = jax.jit(call.step("oracle"))
     wanted = [oracle(q, pool, *metadata) for pool, q, *metadata in inputs]
     configs = candidates(call, name, prefill)
-    with _report.Progress(len(configs), f"{name}:") as progress:
+    with report.Progress(len(configs), f"{name}:") as progress:
         for config in configs:
             yield _try(call, config, cases, inputs, wanted)
             progress.step(_sizes(config, name))
@@ -153,7 +156,7 @@ def _try(call: Call, config, cases, inputs, wanted) -> Trial:
             error = np.abs(np.asarray(want, np.float32) - np.asarray(got, np.float32)).max()
             if not error <= _TOLERANCE:
                 raise ValueError(f"differs from the oracle by {error:.3g}")
-            timing = _clock.time_kernels(step, [got], (q, pool, *metadata), repeats=_REPEATS)
+            timing = clock.time_kernels(step, [got], (q, pool, *metadata), repeats=_REPEATS)
             times[case.name] = timing.median_us
     except (RuntimeError, ValueError) as e:
         return Trial(config, refusal=str(e).splitlines()[0])
@@ -161,8 +164,8 @@ def _try(call: Call, config, cases, inputs, wanted) -> Trial:
 
 
 def candidates(
-    call: Call, name: str, prefill: mosaic_gpu.Config | None
-) -> list[mosaic_gpu.Config]:
+    call: Call, name: str, prefill: mosaic_gpu.GpuAttentionConfig | None
+) -> list[mosaic_gpu.GpuAttentionConfig]:
     """What a search tries, the formula's first: rings as long as shared memory allows, and shorter.
 
     Args:
@@ -177,16 +180,19 @@ def candidates(
         names = [f.name for f in dataclasses.fields(prefill) if f.name.startswith("prefill")]
         base = dataclasses.replace(base, **{name: getattr(prefill, name) for name in names})
 
-    def make(keys: int, slots: int, raw_slots: int, pipelines: int) -> mosaic_gpu.Config:
+    def make(
+        keys: int, slots: int, raw_slots: int, pipelines: int
+    ) -> mosaic_gpu.GpuAttentionConfig:
         sizes: dict[str, int] = {
-            f"{kernel}_block_keys": keys, f"{kernel}_slots": slots,
+            f"{kernel}_block_keys": keys,
+            f"{kernel}_slots": slots,
             f"{kernel}_raw_slots": raw_slots,
-        }  # fmt: skip
+        }
         if kernel == "decode":
             sizes["decode_pipelines"] = pipelines
         return dataclasses.replace(base, **sizes)
 
-    def most(sizes: Sequence[mosaic_gpu.Config]) -> list[mosaic_gpu.Config]:
+    def most(sizes: Sequence[mosaic_gpu.GpuAttentionConfig]) -> list[mosaic_gpu.GpuAttentionConfig]:
         return [config for config in sizes if fits(call, config)][-1:]
 
     found = [base]
@@ -209,7 +215,7 @@ def candidates(
     return list(dict.fromkeys(found))[:8]
 
 
-def fits(call: Call, config: mosaic_gpu.Config) -> bool:
+def fits(call: Call, config: mosaic_gpu.GpuAttentionConfig) -> bool:
     """Whether shared memory has room for a config's blocks."""
     return not dataclasses.replace(call, config=config).unsupported("mosaic_gpu")
 
@@ -228,10 +234,13 @@ def choose(trials: Sequence[Trial]) -> Trial:
 
 
 def entry_of(
-    call: Call, has_few_seqs: bool, config: mosaic_gpu.Config, times_us: dict[str, float]
+    call: Call,
+    has_few_seqs: bool,
+    config: mosaic_gpu.GpuAttentionConfig,
+    times_us: dict[str, float],
 ) -> dict[str, Any]:
     """An entry of `pallas_paged.tuned`."""
-    where = _report.environment()
+    where = report.environment()
     return {
         "head_dim": call.head_dim,
         "is_quantized": call.pool_dtype is not None,
@@ -253,7 +262,7 @@ def _row(trial: Trial, cases: dict[str, Runs], is_best: bool) -> dict[str, str]:
     return row | {"": "best" if is_best else trial.refusal}
 
 
-def _sizes(config: mosaic_gpu.Config, name: str) -> str:
+def _sizes(config: mosaic_gpu.GpuAttentionConfig, name: str) -> str:
     kernel = name.split(",")[0]
     sizes = [getattr(config, f"{kernel}_{what}") for what in ("block_keys", "slots", "raw_slots")]
     pipelines = config.decode_pipelines if kernel == "decode" else 1

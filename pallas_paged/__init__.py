@@ -1,6 +1,9 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """Paged KV-cache kernels for JAX: write keys and values into pages, attend over them."""
 
+from pallas_paged.attention.api import ragged_paged_attention, write_and_attend
+from pallas_paged.attention.gpu.launch import GpuAttentionConfig
+from pallas_paged.attention.tpu.launch import TpuAttentionConfig
 from pallas_paged.kv_write.api import (
     WriteIndices,
     copy_pages,
@@ -9,12 +12,20 @@ from pallas_paged.kv_write.api import (
     token_write,
     write_indices,
 )
+from pallas_paged.kv_write.gpu.launch import GpuWriteConfig
+from pallas_paged.kv_write.tpu.launch import TpuWriteConfig
 from pallas_paged.layout import make_kv_pages
-from pallas_paged.ragged_paged_attention.api import ragged_paged_attention, write_and_attend
 from pallas_paged.validation import validate
 
+__version__ = "0.1.0"
+
 __all__ = [
+    "GpuAttentionConfig",
+    "GpuWriteConfig",
+    "TpuAttentionConfig",
+    "TpuWriteConfig",
     "WriteIndices",
+    "__version__",
     "copy_pages",
     "make_kv_pages",
     "page_write",

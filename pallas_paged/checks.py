@@ -331,9 +331,15 @@ def require_window(op: str, sliding_window: Any) -> Any:
 
 
 def _require_floats(
-    op: str, argument: str, x: Any, shape: tuple[int, ...], is_good: Callable[[Any], Any],
-    *, wanted: str, hint: str,
-) -> Any:  # fmt: skip
+    op: str,
+    argument: str,
+    x: Any,
+    shape: tuple[int, ...],
+    is_good: Callable[[Any], Any],
+    *,
+    wanted: str,
+    hint: str,
+) -> Any:
     """float32[] of a number, or float32 of an array of floats of `shape`.
 
     `is_good` says of float32 values which are taken; it sees those that are known.

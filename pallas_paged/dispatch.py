@@ -146,9 +146,13 @@ def require_lowering(op: str, backend: str, is_auto: bool, x: jax.Array) -> jax.
       NotImplementedError: when it is lowered; the message says what to do.
     """
     return _require_lowering_p.bind(
-        x, op=op, backend=backend, is_auto=is_auto, traced_for=platform(),
+        x,
+        op=op,
+        backend=backend,
+        is_auto=is_auto,
+        traced_for=platform(),
         knows_tpu=pltpu.is_tpu_device(),
-    )  # fmt: skip
+    )
 
 
 _require_lowering_p = Primitive("require_lowering")

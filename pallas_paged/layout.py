@@ -51,7 +51,7 @@ def num_rows(num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike) -> i
     XLA lays out a `[..., R, 128]` array in tiles of up to 8 rows of 32-bit words. Row counts that
     are one such tile (a power of two of words, up to 8 rows) or whole tiles of 8 rows stay in
     row-major order; others are laid out transposed and copied whole at every call
-    (tests/test_compiled.py reads this off the compiled HLO).
+    (tests/kv_write/test_compiled.py reads this off the compiled HLO).
     """
     used = num_rows_used(num_kv_heads, head_dim)
     smallest = max(2, 4 // jnp.dtype(dtype).itemsize)

@@ -6,7 +6,7 @@ update slice, into one fusion (`DynamicSliceFusionRewriterV2`, on by default sin
 fusion forgets which operand the call updates in place: the call then writes into the array that
 was sliced, which nobody donated, and its result is memory that nobody wrote. It happens in
 `lax.scan` and `lax.map`, for a slice with a constant index as for a traced one, and any sliced
-operand is enough. `tests/xla_slice_fusion.py` reproduces it without this package.
+operand is enough. `tests/package/xla_slice_fusion.py` reproduces it without this package.
 """
 
 from typing import TypeVar

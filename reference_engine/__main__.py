@@ -45,7 +45,8 @@ from reference_engine.weights import random_params
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string(
-    "trace", None,
+    "trace",
+    None,
     "CSV file with columns TIMESTAMP,ContextTokens,GeneratedTokens (the Azure LLM inference traces"
     " have them); without it, requests are drawn from distributions fitted to such a trace.",
 )
@@ -57,37 +58,42 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("page_size", EngineConfig.page_size, "Tokens in a page.")
 flags.DEFINE_integer(
-    "num_pages", 0, "Pages in the pool; 0 for a quarter (generate: all) of what max_num_seqs of the"
+    "num_pages",
+    0,
+    "Pages in the pool; 0 for a quarter (generate: all) of what max_num_seqs of the"
     " longest request would fill.",
 )
 flags.DEFINE_integer(
     "max_num_batched_tokens", EngineConfig.max_num_batched_tokens, "Most new tokens in a step."
 )
+flags.DEFINE_integer("max_num_seqs", EngineConfig.max_num_seqs, "Most requests that run at a time.")
 flags.DEFINE_integer(
-    "max_num_seqs", EngineConfig.max_num_seqs, "Most requests that run at a time."
-)
-flags.DEFINE_integer(
-    "max_deferrals", EngineConfig.max_deferrals,
+    "max_deferrals",
+    EngineConfig.max_deferrals,
     "Most steps in a row that alignment makes a request wait.",
 )
 flags.DEFINE_integer(
-    "long_prefill_token_threshold", EngineConfig.long_prefill_token_threshold,
+    "long_prefill_token_threshold",
+    EngineConfig.long_prefill_token_threshold,
     "Most new tokens of one request in a step while others compete; 0 for no limit.",
 )
 flags.DEFINE_string(
     "kv_write", EngineConfig.kv_write, f"How K and V are written: one of {', '.join(KV_WRITES)}."
 )
 flags.DEFINE_string(
-    "write_backend", EngineConfig.write_backend,
+    "write_backend",
+    EngineConfig.write_backend,
     f"Backend of the writes: one of {', '.join(BACKENDS)}. A CPU interprets mosaic_tpu (right, and"
     " very slow).",
 )
 flags.DEFINE_string(
-    "attention", EngineConfig.attention,
+    "attention",
+    EngineConfig.attention,
     "Backend of the attention, and of the writes with --kv_write=fused; as --write_backend.",
 )
 flags.DEFINE_bool(
-    "page_aligned_scheduling", True,
+    "page_aligned_scheduling",
+    True,
     "End chunks of prefills on page boundaries; which of replay's two runs `explain` prints.",
 )
 flags.DEFINE_bool("enable_prefix_caching", True, "Let requests share pages of common fronts.")
@@ -103,7 +109,9 @@ flags.DEFINE_list("prompt_ids", [], "generate: token ids of a prompt, for want o
 flags.DEFINE_bool("chat", False, "generate: the prompts are a user's turns of one chat each.")
 flags.DEFINE_integer("max_tokens", 64, "generate: most tokens of each completion.")
 flags.DEFINE_integer(
-    "max_model_len", 0, "generate: most tokens of prompt and completion; 0 for 1,024, or what the"
+    "max_model_len",
+    0,
+    "generate: most tokens of prompt and completion; 0 for 1,024, or what the"
     " model was made for if that is less.",
 )
 flags.DEFINE_float("temperature", 0.0, "generate: 0 for greedy.")
@@ -124,8 +132,13 @@ flags.DEFINE_enum("dtype", "auto", ["auto", *DTYPES], "generate: of weights and 
 flags.DEFINE_bool("warm_up", False, "generate: compile every shape first.")
 
 MODEL = ModelConfig(
-    vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4,
-    num_kv_heads=2, head_dim=16,
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
 )
 
 
@@ -161,11 +174,26 @@ def _generate() -> None:
         raise ValueError("--model is missing; wanted the folder of a model")
     if not FLAGS.prompt and not FLAGS.prompt_ids:
         raise ValueError("--prompt is missing; wanted a prompt, or --prompt_ids")
-    fields: dict[str, Any] = {name: FLAGS[name].value for name in (
-        "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
-        "presence_penalty", "frequency_penalty", "bad_words", "n", "stop", "ignore_eos",
-        "include_stop_str_in_output", "skip_special_tokens",
-    )}
+    fields: dict[str, Any] = {
+        name: FLAGS[name].value
+        for name in (
+            "max_tokens",
+            "min_tokens",
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "bad_words",
+            "n",
+            "stop",
+            "ignore_eos",
+            "include_stop_str_in_output",
+            "skip_special_tokens",
+        )
+    }
     params = SamplingParams(**fields)
     with _announced():
         config = _serving_config()
@@ -209,7 +237,8 @@ def _report(llm: LLM, seconds: float) -> None:
     print(
         f"{stats.num_steps:,} steps in {seconds:.1f} s: {stats.num_tokens:,} tokens computed,"
         f" {stats.num_cached:,} found in the cache, {stats.num_padding:,} rows of padding,"
-        f" {stats.num_preemptions} preemptions, {recompiles}", file=sys.stderr,
+        f" {stats.num_preemptions} preemptions, {recompiles}",
+        file=sys.stderr,
     )
 
 
@@ -218,9 +247,16 @@ def _serving_config() -> EngineConfig:
     fields: dict[str, Any] = {
         name: FLAGS[name].value
         for name in (
-            "page_size", "max_num_batched_tokens", "max_num_seqs", "max_deferrals",
-            "long_prefill_token_threshold", "kv_write", "write_backend", "attention",
-            "page_aligned_scheduling", "enable_prefix_caching",
+            "page_size",
+            "max_num_batched_tokens",
+            "max_num_seqs",
+            "max_deferrals",
+            "long_prefill_token_threshold",
+            "kv_write",
+            "write_backend",
+            "attention",
+            "page_aligned_scheduling",
+            "enable_prefix_caching",
         )
     }
     model = read_model_config(FLAGS.model)
@@ -261,9 +297,11 @@ def _replay() -> None:
                     bar.update(sum(output.finish_reason is not None for output in outputs))
 
                 start = time.perf_counter()
-                results.append(replay_lib.replay(
-                    jobs, params, MODEL, _with_alignment(config, aligned), observe=observe
-                ))
+                results.append(
+                    replay_lib.replay(
+                        jobs, params, MODEL, _with_alignment(config, aligned), observe=observe
+                    )
+                )
                 seconds.append(time.perf_counter() - start)
     print(_table(results, seconds))
     comparison = replay_lib.compare(*results)
@@ -290,9 +328,7 @@ def _explain() -> None:
         timeline.observe(step, engine)
 
     with _interpreted(config):
-        replay_lib.replay(
-            jobs, random_params(MODEL, FLAGS.seed), MODEL, config, observe=print_step
-        )
+        replay_lib.replay(jobs, random_params(MODEL, FLAGS.seed), MODEL, config, observe=print_step)
     if FLAGS.plot is not None:
         timeline.save(FLAGS.plot, f"pages of {config.page_size}, {alignment}")
 
@@ -310,7 +346,8 @@ def _make_jobs() -> list[Job]:
     if FLAGS.num_requests < 1:
         raise ValueError(f"--num_requests is {FLAGS.num_requests}; wanted at least 1")
     for name, value in (
-        ("length_scale", FLAGS.length_scale), ("steps_per_second", FLAGS.steps_per_second),
+        ("length_scale", FLAGS.length_scale),
+        ("steps_per_second", FLAGS.steps_per_second),
     ):
         if not 0 < value < float("inf"):
             raise ValueError(f"--{name} is {value}; wanted a number above 0")
@@ -319,8 +356,10 @@ def _make_jobs() -> list[Job]:
     else:
         arrivals = traffic.read_azure_trace(FLAGS.trace, FLAGS.num_requests)
     return replay_lib.make_jobs(
-        traffic.scale_prompts(arrivals, FLAGS.length_scale), vocab_size=MODEL.vocab_size,
-        steps_per_second=FLAGS.steps_per_second, seed=FLAGS.seed,
+        traffic.scale_prompts(arrivals, FLAGS.length_scale),
+        vocab_size=MODEL.vocab_size,
+        steps_per_second=FLAGS.steps_per_second,
+        seed=FLAGS.seed,
     )
 
 
@@ -358,20 +397,22 @@ def _describe(jobs: list[Job], config: EngineConfig) -> str:
     source = FLAGS.trace or f"generator, seed {FLAGS.seed}"
     prompts = [len(job.prompt_ids) for job in jobs]
     scaled = "as recorded" if FLAGS.length_scale == 1 else f"SCALED by {FLAGS.length_scale:g}"
-    return "\n".join([
-        f"traffic  {source}: {len(jobs):,} requests in {jobs[-1].arrival_step + 1:,} steps"
-        f" ({FLAGS.steps_per_second:g} steps a second)",
-        f"         prompts {scaled}: {min(prompts):,} to {max(prompts):,} tokens,"
-        f" {sum(prompts):,} in all; outputs {sum(job.max_tokens for job in jobs):,} in all",
-        f"model    random weights, {MODEL.num_layers} layers, {MODEL.num_heads} query heads on"
-        f" {MODEL.num_kv_heads} KV heads of {MODEL.head_dim}, {MODEL.vocab_size} token ids,"
-        f" {MODEL.dtype}, on {jax.default_backend()}",
-        f"engine   page_size {config.page_size}, {config.num_pages:,} pages, at most"
-        f" {config.max_num_batched_tokens} tokens and {config.max_num_seqs} requests a step,"
-        f" {_describe_writes(config)}, attention by {config.attention}",
-        f"         {describe_shapes(config)}",
-        "",
-    ])
+    return "\n".join(
+        [
+            f"traffic  {source}: {len(jobs):,} requests in {jobs[-1].arrival_step + 1:,} steps"
+            f" ({FLAGS.steps_per_second:g} steps a second)",
+            f"         prompts {scaled}: {min(prompts):,} to {max(prompts):,} tokens,"
+            f" {sum(prompts):,} in all; outputs {sum(job.max_tokens for job in jobs):,} in all",
+            f"model    random weights, {MODEL.num_layers} layers, {MODEL.num_heads} query heads on"
+            f" {MODEL.num_kv_heads} KV heads of {MODEL.head_dim}, {MODEL.vocab_size} token ids,"
+            f" {MODEL.dtype}, on {jax.default_backend()}",
+            f"engine   page_size {config.page_size}, {config.num_pages:,} pages, at most"
+            f" {config.max_num_batched_tokens} tokens and {config.max_num_seqs} requests a step,"
+            f" {_describe_writes(config)}, attention by {config.attention}",
+            f"         {describe_shapes(config)}",
+            "",
+        ]
+    )
 
 
 def _describe_writes(config: EngineConfig) -> str:
@@ -387,12 +428,15 @@ def _table(results: list[Result], seconds: list[float]) -> str:
         rows.append((label, *values))
 
     for label, name in (
-        ("steps", "num_steps"), ("tokens computed", "num_tokens"),
+        ("steps", "num_steps"),
+        ("tokens computed", "num_tokens"),
         ("whole pages written", "num_whole_pages"),
         ("partial pages, by prefills", "num_prefill_partials"),
         ("partial pages, by decodes", "num_decode_partials"),
-        ("slices (whole and partial)", "num_slices"), ("deferrals", "num_deferrals"),
-        ("preemptions", "num_preemptions"), ("tokens found in the prefix cache", "num_cached"),
+        ("slices (whole and partial)", "num_slices"),
+        ("deferrals", "num_deferrals"),
+        ("preemptions", "num_preemptions"),
+        ("tokens found in the prefix cache", "num_cached"),
     ):
         add(label, (f"{getattr(result, name):,}" for result in results))
     for percentile in (50, 99):
@@ -408,16 +452,18 @@ def _comparison(c: Comparison) -> str:
     logits = f"{c.num_equal_logits:,} of {c.num_outputs:,} rows, bit for bit"
     if c.num_equal_logits != c.num_outputs:
         logits += f"; the largest difference is {c.max_logit_difference:.3g}"
-    return "\n".join([
-        "",
-        "equal in both runs",
-        f"  generated tokens   {c.num_equal_tokens:,} of {c.num_outputs:,}",
-        f"  logits             {logits}",
-        f"  live pool bytes    {c.num_equal_pools:,} of {c.num_requests:,} requests, each at its"
-        " end, bit for bit",
-        f"  diversity          {c.num_distinct_tokens} of {MODEL.vocab_size} token ids generated;"
-        f" {c.num_distinct_outputs} different outputs of {c.num_requests} requests",
-    ])
+    return "\n".join(
+        [
+            "",
+            "equal in both runs",
+            f"  generated tokens   {c.num_equal_tokens:,} of {c.num_outputs:,}",
+            f"  logits             {logits}",
+            f"  live pool bytes    {c.num_equal_pools:,} of {c.num_requests:,} requests, each at "
+            "its end, bit for bit",
+            f"  diversity          {c.num_distinct_tokens} of {MODEL.vocab_size} token ids "
+            f"generated; {c.num_distinct_outputs} different outputs of {c.num_requests} requests",
+        ]
+    )
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

@@ -17,9 +17,7 @@ from reference_engine.checkpoint import import_extra, read_object
 
 CONFIG = "tokenizer_config.json"
 # The names that every tokenizer knows, in the order in which transformers adds their tokens.
-NAMES = (
-    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"
-)  # fmt: skip
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -138,11 +136,13 @@ def _special_tokens(
     is_older = file.name != CONFIG and field == "extra_special_tokens"
     return named, [
         _token(
-            file, f"`{field}`[{i}]", value,
+            file,
+            f"`{field}`[{i}]",
+            value,
             special=is_older or not isinstance(value, dict) or "__type" not in value,
         )
         for i, value in enumerate(values)
-    ]  # fmt: skip
+    ]
 
 
 def _own(settings: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,8 @@ def describe_shapes(config: EngineConfig) -> str:
 def choose_shape(num_tokens: int, num_seqs: int, config: EngineConfig) -> BatchShape:
     """The smallest shape that holds a step."""
     return min(
-        shape for shape in batch_shapes(config)
+        shape
+        for shape in batch_shapes(config)
         if shape.num_tokens >= num_tokens and shape.num_seqs >= num_seqs
     )
 
@@ -181,9 +182,7 @@ def _shape(num_tokens: int, num_seqs: int, config: EngineConfig) -> BatchShape:
         num_tokens,
         num_seqs,
         num_page_writes=whole if config.kv_write == "pages" else 0,
-        num_slices={"pages": ends, "slices": min(num_tokens, whole + ends)}.get(
-            config.kv_write, 0
-        ),
+        num_slices={"pages": ends, "slices": min(num_tokens, whole + ends)}.get(config.kv_write, 0),
         num_slots=num_tokens if config.kv_write == "tokens" else 0,
     )
 

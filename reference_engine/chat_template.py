@@ -26,9 +26,16 @@ _OF_PARTS = ("map", "selectattr", "rejectattr")  # filters that only a list of p
 _OF_LISTS = ("list", "select", "reject", "reverse", "default", "d")
 # Arguments of transformers' method that have no meaning for one that returns a text.
 _NOT_SERVED = (
-    "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
-    "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens",
-)  # fmt: skip
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+    "sanitize_control_tokens",
+)
 # Stands behind the message that is to go on, until the text has been cut there. The space at its
 # end says whether the template strips the message.
 _CUT = "<<the-message-goes-on-here>> "
@@ -200,14 +207,20 @@ def _environment() -> Any:
         raise jinja2.TemplateError(message)
 
     def to_json(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: Any = None,
+        separators: Any = None,
         sort_keys: bool = False,
-    ) -> str:  # fmt: skip
+    ) -> str:
         # Jinja's own escapes what HTML must escape.
         return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
             sort_keys=sort_keys,
-        )  # fmt: skip
+        )
 
     sandbox = import_extra("jinja2.sandbox").ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
@@ -290,9 +303,10 @@ def _text_part(part: Any, where: str) -> dict[str, Any]:
 def is_object(value: Any) -> bool:
     """Whether it becomes an object as JSON has it: a dict, a dataclass or a pydantic model."""
     return (
-        isinstance(value, Mapping) or callable(getattr(value, "model_dump", None))
+        isinstance(value, Mapping)
+        or callable(getattr(value, "model_dump", None))
         or dataclasses.is_dataclass(value)
-    ) and not isinstance(value, type)  # fmt: skip
+    ) and not isinstance(value, type)
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -425,9 +439,11 @@ def _takes_parts(template: ChatTemplate) -> bool:
 
     def is_part(node: Any) -> bool:
         return (
-            isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const)
-            and type(node.arg.value) is int and is_content(node.node)
-        )  # fmt: skip
+            isinstance(node, nodes.Getitem)
+            and isinstance(node.arg, nodes.Const)
+            and type(node.arg.value) is int
+            and is_content(node.node)
+        )
 
     pairs = list(_bindings(tree, nodes))
     for _ in pairs:  # at the most so many steps

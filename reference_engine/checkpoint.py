@@ -91,8 +91,10 @@ class _Fields:
         value = self.raw.get(name)
         kind = isinstance(value, bool)
         if not any(value == one and kind == isinstance(one, bool) for one in served):
-            _fail(self.file, f"`{name}` is {repr(value)[:200]}; only {served[0]!r} is served"
-                             f"{self._where}")
+            _fail(
+                self.file,
+                f"`{name}` is {repr(value)[:200]}; only {served[0]!r} is served{self._where}",
+            )
 
 
 def read_model_config(path: str | pathlib.Path, dtype: str = "auto") -> ModelConfig:
@@ -114,7 +116,8 @@ def read_model_config(path: str | pathlib.Path, dtype: str = "auto") -> ModelCon
     name, family = _family(fields)
     for field, *served in (
         ("hidden_act", "silu", "swish", *(() if "hidden_act" in fields else (None,))),
-        ("quantization_config", None), ("partial_rotary_factor", 1, None),
+        ("quantization_config", None),
+        ("partial_rotary_factor", 1, None),
     ):
         fields.only(field, *served)
     _refuse_windows(fields, name, fields.whole("num_hidden_layers"))
@@ -198,11 +201,17 @@ def find_tensors(
                     _fail(file, f"tensor `{name}` is in {placed[name].name} too")
                 view = tensors.get_slice(name)
                 if tuple(view.get_shape()) != shapes[name]:
-                    _fail(file, f"tensor `{name}` has shape {tuple(view.get_shape())}; the config"
-                                f" makes it {shapes[name]}")
+                    _fail(
+                        file,
+                        f"tensor `{name}` has shape {tuple(view.get_shape())}; the config"
+                        f" makes it {shapes[name]}",
+                    )
                 if view.get_dtype() not in _FLOAT_DTYPES:
-                    _fail(file, f"tensor `{name}` is {view.get_dtype()}; wanted one of"
-                                f" {', '.join(_FLOAT_DTYPES)}")
+                    _fail(
+                        file,
+                        f"tensor `{name}` is {view.get_dtype()}; wanted one of"
+                        f" {', '.join(_FLOAT_DTYPES)}",
+                    )
                 placed[name] = file
                 files.setdefault(file, []).append(name)
     missing = [name for name in wanted if name not in placed and twins.get(name) not in placed]
@@ -258,16 +267,21 @@ def _weight_map(folder: pathlib.Path) -> _WeightMap:
     if named is not None:
         weights = index = folder / named
         if not weights.is_file():
-            raise FileNotFoundError(2, "config.json's `transformers_weights` names it, but there"
-                                       " is no such file", str(weights))
+            raise FileNotFoundError(
+                2,
+                "config.json's `transformers_weights` names it, but there is no such file",
+                str(weights),
+            )
     if weights.is_file() and weights.suffix != ".json":
         return _WeightMap(weights, {}, [weights])
     if not index.is_file():
         kinds = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
         found = sorted(file.name for file in folder.iterdir() if file.suffix in kinds)
         raise FileNotFoundError(
-            2, f"no {_WEIGHTS} and no {_INDEX}, which alone are read; there is"
-            f" {', '.join(found) or 'no *.safetensors file'}", str(folder),
+            2,
+            f"no {_WEIGHTS} and no {_INDEX}, which alone are read; there is"
+            f" {', '.join(found) or 'no *.safetensors file'}",
+            str(folder),
         )
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -325,8 +339,11 @@ def _family(fields: _Fields) -> tuple[str, _Family]:
         not architectures or any(one in _ARCHITECTURES for one in architectures)
     )
     if not isinstance(name, str) or name not in _FAMILIES or not is_known:
-        _fail(fields.file, f"`model_type` is {name!r} and `architectures` {architectures!r}; served"
-                           f" are {', '.join(_ARCHITECTURES)}")
+        _fail(
+            fields.file,
+            f"`model_type` is {name!r} and `architectures` {architectures!r}; served"
+            f" are {', '.join(_ARCHITECTURES)}",
+        )
     return name, _FAMILIES[name]
 
 
@@ -364,8 +381,11 @@ def _head_dim(fields: _Fields, width: int, heads: int, family: _Family) -> int:
     if default is None or "head_dim" in fields:
         default = width // heads
         if fields.raw.get("head_dim") is None and width % heads:
-            fields.fail("head_dim", f"a number, as `hidden_size`, {width}, is no multiple of"
-                                    f" `num_attention_heads`, {heads}")
+            fields.fail(
+                "head_dim",
+                f"a number, as `hidden_size`, {width}, is no multiple of"
+                f" `num_attention_heads`, {heads}",
+            )
     head_dim = fields.whole("head_dim", default)
     if head_dim % 2:
         name = "hidden_size" if fields.raw.get("head_dim") is None else "head_dim"
@@ -390,8 +410,11 @@ def _rope(fields: _Fields) -> tuple[RopeScaling, float]:
     kind_name = "type" if given.get("rope_type") is None else "rope_type"
     kind = "default" if given.get(kind_name) is None else given[kind_name]
     if kind not in KINDS:
-        _fail(fields.file, f"RoPE of type {kind!r} is not served; {', '.join(KINDS)} are"
-                           f" (`{kind_name}` in `{inside}`)")
+        _fail(
+            fields.file,
+            f"RoPE of type {kind!r} is not served; {', '.join(KINDS)} are"
+            f" (`{kind_name}` in `{inside}`)",
+        )
     inner.only("partial_rotary_factor", 1, None)
     holder = inner if "rope_theta" in inner else fields
     theta = float(holder.number("rope_theta", None if "rope_theta" in holder else 10_000.0))

@@ -64,22 +64,38 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
-            "num_kv_heads", "head_dim",
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
         ):
             object.__setattr__(self, name, _whole("ModelConfig", name, getattr(self, name), low=1))
         require(
-            self.num_heads % self.num_kv_heads == 0, "ModelConfig", "num_heads",
-            got=f"{self.num_heads}", wanted=f"a multiple of num_kv_heads={self.num_kv_heads}",
+            self.num_heads % self.num_kv_heads == 0,
+            "ModelConfig",
+            "num_heads",
+            got=f"{self.num_heads}",
+            wanted=f"a multiple of num_kv_heads={self.num_kv_heads}",
             hint="give every KV head the same number of query heads",
         )
         require(
-            self.head_dim % 2 == 0, "ModelConfig", "head_dim", got=f"{self.head_dim}",
-            wanted="an even number", hint="RoPE rotates the two halves of a head",
+            self.head_dim % 2 == 0,
+            "ModelConfig",
+            "head_dim",
+            got=f"{self.head_dim}",
+            wanted="an even number",
+            hint="RoPE rotates the two halves of a head",
         )
         require(
-            self.dtype in DTYPES, "ModelConfig", "dtype", got=f"{self.dtype!r}",
-            wanted=f"one of {DTYPES}", hint="weights of another dtype are cast as they are read",
+            self.dtype in DTYPES,
+            "ModelConfig",
+            "dtype",
+            got=f"{self.dtype!r}",
+            wanted=f"one of {DTYPES}",
+            hint="weights of another dtype are cast as they are read",
         )
 
 
@@ -134,7 +150,11 @@ class EngineConfig:
 
     def __post_init__(self):
         for name in (
-            "page_size", "num_pages", "max_model_len", "max_num_batched_tokens", "max_num_seqs",
+            "page_size",
+            "num_pages",
+            "max_model_len",
+            "max_num_batched_tokens",
+            "max_num_seqs",
         ):
             self._set(name, _whole("EngineConfig", name, getattr(self, name), low=1))
         for name in ("long_prefill_token_threshold", "max_deferrals"):
@@ -142,13 +162,21 @@ class EngineConfig:
         for name in ("page_aligned_scheduling", "enable_prefix_caching", "return_logits"):
             value = getattr(self, name)
             require(
-                isinstance(value, bool | np.bool_), "EngineConfig", name, got=f"{value!r}",
-                wanted="True or False", hint="numbers and strings are not taken for it",
+                isinstance(value, bool | np.bool_),
+                "EngineConfig",
+                name,
+                got=f"{value!r}",
+                wanted="True or False",
+                hint="numbers and strings are not taken for it",
             )
             self._set(name, bool(value))
         require(
-            self.kv_write in KV_WRITES, "EngineConfig", "kv_write", got=f"{self.kv_write!r}",
-            wanted=f"one of {KV_WRITES}", hint="pages is the page-granular form",
+            self.kv_write in KV_WRITES,
+            "EngineConfig",
+            "kv_write",
+            got=f"{self.kv_write!r}",
+            wanted=f"one of {KV_WRITES}",
+            hint="pages is the page-granular form",
         )
         self._check_backends()
         self._check_buckets("token_buckets", self.max_num_batched_tokens)
@@ -163,12 +191,18 @@ class EngineConfig:
         for name in ("write_backend", "attention"):
             value = getattr(self, name)
             require(
-                value in BACKENDS, "EngineConfig", name, got=f"{value!r}",
-                wanted=f"one of {BACKENDS}", hint="auto takes the fastest that runs here",
+                value in BACKENDS,
+                "EngineConfig",
+                name,
+                got=f"{value!r}",
+                wanted=f"one of {BACKENDS}",
+                hint="auto takes the fastest that runs here",
             )
         require(
             self.kv_write != "fused" or self.write_backend in ("auto", self.attention),
-            "EngineConfig", "write_backend", got=f"{self.write_backend!r}",
+            "EngineConfig",
+            "write_backend",
+            got=f"{self.write_backend!r}",
             wanted=f"'auto' or attention={self.attention!r}, as kv_write is 'fused'",
             hint="one call writes and attends: name its backend in attention",
         )
@@ -181,7 +215,9 @@ class EngineConfig:
         rising = sorted({bucket for bucket in buckets if bucket is not None and bucket >= 1})
         require(
             bool(rising) and tuple(rising) == buckets and rising[-1] >= largest,
-            "EngineConfig", name, got=f"{given!r}",
+            "EngineConfig",
+            name,
+            got=f"{given!r}",
             wanted=f"a rising tuple of positive sizes, the last of them at least {largest}",
             hint=f"({largest},) is the smallest such tuple",
         )
@@ -191,13 +227,18 @@ class EngineConfig:
         budget, page_size = self.max_num_batched_tokens, self.page_size
         threshold = self.long_prefill_token_threshold
         require(
-            budget >= page_size, "EngineConfig", "max_num_batched_tokens", got=f"{budget}",
+            budget >= page_size,
+            "EngineConfig",
+            "max_num_batched_tokens",
+            got=f"{budget}",
             wanted=f"at least page_size={page_size}",
             hint="no step could ever fill a page: raise it, or turn page_aligned_scheduling off",
         )
         require(
-            threshold == 0 or threshold >= page_size, "EngineConfig",
-            "long_prefill_token_threshold", got=f"{threshold}",
+            threshold == 0 or threshold >= page_size,
+            "EngineConfig",
+            "long_prefill_token_threshold",
+            got=f"{threshold}",
             wanted=f"0 or at least page_size={page_size}",
             hint="a chunk below a page can never end on its boundary",
         )
@@ -229,7 +270,10 @@ def _whole(where: str, name: str, given: object, *, low: int) -> int:
     """The number as Python's; numpy's and jax's are taken."""
     value = as_int(given)
     require(
-        value is not None and value >= low, where, name, got=f"{given!r}",
+        value is not None and value >= low,
+        where,
+        name,
+        got=f"{given!r}",
         wanted=f"an int >= {low}",
         hint="pass a positive whole number" if low else "pass 0 to turn it off",
     )

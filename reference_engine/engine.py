@@ -101,8 +101,15 @@ class Stats:
 
 
 def model_step(
-    params: Params, kv_pages: jax.Array, packed: jax.Array, *, spec: Spec, model: ModelConfig,
-    kv_write: str, write_backend: str, attention: str,
+    params: Params,
+    kv_pages: jax.Array,
+    packed: jax.Array,
+    *,
+    spec: Spec,
+    model: ModelConfig,
+    kv_write: str,
+    write_backend: str,
+    attention: str,
 ) -> tuple[jax.Array, jax.Array]:
     """The model's step as one program with one input from the host.
 
@@ -117,8 +124,13 @@ def model_step(
       Logits of each sequence's last new token, f32[S, vocab_size], and the pool.
     """
     return forward(
-        params, kv_pages, Batch(*unpack(packed, spec)), config=model, kv_write=kv_write,
-        write_backend=write_backend, attention=attention,
+        params,
+        kv_pages,
+        Batch(*unpack(packed, spec)),
+        config=model,
+        kv_write=kv_write,
+        write_backend=write_backend,
+        attention=attention,
     )
 
 
@@ -134,8 +146,10 @@ _COMPILER_OPTIONS = {
 def jitted_step(platform: str) -> Any:
     """`model_step`, the pool donated, compiled as is best for a platform."""
     return jax.jit(
-        model_step, static_argnames=("spec", "model", "kv_write", "write_backend", "attention"),
-        donate_argnames=("kv_pages",), compiler_options=_COMPILER_OPTIONS.get(platform),
+        model_step,
+        static_argnames=("spec", "model", "kv_write", "write_backend", "attention"),
+        donate_argnames=("kv_pages",),
+        compiler_options=_COMPILER_OPTIONS.get(platform),
     )
 
 
@@ -148,7 +162,10 @@ def run_step(
 
 
 def _outputs(
-    plan: StepPlan, tokens: list[int], extras: list, finished: Sequence[Request],
+    plan: StepPlan,
+    tokens: list[int],
+    extras: list,
+    finished: Sequence[Request],
     aborted: Set[int],
 ) -> list[Output]:
     """Of every request that got a token and is there to take it."""
@@ -160,9 +177,7 @@ def _outputs(
     ]
 
 
-def next_tokens(
-    logits: jax.Array, requests: Sequence[Request], max_model_len: int
-) -> jax.Array:
+def next_tokens(logits: jax.Array, requests: Sequence[Request], max_model_len: int) -> jax.Array:
     """The next token of each row: f32[S, V] -> i32[S].
 
     A batch pays for what one of its requests asks for and for nothing else: what changes logits,
@@ -252,9 +267,7 @@ class Engine:
         """Whether a request is waiting or running."""
         return bool(self.scheduler.waiting or self.scheduler.running)
 
-    def add_request(
-        self, prompt_ids: Sequence[int], params: SamplingParams | None = None
-    ) -> int:
+    def add_request(self, prompt_ids: Sequence[int], params: SamplingParams | None = None) -> int:
         """Queues a prompt and returns the request's id.
 
         Raises:
@@ -272,16 +285,17 @@ class Engine:
             drawn = np.random.SeedSequence([self._seed, self._next_id]).generate_state(1, np.uint64)
             seed = int(drawn.view(np.int64)[0])
         request = Request(
-            self._next_id, tuple(map(int, prompt_ids)), params, stop_ids=self._eos_ids(params),
+            self._next_id,
+            tuple(map(int, prompt_ids)),
+            params,
+            stop_ids=self._eos_ids(params),
             seed=seed or 0,
         )
         self._next_id += 1
         self.scheduler.add(request)
         return request.request_id
 
-    def abort(
-        self, request_id: int, reason: FinishReason = FinishReason.ABORT
-    ) -> Request | None:
+    def abort(self, request_id: int, reason: FinishReason = FinishReason.ABORT) -> Request | None:
         """Ends a request now and frees its pages; returns it, None if no such request is alive.
 
         No output of it comes any more. It may be called at any time, also by callbacks, finalizers
@@ -447,8 +461,13 @@ class Engine:
         """Dispatches the model's step; its logits, and the pool that takes the engine's place."""
         packed, spec = pack(batch)
         return run_step(
-            self._params, self._kv_pages, packed, spec=spec, model=self.model_config,
-            kv_write=self.config.kv_write, write_backend=self.config.write_backend,
+            self._params,
+            self._kv_pages,
+            packed,
+            spec=spec,
+            model=self.model_config,
+            kv_write=self.config.kv_write,
+            write_backend=self.config.write_backend,
             attention=self.config.attention,
         )
 
@@ -470,12 +489,11 @@ class Engine:
             extras.append((rows[i], found))
         return extras
 
-    def _commit(
-        self, plan: StepPlan, tokens: list[int], extras: list
-    ) -> None:
+    def _commit(self, plan: StepPlan, tokens: list[int], extras: list) -> None:
         new_tokens = {
             segment.request_id: token
-            for segment, token in zip(plan.segments, tokens, strict=True) if segment.samples
+            for segment, token in zip(plan.segments, tokens, strict=True)
+            if segment.samples
         }
         before = None
         try:
@@ -518,30 +536,48 @@ class Engine:
         """Raises the ValueError that `add_request` would, and changes nothing."""
         op, config = "Engine.add_request", self.config
         require(
-            isinstance(params, SamplingParams), op, "params", got=f"{params!r}",
-            wanted="SamplingParams", hint="or None for greedy ones",
+            isinstance(params, SamplingParams),
+            op,
+            "params",
+            got=f"{params!r}",
+            wanted="SamplingParams",
+            hint="or None for greedy ones",
         )
         require(
-            hasattr(prompt, "__len__") and not isinstance(prompt, bytes | bytearray | Mapping), op,
-            "prompt_ids", got=f"{prompt!r}", wanted="a list of token ids",
+            hasattr(prompt, "__len__") and not isinstance(prompt, bytes | bytearray | Mapping),
+            op,
+            "prompt_ids",
+            got=f"{prompt!r}",
+            wanted="a list of token ids",
             hint="an Engine takes no text",
         )
         require(
-            len(prompt) > 0, op, "prompt_ids", got="empty", wanted="at least one token id",
+            len(prompt) > 0,
+            op,
+            "prompt_ids",
+            got="empty",
+            wanted="at least one token id",
             hint="start the prompt with the model's beginning-of-text token",
         )
         vocab_size = self.model_config.vocab_size
         wrong = [
-            f"{token!r} at index {i}" for i, token in enumerate(prompt)
+            f"{token!r} at index {i}"
+            for i, token in enumerate(prompt)
             if (type(token) is not int and as_int(token) is None) or not 0 <= token < vocab_size
         ]
         require(
-            not wrong, op, "prompt_ids", got=", ".join(wrong[:1]),
+            not wrong,
+            op,
+            "prompt_ids",
+            got=", ".join(wrong[:1]),
             wanted=f"whole numbers in [0, {vocab_size})",
             hint="use the tokenizer that the model came with",
         )
         require(
-            len(prompt) < config.max_model_len, op, "prompt_ids", got=f"{len(prompt)} tokens long",
+            len(prompt) < config.max_model_len,
+            op,
+            "prompt_ids",
+            got=f"{len(prompt)} tokens long",
             wanted=f"fewer than max_model_len={config.max_model_len}",
             hint="shorten it, or raise max_model_len",
         )
@@ -550,31 +586,49 @@ class Engine:
         longest = min(len(prompt) + most, config.max_model_len) - 1
         num_pages = num_pages_for(longest, config.page_size)
         require(
-            num_pages <= config.num_pages, op, "prompt_ids",
+            num_pages <= config.num_pages,
+            op,
+            "prompt_ids",
             got=f"{len(prompt)} tokens long with max_tokens={params.max_tokens}: up to"
-            f" {num_pages} pages", wanted=f"at most the pool's {config.num_pages} pages",
+            f" {num_pages} pages",
+            wanted=f"at most the pool's {config.num_pages} pages",
             hint="lower max_tokens, shorten the prompt, or raise num_pages",
         )
         params.check_ids(op, vocab_size)
         require(
-            params.n == 1, op, "n", got=f"{params.n}", wanted="1",
+            params.n == 1,
+            op,
+            "n",
+            got=f"{params.n}",
+            wanted="1",
             hint="LLM.generate returns n outputs; an Engine takes a request for each",
         )
         num_stops = len(self._eos_ids(params) | set(params.stop_token_ids))
         require(
-            params.min_tokens == 0 or num_stops <= MAX_STOP_IDS, op, "stop_token_ids",
-            got=f"{num_stops} ids, the model's own included", wanted=f"at most {MAX_STOP_IDS}"
-            " with min_tokens", hint="name fewer, or leave min_tokens at 0",
+            params.min_tokens == 0 or num_stops <= MAX_STOP_IDS,
+            op,
+            "stop_token_ids",
+            got=f"{num_stops} ids, the model's own included",
+            wanted=f"at most {MAX_STOP_IDS} with min_tokens",
+            hint="name fewer, or leave min_tokens at 0",
         )
 
 
 def _check_numbers(seed: int, eos_token_ids: Sequence[int]) -> None:
     seed_number, eos = as_int(seed), [as_int(token) for token in eos_token_ids]
     require(
-        seed_number is not None and seed_number >= 0, "Engine", "seed", got=f"{seed!r}",
-        wanted="an int >= 0", hint="it is for requests without a seed of their own",
+        seed_number is not None and seed_number >= 0,
+        "Engine",
+        "seed",
+        got=f"{seed!r}",
+        wanted="an int >= 0",
+        hint="it is for requests without a seed of their own",
     )
     require(
-        all(token is not None and 0 <= token < 2**31 for token in eos), "Engine", "eos_token_ids",
-        got=f"{eos_token_ids!r}", wanted="ids in [0, 2**31)", hint="() for none",
+        all(token is not None and 0 <= token < 2**31 for token in eos),
+        "Engine",
+        "eos_token_ids",
+        got=f"{eos_token_ids!r}",
+        wanted="ids in [0, 2**31)",
+        hint="() for none",
     )

@@ -56,7 +56,10 @@ class Timeline:
         self._jobs, self._budget = jobs, budget
         # kind -> (step, request) of every mark
         self._marks: dict[str, list[tuple[int, int]]] = {
-            "prefill": [], "decode": [], "deferred": [], "preempted": [],
+            "prefill": [],
+            "decode": [],
+            "deferred": [],
+            "preempted": [],
         }
         self._tokens: list[tuple[int, int, int]] = []  # step, of prefills, of decodes
 
@@ -84,13 +87,16 @@ class Timeline:
         figure_class = import_figure()
         figure = figure_class(figsize=(11, 6), dpi=150, layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-        looks = {"prefill": ("s", "C0"), "decode": ("|", "C2"), "deferred": ("x", "C3"),
-                 "preempted": ("v", "C1")}
+        looks = {
+            "prefill": ("s", "C0"),
+            "decode": ("|", "C2"),
+            "deferred": ("x", "C3"),
+            "preempted": ("v", "C1"),
+        }
         for kind, marks in self._marks.items():
             marker, color = looks[kind]
             if marks:
-                above.plot(*zip(*marks, strict=True), marker, color=color, label=kind,
-                           markersize=4)
+                above.plot(*zip(*marks, strict=True), marker, color=color, label=kind, markersize=4)
         above.set(ylabel="request", title=title)
         above.invert_yaxis()
         above.legend(loc="upper right")

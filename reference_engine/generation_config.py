@@ -12,7 +12,9 @@ from reference_engine.request import SamplingParams
 
 # generation_config.json's field -> SamplingParams': those that hold, and those of do_sample.
 _ALWAYS = {
-    "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop",
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_strings": "stop",
     "num_return_sequences": "n",
 } | {name: name for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")}
 _SAMPLED = ("temperature", "top_k", "top_p", "min_p")
@@ -20,14 +22,33 @@ _SAMPLED = ("temperature", "top_k", "top_p", "min_p")
 # they change nothing (None, or none of it, beside that). Not here is what only concerns speed,
 # other outputs, beams' scores, encoders' models, or max_length, for which EngineConfig has a bound.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,), "num_beam_groups": (1,), "diversity_penalty": (0,), "constraints": (),
-    "force_words_ids": (), "penalty_alpha": (0,), "dola_layers": (), "typical_p": (1,),
-    "top_h": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "encoder_repetition_penalty": (1,),
-    "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "bad_words_ids": (),
-    "suppress_tokens": (), "begin_suppress_tokens": (), "forced_bos_token_id": (),
-    "forced_eos_token_id": (), "forced_decoder_ids": (), "exponential_decay_length_penalty": (),
-    "sequence_bias": (), "token_healing": (False,), "guidance_scale": (1,),
-    "watermarking_config": (), "min_length": (0, 1), "max_time": (),
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0,),
+    "constraints": (),
+    "force_words_ids": (),
+    "penalty_alpha": (0,),
+    "dola_layers": (),
+    "typical_p": (1,),
+    "top_h": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "encoder_repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "bad_words_ids": (),
+    "suppress_tokens": (),
+    "begin_suppress_tokens": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "forced_decoder_ids": (),
+    "exponential_decay_length_penalty": (),
+    "sequence_bias": (),
+    "token_healing": (False,),
+    "guidance_scale": (1,),
+    "watermarking_config": (),
+    "min_length": (0, 1),
+    "max_time": (),
 }
 
 

@@ -205,8 +205,11 @@ class LLM:
         elif fields:
             config = dataclasses.replace(config, **fields)
         require(
-            longest is None or config.max_model_len <= longest, "LLM", "max_model_len",
-            got=f"{config.max_model_len}", wanted=f"at most the model's {longest}",
+            longest is None or config.max_model_len <= longest,
+            "LLM",
+            "max_model_len",
+            got=f"{config.max_model_len}",
+            wanted=f"at most the model's {longest}",
             hint="lower EngineConfig.max_model_len: config.json's max_position_embeddings and RoPE"
             " scaling reach no further",
         )
@@ -219,7 +222,10 @@ class LLM:
         with progress.bar(num_tensors, "loading", "tensor", shown=use_tqdm) as bar:
             params = load_params(folder, shape, on_tensor=lambda _: bar.update())
         self.engine = Engine(
-            params, shape, config, eos_token_ids=self._generation["eos_token_id"],
+            params,
+            shape,
+            config,
+            eos_token_ids=self._generation["eos_token_id"],
             seed=0 if seed is None else seed,
         )
         self._streams: dict[int, _Stream] = {}
@@ -271,8 +277,9 @@ class LLM:
         ids = self._add(jobs, is_live=False)
         streams = [self._streams[i] for i in ids]
         try:
-            with progress.bar(len(ids), "generating", "request",
-                              shown=use_tqdm and self._use_tqdm) as bar:
+            with progress.bar(
+                len(ids), "generating", "request", shown=use_tqdm and self._use_tqdm
+            ) as bar:
                 done = 0
                 while any(not stream.is_done for stream in streams):
                     self.step()
@@ -316,7 +323,8 @@ class LLM:
           **options: for the chat template, see `Tokenizer.apply_chat_template`.
         """
         refuse_unserved(
-            "LLM.chat", {name: options.pop(name) for name in _CALL_OPTIONS if name in options},
+            "LLM.chat",
+            {name: options.pop(name) for name in _CALL_OPTIONS if name in options},
             _CALL_OPTIONS,
         )
         prompts = [self.chat_prompt(each, **options) for each in _conversations(messages)]
@@ -359,17 +367,26 @@ class LLM:
         if params is None:
             params = self.get_default_sampling_params()
         each = [params] * len(many) if isinstance(params, SamplingParams) else _listed(params)
-        wrong = [params] if each is None else [
-            one for one in each if not isinstance(one, SamplingParams)
-        ]
+        wrong = (
+            [params]
+            if each is None
+            else [one for one in each if not isinstance(one, SamplingParams)]
+        )
         require(
-            not wrong, "LLM.generate", "sampling_params", got=", ".join(map(repr, wrong[:1])),
-            wanted="SamplingParams", hint="or a list of them, one for each prompt",
+            not wrong,
+            "LLM.generate",
+            "sampling_params",
+            got=", ".join(map(repr, wrong[:1])),
+            wanted="SamplingParams",
+            hint="or a list of them, one for each prompt",
         )
         assert each is not None
         require(
-            len(each) == len(many), "LLM.generate", "sampling_params",
-            got=f"{len(each)} SamplingParams", wanted=f"one for each of the {len(many)} prompts",
+            len(each) == len(many),
+            "LLM.generate",
+            "sampling_params",
+            got=f"{len(each)} SamplingParams",
+            wanted=f"one for each of the {len(many)} prompts",
             hint="or one for all of them",
         )
         jobs = []
@@ -386,9 +403,7 @@ class LLM:
             except ValueError as error:
                 raise ValueError(f"LLM.generate: prompt {index}: {error}") from error
             prompt_ids = tuple(map(int, ids))
-            jobs += [
-                _Job(index, i, text, prompt_ids, one) for i, one in enumerate(completions)
-            ]
+            jobs += [_Job(index, i, text, prompt_ids, one) for i, one in enumerate(completions)]
         return jobs
 
     def _with_word_ids(self, params: SamplingParams) -> SamplingParams:
@@ -471,8 +486,12 @@ def _prompts(given: Any) -> list[Any]:
         return [given]
     many = _listed(given)
     require(
-        many is not None, "LLM.generate", "prompts", got=f"{given!r}",
-        wanted="a text, token ids, a dict, or a list of such", hint="see LLM.generate",
+        many is not None,
+        "LLM.generate",
+        "prompts",
+        got=f"{given!r}",
+        wanted="a text, token ids, a dict, or a list of such",
+        hint="see LLM.generate",
     )
     assert many is not None
     is_one = not many or as_int(many[0]) is not None or isinstance(many[0], bool | np.bool_)
@@ -485,7 +504,10 @@ def _text_and_ids(index: int, prompt: Any) -> tuple[str | None, list[Any] | None
     known = ("prompt", "prompt_token_ids")
     others = [name for name in given if name not in known and given[name] is not None]
     require(
-        not others, "LLM.generate", f"prompts[{index}]", got=f"a dict with {others}",
+        not others,
+        "LLM.generate",
+        f"prompts[{index}]",
+        got=f"a dict with {others}",
         wanted=f"no other keys than {' and '.join(known)}",
         hint="multimodal prompts, embeddings and cache salts are not served",
     )
@@ -496,9 +518,12 @@ def _text_and_ids(index: int, prompt: Any) -> tuple[str | None, list[Any] | None
     found = None if ids is None else _listed(ids)
     is_right = (text is None or isinstance(text, str)) and (ids is None) == (found is None)
     require(
-        is_right and not (text is None and ids is None), "LLM.generate", f"prompts[{index}]",
-        got=f"{prompt!r}", wanted="a text, token ids, or a dict with `prompt`, a text, or"
-        " `prompt_token_ids`, a list", hint="see LLM.generate",
+        is_right and not (text is None and ids is None),
+        "LLM.generate",
+        f"prompts[{index}]",
+        got=f"{prompt!r}",
+        wanted="a text, token ids, or a dict with `prompt`, a text, or `prompt_token_ids`, a list",
+        hint="see LLM.generate",
     )
     return text, found
 
@@ -507,7 +532,10 @@ def _conversations(messages: Any) -> list[Any]:
     """The conversations of a call: one, a list of messages, or a list of such."""
     many = _listed(messages)
     require(
-        many is not None, "LLM.chat", "messages", got=f"{messages!r}",
+        many is not None,
+        "LLM.chat",
+        "messages",
+        got=f"{messages!r}",
         wanted="a list of messages, which are dicts, or a list of such lists",
         hint='as [{"role": "user", "content": "..."}]',
     )
@@ -518,8 +546,11 @@ def _conversations(messages: Any) -> list[Any]:
         found = _listed(each)
         require(
             found is not None and all(map(is_object, found)),
-            "LLM.chat", f"messages[{i}]", got=f"{each!r}", wanted="a list of messages, which are"
-            " dicts", hint='as [{"role": "user", "content": "..."}]',
+            "LLM.chat",
+            f"messages[{i}]",
+            got=f"{each!r}",
+            wanted="a list of messages, which are dicts",
+            hint='as [{"role": "user", "content": "..."}]',
         )
     return many
 
@@ -527,12 +558,14 @@ def _conversations(messages: Any) -> list[Any]:
 def _word_ids(tokenizer: Tokenizer, word: str) -> list[tuple[int, ...]]:
     """The tokens of a word at the start of a text, and of it behind a space."""
     bare = word.lstrip() or word
-    found = [
-        tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (bare, " " + bare)
-    ]
+    found = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (bare, " " + bare)]
     require(
-        all(found), "LLM.generate", "bad_words", got=f"{word!r}, which has no tokens",
-        wanted="words that the tokenizer knows", hint="leave it out",
+        all(found),
+        "LLM.generate",
+        "bad_words",
+        got=f"{word!r}, which has no tokens",
+        wanted="words that the tokenizer knows",
+        hint="leave it out",
     )
     return found
 
@@ -611,10 +644,18 @@ class _Stream:
         self.is_done = reason is not None
         token_ids = () if output is None else (output.token_id,)
         logprobs = None if output is None or output.logprobs is None else (output.logprobs,)
-        self.deltas.append(Delta(
-            self.request_id, self.job.prompt_index, text, token_ids, logprobs, reason, stop_reason,
-            self.job.index,
-        ))
+        self.deltas.append(
+            Delta(
+                self.request_id,
+                self.job.prompt_index,
+                text,
+                token_ids,
+                logprobs,
+                reason,
+                stop_reason,
+                self.job.index,
+            )
+        )
 
 
 def _collect(streams: Sequence[_Stream]) -> RequestOutput:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import pallas_paged
-from pallas_paged.ragged_paged_attention.api import ragged_paged_attention
+from pallas_paged.attention.api import ragged_paged_attention
 from reference_engine import rope
 from reference_engine.batch import Batch
 from reference_engine.config import ModelConfig
@@ -22,14 +22,23 @@ from reference_engine.weights import Params
 def make_pool(config: ModelConfig, num_pages: int, page_size: int) -> jax.Array:
     """An empty pool with `num_pages` pages for each layer, [L*P, page_size, R, C]."""
     return pallas_paged.make_kv_pages(
-        config.num_layers * num_pages, page_size, config.num_kv_heads, config.head_dim,
+        config.num_layers * num_pages,
+        page_size,
+        config.num_kv_heads,
+        config.head_dim,
         jnp.dtype(config.dtype),
     )
 
 
 def forward(
-    params: Params, kv_pages: jax.Array, batch: Batch, *, config: ModelConfig,
-    kv_write: str, write_backend: str, attention: str,
+    params: Params,
+    kv_pages: jax.Array,
+    batch: Batch,
+    *,
+    config: ModelConfig,
+    kv_write: str,
+    write_backend: str,
+    attention: str,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs one step; to be traced with `kv_pages` donated.
 
@@ -53,9 +62,15 @@ def forward(
         weights, index = xs
         first_page = index * pages_per_layer
         attended, kv_pages = _attention(
-            _rms_norm(x, weights["attention_norm"], config), weights, kv_pages,
-            in_layer(batch, first_page, kv_pages.shape[1]), rotation, config, kv_write,
-            write_backend, attention,
+            _rms_norm(x, weights["attention_norm"], config),
+            weights,
+            kv_pages,
+            in_layer(batch, first_page, kv_pages.shape[1]),
+            rotation,
+            config,
+            kv_write,
+            write_backend,
+            attention,
         )
         x += attended
         x += _mlp(_rms_norm(x, weights["mlp_norm"], config), weights)
@@ -85,9 +100,7 @@ def in_layer(batch: Batch, first_page: jax.Array, page_size: int) -> Batch:
     )
 
 
-def _attention(
-    x, weights, kv_pages, batch, rotation, config, kv_write, write_backend, attention
-):
+def _attention(x, weights, kv_pages, batch, rotation, config, kv_write, write_backend, attention):
     """Writes the new keys and values, then attends; x [T, D] -> [T, D], and the pool."""
     num_tokens = x.shape[0]
     q = _rotate(_project(x, weights, "q"), rotation, weights.get("q_norm"), config)  # [T, N*H]
@@ -96,7 +109,8 @@ def _attention(
     q = q.reshape(num_tokens, config.num_heads, -1)
     metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.num_seqs)
     options = {
-        "sm_scale": config.head_dim**-0.5, "num_kv_heads": config.num_kv_heads,
+        "sm_scale": config.head_dim**-0.5,
+        "num_kv_heads": config.num_kv_heads,
         "backend": attention,
     }
     if kv_write == "fused":
@@ -149,9 +163,7 @@ def _rms_norm(x, scale, config):
 
 def _rotation(positions, config):
     """cos and sin of the rotary angles, f32[T, H/2] each."""
-    frequencies, factor = rope.frequencies(
-        config.head_dim, config.rope_theta, config.rope_scaling
-    )
+    frequencies, factor = rope.frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     angles = positions[:, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 

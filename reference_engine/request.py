@@ -173,9 +173,7 @@ class SamplingParams:
     repetition_detection: InitVar[Any] = None
 
     def __post_init__(self, *unserved):
-        refuse_unserved(
-            "SamplingParams", dict(zip(_UNSERVED, unserved, strict=True)), _UNSERVED
-        )
+        refuse_unserved("SamplingParams", dict(zip(_UNSERVED, unserved, strict=True)), _UNSERVED)
         if self.max_tokens is not None:
             self._check_int("max_tokens", 1, hint="a request generates at least one token")
         self._check_int("min_tokens", 0, self.max_tokens, hint="0 lets any token stop it")
@@ -204,8 +202,11 @@ class SamplingParams:
         value = as_int(given)
         require(
             value is not None and low <= value and (high is None or value <= high),
-            "SamplingParams", name, got=f"{given!r}",
-            wanted=f"an int >= {low}" if high is None else f"an int in [{low}, {high}]", hint=hint,
+            "SamplingParams",
+            name,
+            got=f"{given!r}",
+            wanted=f"an int >= {low}" if high is None else f"an int in [{low}, {high}]",
+            hint=hint,
         )
         self._set(name, value)
 
@@ -214,16 +215,23 @@ class SamplingParams:
         value = as_float(given)
         require(
             value is not None and low <= value <= high and not (above and value == low),
-            "SamplingParams", name, got=f"{given!r}",
-            wanted=f"a number in {'(' if above else '['}{low:g}, {high:g}]", hint=hint,
+            "SamplingParams",
+            name,
+            got=f"{given!r}",
+            wanted=f"a number in {'(' if above else '['}{low:g}, {high:g}]",
+            hint=hint,
         )
         self._set(name, value)
 
     def _check_bool(self, name):
         value = getattr(self, name)
         require(
-            isinstance(value, bool | np.bool_), "SamplingParams", name, got=f"{value!r}",
-            wanted="True or False", hint="numbers and strings are not taken for it",
+            isinstance(value, bool | np.bool_),
+            "SamplingParams",
+            name,
+            got=f"{value!r}",
+            wanted="True or False",
+            hint="numbers and strings are not taken for it",
         )
         self._set(name, bool(value))
 
@@ -239,13 +247,20 @@ class SamplingParams:
             ("bad_words", words, kept_words, "strings that are not empty, or token ids in a row"),
         ):
             require(
-                given is not None and len(kept) == len(given), "SamplingParams", name,
-                got=f"{getattr(self, name)!r}", wanted=wanted, hint="() for none",
+                given is not None and len(kept) == len(given),
+                "SamplingParams",
+                name,
+                got=f"{getattr(self, name)!r}",
+                wanted=wanted,
+                hint="() for none",
             )
             self._set(name, tuple(kept))
         bias = _bias_pairs(self.logit_bias)
         require(
-            bias is not None, "SamplingParams", "logit_bias", got=f"{self.logit_bias!r}",
+            bias is not None,
+            "SamplingParams",
+            "logit_bias",
+            got=f"{self.logit_bias!r}",
             wanted="a dict from ids, which are ints, to finite numbers",
             hint="None for none; -100 makes an id all but impossible",
         )
@@ -259,7 +274,11 @@ class SamplingParams:
         """
         words = [word for word in self.bad_words if isinstance(word, str)]
         require(
-            not words, op, "bad_words", got=f"{words!r}", wanted="token ids in a row",
+            not words,
+            op,
+            "bad_words",
+            got=f"{words!r}",
+            wanted="token ids in a row",
             hint="LLM looks words up; an Engine has no tokenizer",
         )
         for name, ids in (
@@ -269,14 +288,21 @@ class SamplingParams:
         ):
             wrong = [token for token in ids if not 0 <= int(token) < vocab_size]
             require(
-                not wrong, op, name, got=", ".join(map(str, wrong[:1])),
+                not wrong,
+                op,
+                name,
+                got=", ".join(map(str, wrong[:1])),
                 wanted=f"ids in [0, {vocab_size})",
                 hint="use the tokenizer that the model came with",
             )
         count = len(self.logit_bias) + len(self.bad_words)
         require(
-            count <= MAX_BIASED_IDS, op, "logit_bias", got=f"of {count} ids, bad_words included",
-            wanted=f"at most {MAX_BIASED_IDS}", hint="name fewer",
+            count <= MAX_BIASED_IDS,
+            op,
+            "logit_bias",
+            got=f"of {count} ids, bad_words included",
+            wanted=f"at most {MAX_BIASED_IDS}",
+            hint="name fewer",
         )
 
 
@@ -297,11 +323,16 @@ def refuse_unserved(
         if name not in unserved:
             raise ValueError(f"{op}: there is no argument `{name}`; it is {value!r}")
         neutral, hint = unserved[name]
-        is_neutral = any(value is known or type(value) is type(known) and value == known
-                         for known in neutral)
+        is_neutral = any(
+            value is known or type(value) is type(known) and value == known for known in neutral
+        )
         require(
-            is_neutral, op, name, got=f"{value!r}, which is not served",
-            wanted=f"{neutral[-1]!r}", hint=hint,
+            is_neutral,
+            op,
+            name,
+            got=f"{value!r}, which is not served",
+            wanted=f"{neutral[-1]!r}",
+            hint=hint,
         )
 
 
@@ -323,7 +354,8 @@ def _bias_pairs(given: Any) -> tuple[tuple[int, float], ...] | None:
         return None
     bias = [(as_int(token), as_float(value)) for token, value in pairs]
     kept = [
-        (token, value) for token, value in bias
+        (token, value)
+        for token, value in bias
         if token is not None and value is not None and abs(value) <= _MAX_FLOAT
     ]
     return tuple(kept) if len(kept) == len(pairs) else None

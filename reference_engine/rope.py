@@ -55,22 +55,35 @@ class RopeScaling:
 
     def __post_init__(self):
         require(
-            self.kind in KINDS, "RopeScaling", "kind", got=f"{self.kind!r}",
-            wanted=f"one of {KINDS}", hint="frequencies that change with the length are not served",
+            self.kind in KINDS,
+            "RopeScaling",
+            "kind",
+            got=f"{self.kind!r}",
+            wanted=f"one of {KINDS}",
+            hint="frequencies that change with the length are not served",
         )
         require(
-            self.factor >= 1, "RopeScaling", "factor", got=f"{self.factor}", wanted=">= 1",
+            self.factor >= 1,
+            "RopeScaling",
+            "factor",
+            got=f"{self.factor}",
+            wanted=">= 1",
             hint="1 leaves the context as it is",
         )
         if self.kind in ("llama3", "yarn"):
             require(
-                self.original_max_position >= 1, "RopeScaling", "original_max_position",
-                got=f"{self.original_max_position}", wanted="an int >= 1",
+                self.original_max_position >= 1,
+                "RopeScaling",
+                "original_max_position",
+                got=f"{self.original_max_position}",
+                wanted="an int >= 1",
                 hint="give the length of the context before it was stretched",
             )
         require(
-            self.kind != "llama3" or self.low_freq_factor < self.high_freq_factor, "RopeScaling",
-            "high_freq_factor", got=f"{self.high_freq_factor}",
+            self.kind != "llama3" or self.low_freq_factor < self.high_freq_factor,
+            "RopeScaling",
+            "high_freq_factor",
+            got=f"{self.high_freq_factor}",
             wanted=f"more than low_freq_factor={self.low_freq_factor}",
             hint="frequencies between the two are blended",
         )

@@ -58,9 +58,12 @@ def is_greedy(request: Request) -> bool:
 def make_sampling(requests: Sequence[Request], num_seqs: int) -> Sampling:
     """Numpy arrays of `num_seqs` rows: those of the requests, and greedy ones."""
     sampling = Sampling(
-        temperature=np.zeros(num_seqs, np.float32), top_k=np.zeros(num_seqs, np.int32),
-        top_p=np.ones(num_seqs, np.float32), min_p=np.zeros(num_seqs, np.float32),
-        seed=np.zeros((num_seqs, 2), np.int32), num_output=np.zeros(num_seqs, np.int32),
+        temperature=np.zeros(num_seqs, np.float32),
+        top_k=np.zeros(num_seqs, np.int32),
+        top_p=np.ones(num_seqs, np.float32),
+        min_p=np.zeros(num_seqs, np.float32),
+        seed=np.zeros((num_seqs, 2), np.int32),
+        num_output=np.zeros(num_seqs, np.int32),
         banned=np.full((num_seqs, MAX_STOP_IDS), _NO_TOKEN, np.int32),
     )
     for row, request in enumerate(requests):
@@ -103,14 +106,14 @@ def _forbidden(request: Request) -> list[int]:
     return forbidden
 
 
-def make_penalties(
-    requests: Sequence[Request], num_seqs: int, max_model_len: int
-) -> Penalties:
+def make_penalties(requests: Sequence[Request], num_seqs: int, max_model_len: int) -> Penalties:
     """Numpy arrays of `num_seqs` rows: those of the requests, and rows without a penalty."""
     penalties = Penalties(
         token_ids=np.full((num_seqs, max_model_len), _NO_TOKEN, np.int32),
-        num_prompt=np.zeros(num_seqs, np.int32), repetition=np.ones(num_seqs, np.float32),
-        presence=np.zeros(num_seqs, np.float32), frequency=np.zeros(num_seqs, np.float32),
+        num_prompt=np.zeros(num_seqs, np.int32),
+        repetition=np.ones(num_seqs, np.float32),
+        presence=np.zeros(num_seqs, np.float32),
+        frequency=np.zeros(num_seqs, np.float32),
     )
     for row, request in enumerate(requests):
         if request.has_penalties:

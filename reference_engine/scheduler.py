@@ -239,9 +239,7 @@ class Scheduler:
         del self._requests[request.request_id]
         self._free_pages(request)
 
-    def abort(
-        self, request_id: int, reason: FinishReason = FinishReason.ABORT
-    ) -> Request | None:
+    def abort(self, request_id: int, reason: FinishReason = FinishReason.ABORT) -> Request | None:
         """Ends a request, waiting or running, and returns it; None if there is none.
 
         A plan may hold it: `commit` passes over it then. One that has finished and waits for its
@@ -351,7 +349,10 @@ class Scheduler:
 
 def _segment(request: Request, start: int, end: int) -> Segment:
     return Segment(
-        request.request_id, start, request.token_ids(start, end), request.page_ids,
+        request.request_id,
+        start,
+        request.token_ids(start, end),
+        request.page_ids,
         end == request.num_tokens,
     )
 

@@ -19,9 +19,17 @@ _MOST_WAITING = 16  # tokens; so many are no text, whatever comes
 _HALF = "\N{REPLACEMENT CHARACTER}"
 # What `clean_up_tokenization_spaces` means, in this order.
 _CLEANING = (
-    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"),
-    (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
-)  # fmt: skip
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
 _CLEANS_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 # No replacement reaches over a character that it does not know, or over three without a space.
 _SETTLED = re.compile(r"[^ .?!,'ntmsver]|[^ ]{3}")
@@ -131,9 +139,12 @@ class Tokenizer:
                 f"chat: chat_template_kwargs is {chat_template_kwargs!r}; wanted a dict"
             )
         return chat_template.render(
-            self._templates, self._where, self._special_tokens, messages,
+            self._templates,
+            self._where,
+            self._special_tokens,
+            messages,
             **(options | dict(chat_template_kwargs or {})),
-        )  # fmt: skip
+        )
 
     def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -187,7 +198,7 @@ class Detokenizer:
 
     def finish(self, token_ids: Sequence[int] = ()) -> str:
         """All that is left, with these last tokens, without the half character at its end."""
-        text = self._decode([*self._ids, *token_ids])[len(self._said):].rstrip(_HALF)
+        text = self._decode([*self._ids, *token_ids])[len(self._said) :].rstrip(_HALF)
         return _clean(self._unclean + text) if self._cleans else text
 
     def _push(self, token_ids: Sequence[int]) -> str:
@@ -196,8 +207,8 @@ class Detokenizer:
         is_half = text.endswith(_HALF) and len(self._ids) - self._num_said < _MOST_WAITING
         if is_half or len(text) <= len(self._said):
             return ""
-        new = text[len(self._said):]
-        self._ids = self._ids[self._num_said:]
+        new = text[len(self._said) :]
+        self._ids = self._ids[self._num_said :]
         self._num_said = len(self._ids)
         self._said = self._decode(self._ids)
         return new
@@ -239,7 +250,7 @@ class StopStrings:
             default=0,
         )
         shown = text[: len(text) - length]
-        self._kept = text[len(shown):]
+        self._kept = text[len(shown) :]
         self._num_free = max(0, self._num_free - len(shown))
         return shown, None
 

@@ -100,7 +100,9 @@ def generate(
     return [
         Arrival(float(at), prompt, output)
         for at, prompt, output in zip(
-            seconds, _draw(rng, prompts, num_requests), _draw(rng, outputs, num_requests),
+            seconds,
+            _draw(rng, prompts, num_requests),
+            _draw(rng, outputs, num_requests),
             strict=True,
         )
     ]
@@ -143,8 +145,10 @@ def _parse(rows: Iterator[list[str]], path: str) -> Iterator[Arrival]:
         first = first or time
         yield Arrival(
             (time - first).total_seconds(),
-            *(_count(text, name, path, line)
-              for name, text in zip(_COLUMNS[1:], row[1:], strict=True)),
+            *(
+                _count(text, name, path, line)
+                for name, text in zip(_COLUMNS[1:], row[1:], strict=True)
+            ),
         )
 
 

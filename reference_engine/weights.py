@@ -33,7 +33,8 @@ _LAYER_NAMES = {
     **{f"{name}_bias": f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")},
 }
 _TOP_NAMES = {
-    "embedding": "model.embed_tokens.weight", "norm": "model.norm.weight",
+    "embedding": "model.embed_tokens.weight",
+    "norm": "model.norm.weight",
     "unembedding": "lm_head.weight",
 }
 
@@ -44,8 +45,12 @@ def param_shapes(config: ModelConfig) -> Params:
     q_width = config.num_heads * config.head_dim
     kv_width = config.num_kv_heads * config.head_dim
     matrices = {
-        "q": (width, q_width), "k": (width, kv_width), "v": (width, kv_width),
-        "o": (q_width, width), "gate": (width, inner), "up": (width, inner),
+        "q": (width, q_width),
+        "k": (width, kv_width),
+        "v": (width, kv_width),
+        "o": (q_width, width),
+        "gate": (width, inner),
+        "up": (width, inner),
         "down": (inner, width),
     }
     layer: dict[str, tuple[int, ...]] = {"attention_norm": (width,), "mlp_norm": (width,)}
@@ -164,7 +169,9 @@ def _places(shapes: Params) -> dict[str, tuple[str, int | None, tuple[int, ...]]
     for key, struct in shapes["layers"].items():
         for layer in range(struct.shape[0]):  # a checkpoint's matrices are [out, in]
             places[f"model.layers.{layer}.{_LAYER_NAMES[key]}"] = (
-                key, layer, struct.shape[:0:-1],
+                key,
+                layer,
+                struct.shape[:0:-1],
             )
     return places
 

@@ -34,9 +34,13 @@ class WritePlan:
 
     def all_slices(self, page_size: int) -> np.ndarray:
         """i32[3, W + X]: the whole pages too as slices."""
-        whole = np.stack([
-            self.page_ids * page_size, self.token_starts, np.full_like(self.page_ids, page_size),
-        ])
+        whole = np.stack(
+            [
+                self.page_ids * page_size,
+                self.token_starts,
+                np.full_like(self.page_ids, page_size),
+            ]
+        )
         return np.concatenate([whole, self.slices], axis=1)
 
 
@@ -60,12 +64,16 @@ def plan_writes(segments: Sequence[Segment], page_size: int) -> WritePlan:
     # Only the pages that new tokens go to; a segment's are those from its first position's on.
     first_page = starts // page_size
     num_pages = -(-(starts + lengths) // page_size) - first_page
-    pages = np.fromiter(itertools.chain.from_iterable(
-        segment.page_ids[first : first + count]
-        for segment, first, count in zip(
-            segments, first_page.tolist(), num_pages.tolist(), strict=True
-        )
-    ), np.int32, int(num_pages.sum()))  # fmt: skip
+    pages = np.fromiter(
+        itertools.chain.from_iterable(
+            segment.page_ids[first : first + count]
+            for segment, first, count in zip(
+                segments, first_page.tolist(), num_pages.tolist(), strict=True
+            )
+        ),
+        np.int32,
+        int(num_pages.sum()),
+    )
     page = pages[index + np.repeat(np.cumsum(num_pages) - num_pages - first_page, lengths)]
     # A piece of a page starts with the first row, and with the first token of a segment.
     is_first = row == 0

@@ -12,8 +12,8 @@ if "jax" in sys.modules:
 
 # A caller on a machine with an accelerator chooses by JAX_PLATFORMS; all else runs on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# bench._tpu_compile.COMPILE_ENV and test_conftest_sets_what_compiling_needs say the same; it is
-# not imported here because it imports jax.
+# bench.tpu_model.compile.COMPILE_ENV and test_conftest_sets_what_compiling_needs say the same; it
+# is not imported here because it imports jax.
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # do not ask a cloud metadata server which TPU this is
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # a second process would die on the lock file
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu warns that it is unset
@@ -27,23 +27,33 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # Tracing keeps most of what it makes: collecting after every 700 objects takes a tenth of the time.
 gc.set_threshold(50_000, 20, 100)
 
-# Test files import `tests.cases`; `python -m pytest` has the root on its path, `pytest` has not.
-_ROOT = str(pathlib.Path(__file__).resolve().parent.parent)
-if _ROOT not in sys.path:
-    sys.path.insert(0, _ROOT)
+# Test files import `tests.kv_write.cases`; `python -m pytest` has the root on its path, `pytest`
+# has not.
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+if str(_ROOT) not in sys.path:
+    sys.path.insert(0, str(_ROOT))
 
 # What some tests need beside jax. With an accelerator, where the kernels' tests are what is run,
 # they are left out where that is missing; elsewhere it is an error.
 _FILES_WITH = {
     "hypothesis": (
-        "test_interruptions.py", "test_page_pool.py", "test_planted.py", "test_scheduler.py",
-        "test_validate.py", "test_write_indices.py", "test_write_plan.py",
+        "engine/test_interruptions.py",
+        "engine/test_page_pool.py",
+        "test_planted.py",
+        "engine/test_scheduler.py",
+        "package/test_validate.py",
+        "kv_write/test_indices.py",
+        "engine/test_write_plan.py",
     ),
     "safetensors": (
-        "checkpoints.py", "test_checkpoint.py", "test_cli.py", "test_interruptions.py",
-        "test_llm.py", "test_tokenizer.py",
+        "engine/checkpoints.py",
+        "engine/test_checkpoint.py",
+        "engine/test_cli.py",
+        "engine/test_interruptions.py",
+        "engine/test_llm.py",
+        "engine/test_tokenizer.py",
     ),
-}  # fmt: skip
+}
 collect_ignore = [
     file
     for library, files in _FILES_WITH.items()
@@ -54,14 +64,23 @@ collect_ignore = [
 # Files whose tests do not depend on jax's version: they compute nothing with it, or plant bugs to
 # prove checks that run with every version. .ci/run leaves them out of its second run.
 _ON_ANY_JAX = {
-    "test_attention_planted.py", "test_chat_template.py", "test_generation_config.py",
-    "test_kv_write_planted.py", "test_package.py", "test_page_pool.py", "test_planted.py",
-    "test_scheduler.py", "test_tokenizer.py", "test_traffic.py", "test_transformers_text.py",
-    "test_write_plan.py",
-}  # fmt: skip
+    "attention/test_tpu_planted.py",
+    "engine/test_chat_template.py",
+    "engine/test_generation_config.py",
+    "kv_write/test_tpu_planted.py",
+    "package/test_wheel.py",
+    "engine/test_page_pool.py",
+    "test_planted.py",
+    "engine/test_scheduler.py",
+    "engine/test_tokenizer.py",
+    "engine/test_traffic.py",
+    "engine/test_transformers_text.py",
+    "engine/test_write_plan.py",
+}
 
 
 def pytest_collection_modifyitems(items):
+    on_any_jax = {_ROOT / "tests" / file for file in _ON_ANY_JAX}
     for item in items:
-        if item.path.name in _ON_ANY_JAX:
+        if item.path in on_any_jax:
             item.add_marker("any_jax")

@@ -12,8 +12,8 @@ from tests.planted import NotPlantedError, replace_once
 
 _FOLDER = pathlib.Path(__file__).resolve().parent
 FILES = sorted(
-    file.stem
-    for file in _FOLDER.glob("test_*.py")
+    ".".join(file.relative_to(_FOLDER).with_suffix("").parts)
+    for file in _FOLDER.rglob("test_*.py")
     if file != pathlib.Path(__file__) and "from tests.planted import" in file.read_text()
 )
 
@@ -26,9 +26,13 @@ def source_of(name: str) -> str:
 
 
 def test_the_files_that_plant_are_found():
-    assert {"test_write_indices", "test_kv_write_planted", "test_attention_planted"} <= set(FILES)
+    assert {
+        "kv_write.test_indices",
+        "kv_write.test_tpu_planted",
+        "attention.test_tpu_planted",
+    } <= set(FILES)
     # Nobody plants by other means, or goes around the check.
-    for file in _FOLDER.glob("*.py"):
+    for file in _FOLDER.rglob("*.py"):
         assert file.name == "planted.py" or ".replace(" + "old" not in file.read_text(), file.name
 
 
@@ -38,8 +42,6 @@ def test_every_snippet_occurs_once_where_it_is_planted(file):
     assert module.PLANTED
     for name, old, new in module.PLANTED:
         source = source_of(name)
-        assert source.count(old) == 1, f"{source.count(old)} times in {name}: {old!r}"
-        assert isinstance(new, str)
         compile(replace_once(source, old, new), name, "exec")  # else it is no bug but a broken file
 
 

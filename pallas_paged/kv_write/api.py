@@ -13,8 +13,10 @@ import jax
 
 from pallas_paged import checks, dispatch, settings
 from pallas_paged.dispatch import Backend
-from pallas_paged.kv_write import mosaic_gpu, mosaic_tpu, oracle
+from pallas_paged.kv_write import oracle
+from pallas_paged.kv_write.gpu import launch as mosaic_gpu
 from pallas_paged.kv_write.indices import WriteIndices, write_indices
+from pallas_paged.kv_write.tpu import launch as mosaic_tpu
 
 __all__ = [
     "WriteIndices",
@@ -25,8 +27,9 @@ __all__ = [
     "write_indices",
 ]
 
-Config = mosaic_tpu.Config | mosaic_gpu.Config
+Config = mosaic_tpu.TpuWriteConfig | mosaic_gpu.GpuWriteConfig
 _KERNELS = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
+_CONFIGS = {"mosaic_tpu": mosaic_tpu.TpuWriteConfig, "mosaic_gpu": mosaic_gpu.GpuWriteConfig}
 
 
 def page_write(
@@ -87,9 +90,18 @@ def page_write(
         _require_same_form(op, "token_starts", token_starts, "page_ids", page_ids)
     chosen = _choose(op, backend, kv_pages, k, heads, head_dim, config)
     return _page_write(
-        kv_pages, k, v, page_ids, token_starts, k_scale, v_scale, heads, config, chosen,
+        kv_pages,
+        k,
+        v,
+        page_ids,
+        token_starts,
+        k_scale,
+        v_scale,
+        heads,
+        config,
+        chosen,
         backend == "auto",
-    )  # fmt: skip
+    )
 
 
 def slice_write(
@@ -157,9 +169,18 @@ def slice_write(
     )
     chosen = _choose(op, backend, kv_pages, k, heads, head_dim, config)
     return _slice_write(
-        kv_pages, k, v, slices, num_slices, k_scale, v_scale, heads, config, chosen,
+        kv_pages,
+        k,
+        v,
+        slices,
+        num_slices,
+        k_scale,
+        v_scale,
+        heads,
+        config,
+        chosen,
         backend == "auto",
-    )  # fmt: skip
+    )
 
 
 def token_write(
@@ -271,14 +292,14 @@ def _require_same_form(op, argument, x, other_argument, other):
 
 def _require_config(op, config, backend):
     """A Config is of the backend that runs; the oracle has none and takes any."""
-    kernels = [_KERNELS[backend]] if backend in _KERNELS else list(_KERNELS.values())
+    configs = (_CONFIGS[backend],) if backend in _CONFIGS else tuple(_CONFIGS.values())
     checks.require(
-        config is None or isinstance(config, tuple(k.Config for k in kernels)),
+        config is None or isinstance(config, configs),
         op,
         "config",
         got=checks.describe(config),
-        wanted="None or a kv_write Config",
-        hint=" or ".join(f"{k.__name__}.Config" for k in kernels),
+        wanted="None or the block sizes of a write",
+        hint="pass a " + " or a ".join(f"pallas_paged.{c.__name__}" for c in configs),
     )
 
 
@@ -304,7 +325,16 @@ _independent = settings.independent()
 @_independent
 @_jit_write
 def _page_write(
-    kv_pages, k, v, page_ids, token_starts, k_scale, v_scale, num_kv_heads, config, backend,
+    kv_pages,
+    k,
+    v,
+    page_ids,
+    token_starts,
+    k_scale,
+    v_scale,
+    num_kv_heads,
+    config,
+    backend,
     is_auto,
 ):
     kv_pages, k, v, page_ids, token_starts, k_scale, v_scale = checks.refuse_transforms(
@@ -322,7 +352,16 @@ def _page_write(
 @_independent
 @_jit_write
 def _slice_write(
-    kv_pages, k, v, slices, num_slices, k_scale, v_scale, num_kv_heads, config, backend,
+    kv_pages,
+    k,
+    v,
+    slices,
+    num_slices,
+    k_scale,
+    v_scale,
+    num_kv_heads,
+    config,
+    backend,
     is_auto,
 ):
     kv_pages, k, v, slices, num_slices, k_scale, v_scale = checks.refuse_transforms(
@@ -347,9 +386,7 @@ def _token_write(kv_pages, k, v, slots, k_scale, v_scale, num_kv_heads, config, 
     scales = {"k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads}
     if backend == "oracle":
         return oracle.token_write(kv_pages, k, v, slots, **scales)
-    return _KERNELS[backend].token_write(
-        kv_pages, k, v, slots, **scales, config=config
-    )
+    return _KERNELS[backend].token_write(kv_pages, k, v, slots, **scales, config=config)
 
 
 @_independent

@@ -98,9 +98,13 @@ def write_indices(
 
     with settings.defaults():
         return _write_indices(
-            jnp.asarray(page_indices), jnp.asarray(kv_lens), jnp.asarray(cu_q_lens),
-            jnp.asarray(num_seqs), page_size, num_tokens,
-        )  # fmt: skip
+            jnp.asarray(page_indices),
+            jnp.asarray(kv_lens),
+            jnp.asarray(cu_q_lens),
+            jnp.asarray(num_seqs),
+            page_size,
+            num_tokens,
+        )
 
 
 def _write_indices(page_indices, kv_lens, cu_q_lens, num_seqs, page_size, num_tokens):

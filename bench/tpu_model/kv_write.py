@@ -1,0 +1,393 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Predict the TPU writes from their compiled schedules: which loop runs how often in which case.
+
+`predict` compiles each case for its generation, names the loops of the shipped kernel by what is in
+them (`_role`), counts their trips from the walk that the case makes (`_walk`) and adds up bundles.
+That the DMAs come out as many as the case has entries is checked at every prediction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import pallas_paged
+from bench.tpu_model import schedule as ts
+from pallas_paged import layout
+from pallas_paged.kv_write.tpu import launch as mosaic_tpu
+
+OPS = ("page", "page_starts", "slice", "token")
+
+# What published data prove of the DMA engine: 640 slices, two DMAs each, in 22.8 us on a v6e
+# (vLLM PR 20415, 128 slices a step, where latency vanishes); see bench.tpu_model.published.
+DESCRIPTOR_NS = 18.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One write: `num_tokens` new tokens to `page_size` pages, all of them dense and in order.
+
+    Attributes:
+      op: "page" (page_write, tokens from 0 on), "page_starts" (page_write with token_starts),
+        "slice" (slice_write of page-long slices) or "token" (token_write).
+      generation: a key of `bench.tpu_model.schedule.GENERATIONS`.
+      is_flat: k and v are [T, K*H] rather than [T, K, H].
+    """
+
+    op: str
+    generation: str
+    page_size: int
+    num_tokens: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    is_flat: bool = True
+
+    @property
+    def num_pages(self) -> int:
+        """Whole pages written; what is left of the tokens is not part of the case."""
+        return self.num_tokens // self.page_size
+
+    @property
+    def num_bytes(self) -> int:
+        """HBM bytes: the k and v that are read and the slots that are written."""
+        tokens = self.num_tokens if self.op == "token" else self.num_pages * self.page_size
+        itemsize = jnp.dtype(self.dtype).itemsize
+        _, _, rows, lanes = self._pool_shape
+        return tokens * itemsize * (2 * self.num_kv_heads * self.head_dim + rows * lanes)
+
+    @property
+    def _pool_shape(self) -> tuple[int, int, int, int]:
+        pages = 2 * max(1, -(-self.num_tokens // self.page_size))
+        return layout.pool_shape(
+            pages, self.page_size, self.num_kv_heads, self.head_dim, self.dtype
+        )
+
+    def shapes(self) -> tuple[Any, ...]:
+        """What `step` takes: the pool, k, v and the op's indices, as shapes."""
+        heads: tuple[int, ...] = (self.num_kv_heads, self.head_dim)
+        if self.is_flat:
+            heads = (math.prod(heads),)
+        new = (self.num_tokens, *heads)
+        indices: dict[str, list[tuple[int, ...]]] = {
+            "page": [(self.num_pages,)],
+            "page_starts": [(self.num_pages,), (self.num_pages,)],
+            "slice": [(3, self.num_pages), (1,)],
+            "token": [(self.num_tokens,)],
+        }
+        dtype = jnp.dtype(self.dtype)
+        return (
+            jax.ShapeDtypeStruct(self._pool_shape, dtype),
+            *(jax.ShapeDtypeStruct(new, dtype) for _ in "kv"),
+            *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in indices[self.op]),
+        )
+
+    def step(self, backend: str) -> Callable[..., jax.Array]:
+        """The public call, as a function of `shapes()`."""
+        write = {"slice": pallas_paged.slice_write, "token": pallas_paged.token_write}.get(
+            self.op, pallas_paged.page_write
+        )
+
+        def call(kv_pages, *arrays):
+            return write(kv_pages, *arrays, num_kv_heads=self.num_kv_heads, backend=backend)
+
+        return call
+
+    def entries(self) -> tuple[mosaic_tpu.Entries, mosaic_tpu.TpuWriteConfig, mosaic_tpu.Tiling]:
+        """The shipped block sizes for the case, and what the op makes of it (mosaic_tpu)."""
+        pool, k = self.shapes()[:2]
+        config = mosaic_tpu.default_config(pool, k, self.num_kv_heads)
+        length = mosaic_tpu.page_part(self.page_size, config.block_tokens)
+        parts = self.page_size // length
+        if self.op == "slice":
+            parts, length = mosaic_tpu.slice_parts(self.page_size, config.block_tokens)
+        elif self.op == "token":
+            parts, length = 1, 1
+        entries = mosaic_tpu.Entries(
+            self.op,
+            length,
+            parts,
+            has_sources=self.op in ("page_starts", "slice"),
+            has_lengths=self.op == "slice",
+        )
+        slots = mosaic_tpu.slots_of(pool, k, self.num_kv_heads)
+        return entries, config, mosaic_tpu.group_tiling(slots, entries, config, k)
+
+
+def compile_target(**fields: Any):
+    """What `bench.tpu_model.compile.Job` compiles: a case, by its fields."""
+    case = Case(**fields)
+    return case.step("mosaic_tpu"), case.shapes(), {"donate_argnums": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a compiled schedule says of a case. A prediction, not a measurement.
+
+    Attributes:
+      case: the case.
+      num_dmas: DMAs into the pool.
+      cycles_per_issue: bundles of the unrolled body that a full block takes, by DMA: id load,
+        range check, addresses, issue and count.
+      schedule_cycles: bundles of the whole call, everything that a block costs included.
+      hbm_cycles: cycles that the bytes take at peak HBM bandwidth.
+      descriptor_cycles: cycles at one DMA in `DESCRIPTOR_NS`.
+      num_xla_passes: launches of XLA's own before the kernel (metadata); not in the cycles.
+    """
+
+    case: Case
+    num_dmas: int
+    cycles_per_issue: float
+    schedule_cycles: float
+    hbm_cycles: float
+    descriptor_cycles: float
+    num_xla_passes: int
+
+    def microseconds(self, descriptors: bool) -> float:
+        """Time if the slowest of the units sets it; with or without the descriptor bound."""
+        return ts.microseconds(max(self._bounds(descriptors).values()), self.case.generation)
+
+    def bound(self, descriptors: bool) -> str:
+        """The unit that sets it: "HBM", "issue" or "18 ns"."""
+        bounds = self._bounds(descriptors)
+        return max(bounds, key=lambda name: bounds[name])
+
+    def _bounds(self, descriptors: bool) -> dict[str, float]:
+        bounds = {"HBM": self.hbm_cycles, "issue": self.schedule_cycles}
+        if descriptors:
+            bounds[f"{DESCRIPTOR_NS:.0f} ns"] = self.descriptor_cycles
+        return bounds
+
+
+def predict(
+    cases: Sequence[Case], *, on_done: Callable[[ts.Job, float], None] | None = None
+) -> list[Prediction]:
+    """Compiles the cases and predicts each from its schedule.
+
+    Cases whose kernels differ in nothing but trip counts share a compile.
+
+    Raises:
+      RuntimeError: libtpu is missing or failed.
+      ValueError: the schedule does not have the loops that the kernel is written with.
+    """
+    representatives = list(dict.fromkeys(map(_representative, cases)))
+    jobs = [
+        ts.Job(
+            f"{c.generation} {c.op} page {c.page_size} tokens {c.num_tokens} flat {c.is_flat}",
+            "bench.tpu_model.kv_write:compile_target",
+            c.generation,
+            dataclasses.asdict(c),
+        )
+        for c in representatives
+    ]
+    compiled = dict(zip(representatives, ts.schedules(jobs, on_done=on_done), strict=True))
+    return [_predict(case, compiled[_representative(case)]) for case in cases]
+
+
+def _representative(case: Case) -> Case:
+    """The case whose kernel has the same body: one with full groups, in one step or several."""
+    step = mosaic_tpu.ENTRIES_PER_STEP * (1 if case.op == "token" else case.page_size)
+    # So many that XLA cannot prefetch k and v to VMEM, which would time another kernel.
+    tokens = 2 * step if case.num_tokens > step else 65536
+    page_size = 1 if case.op == "token" else case.page_size
+    return dataclasses.replace(case, num_tokens=tokens, page_size=page_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """Trips that a case makes: totals over the call."""
+
+    steps: int
+    groups: int
+    bodies: int
+    chunks: int
+    singles: int
+    groups_with_singles: int
+    plan_chunks: int
+    plan_entries: int
+    one_by_one: int  # groups that the kernel plans entry by entry
+
+
+def _walk(case: Case) -> tuple[_Walk, int, int]:
+    """The walk over a dense case, the unroll, and the entries: kernel.plan on paper."""
+    entries, config, tiling = case.entries()
+    length, parts = entries.max_len, entries.parts
+    num_entries = case.num_tokens if case.op == "token" else case.num_pages * parts
+    group = mosaic_tpu.group_entries(entries, config)
+    unroll = mosaic_tpu.unroll(group, has_lengths=entries.has_lengths)
+    align = tiling.tile if case.is_flat else 1
+    step = min(num_entries, mosaic_tpu.ENTRIES_PER_STEP * parts)
+    totals = dict.fromkeys((f.name for f in dataclasses.fields(_Walk)), 0)
+    for first_of_step in range(0, num_entries, step):
+        totals["steps"] += 1
+        last_of_step = min(first_of_step + step, num_entries)
+        i = first_of_step
+        while i < last_of_step:
+            size = min(group, last_of_step - i)
+            if entries.has_sources and size >= unroll:
+                size -= size % unroll
+                totals["plan_chunks"] += size // unroll
+            elif entries.has_sources:
+                totals["one_by_one"] += 1
+                totals["plan_entries"] += size - 1
+            tokens = size * length + (i * length) % align
+            totals["groups"] += 1
+            totals["bodies"] += -(-tokens // (tiling.tile * tiling.unroll))
+            singles = size % unroll if unroll > 1 else size
+            totals["chunks"] += (size - singles) // unroll
+            totals["singles"] += singles
+            totals["groups_with_singles"] += singles > 0
+            i += size
+    return _Walk(**totals), unroll, num_entries
+
+
+def _roles(tree: ts.Node, case: Case, unroll: int) -> dict[tuple[int, ...], str]:
+    """Path -> role of every loop of the kernel and of the regions that issue, by what is in them.
+
+    The fast form of a chunk has no role where the compiler has predicated it into the group's loop.
+    """
+    loops = [node for node in tree.walk() if node.kind == "loop"]
+    one_chunk = case.op in ("page", "page_starts") and unroll > 1  # Walk.at_most_one_chunk
+
+    def stores(node):
+        return node.total.vector_stores
+
+    def sends(node):
+        return node.total.dmas.get("vmem_to_hbm", 0)
+
+    names = {"page": ["checked"], "page_starts": ["unchecked", "checked"], "token": ["checked"]}
+    chunks = names.get(case.op, ["equal", "unchecked", "checked"]) if unroll > 1 else []
+    issue = [n for n in loops if sends(n) and not stores(n)]
+    if one_chunk:  # no loop around the chunk; a short one the compiler may have predicated
+        inline = [n for n in loops if _own_sends(n) == unroll and stores(n)]
+        regions = [n for n in tree.walk() if n.kind == "branch" and _own_sends(n) == unroll]
+        chunks = chunks[len(inline) :]
+        issue = [*regions, *issue]
+    turn = [n for n in loops if stores(n) and not sends(n)]
+    scalar = [n for n in loops if not stores(n) and not sends(n)]
+    counts = [n for n in scalar if any(_is_inside(n, other) for other in issue)]
+    plans = [n for n in scalar if n not in counts]
+    outer = [n for n in loops if stores(n) and sends(n)]
+    # Before the loop and in it; where a group is one chunk there is no loop over chunks.
+    plan_names = {"page_starts": ["open_entries", "plan_entries"]}.get(case.op, [])
+    if case.op == "slice":
+        plan_names = ["open_chunks", "open_entries", "plan_chunks", "plan_entries"]
+    wanted = (len(chunks) + 1, 1, len(plan_names))
+    if (len(issue), len(turn), len(plans)) != wanted or not outer:
+        raise ValueError(
+            f"{case}: the schedule has {len(issue)} issue regions, {len(turn)} turning loops, "
+            f"{len(plans)} planning loops; wanted {wanted}:\n{ts.describe(tree)}"
+        )
+    roles = {n.path: "count" for n in counts}
+    roles |= {n.path: name for n, name in zip(issue, [*chunks, "single"], strict=True)}
+    roles |= {n.path: "body" for n in turn}
+    roles |= {n.path: name for n, name in zip(plans, plan_names, strict=True)}
+    innermost = max(outer, key=lambda n: len(n.path))
+    return roles | {n.path: "group" if n is innermost else "step" for n in outer}
+
+
+def _own_sends(node: ts.Node) -> float:
+    """DMAs into the pool that a region issues itself and not in a region or loop inside it."""
+    return node.own.dmas.get("vmem_to_hbm", 0)
+
+
+def _spacing(kernel: ts.Kernel, roles: dict[tuple[int, ...], str]) -> float:
+    """Bundles from one DMA to the next of those that stand in the group's loop itself."""
+    group = next(n for n in kernel.tree.walk() if roles.get(n.path) == "group")
+    inside = {i for child in group.children for i in range(child.first, child.last + 1)}
+    at = [
+        i
+        for i in range(group.first, group.last + 1)
+        if i not in inside and kernel.bundles[i].dmas.get("vmem_to_hbm")
+    ]
+    return (at[-1] - at[0]) / (len(at) - 1)
+
+
+def _is_inside(node: ts.Node, other: ts.Node) -> bool:
+    return len(node.path) > len(other.path) and node.path[: len(other.path)] == other.path
+
+
+def _predict(case: Case, schedule: ts.Schedule) -> Prediction:
+    kernels = [k for k in schedule.kernels if "_write_" in k.name]
+    if len(kernels) != 1:
+        raise ValueError(f"{case}: {len(kernels)} write kernels compiled; wanted 1")
+    tree = kernels[0].tree
+    tensors = [o for o in kernels[0].operands if "," in o.shape]  # metadata has one dimension
+    elsewhere = [o for o in tensors if o.space != "hbm"]
+    if elsewhere:
+        raise ValueError(f"{case}: XLA put {elsewhere} outside HBM; the model is of transfers")
+    walk, unroll, num_entries = _walk(case)
+    roles = _roles(tree, case, unroll)
+    fast = {"page": "checked", "token": "checked", "page_starts": "unchecked", "slice": "equal"}[
+        case.op
+    ]
+    per_group = 1.0 / walk.groups
+    trips = {
+        "step": walk.steps,
+        "group": walk.groups / walk.steps,
+        "body": walk.bodies * per_group,
+        **dict.fromkeys(("equal", "unchecked", "checked", "count"), 0.0),
+        "single": walk.singles / max(1, walk.groups_with_singles),
+        fast: walk.chunks * per_group,
+        "plan_chunks": walk.plan_chunks * per_group,
+        # Each step plans its first group before the loop; counted as an average one.
+        "open_chunks": walk.plan_chunks * per_group,
+        "plan_entries": walk.plan_entries / max(1, walk.one_by_one),
+        "open_entries": walk.plan_entries / max(1, walk.one_by_one),
+    }
+
+    def roles_in(node):
+        return {roles[n.path] for n in node.walk() if n.path in roles}
+
+    def is_single(node):
+        """Whether a region runs only where a group has entries that fill no chunk."""
+        inside = roles_in(node)
+        return "single" in inside and not inside & {"group", "step"}
+
+    def probability(node) -> float:
+        """How often a region that may be skipped runs, when it is reached, by what is in it."""
+        if node.path in roles:
+            return trips[roles[node.path]]
+        inside = roles_in(node)
+        if is_single(node):
+            nested = any(_is_inside(node, other) and is_single(other) for other in branches)
+            return 1.0 if nested else walk.groups_with_singles * per_group
+        if inside == {"count"}:
+            return 0.0  # a chunk with an entry to skip; a dense case has none
+        if inside in ({"plan_entries"}, {"open_entries"}) and not node.total.dma_issues:
+            return walk.one_by_one * per_group
+        return 1.0
+
+    branches = [node for node in tree.walk() if node.kind == "branch"]
+    counts = ts.executed(
+        tree,
+        loops=[(ts.at(*n.path), trips[roles[n.path]]) for n in tree.walk() if n.kind == "loop"],
+        branches=[(ts.at(*node.path), probability(node)) for node in branches],
+    )
+    fast = fast if unroll > 1 else "single"
+    body = next((n for n in tree.walk() if roles.get(n.path) == fast), None)
+    sent = counts.dmas["vmem_to_hbm"]
+    if body is None:
+        sent -= unroll * (walk.groups - walk.chunks)  # predicated off
+        cycles_per_issue = _spacing(kernels[0], roles)
+    else:
+        rare = sum(n.total.bundles for n in body.children)
+        cycles_per_issue = (body.total.bundles - rare) / unroll
+    if abs(sent - num_entries) > 1e-6 * num_entries:
+        raise ValueError(
+            f"{case}: the weighted schedule sends {sent} DMAs; the case has {num_entries} entries"
+        )
+    return Prediction(
+        case=case,
+        num_dmas=num_entries,
+        cycles_per_issue=cycles_per_issue,
+        schedule_cycles=counts.bundles,
+        hbm_cycles=ts.hbm_cycles(case.num_bytes, case.generation),
+        descriptor_cycles=num_entries * DESCRIPTOR_NS * ts.GENERATIONS[case.generation].clock_ghz,
+        num_xla_passes=len(schedule.kernels) - 1,
+    )

@@ -1,0 +1,557 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""The public attention: signature, docstring, checks and dispatch. No kernel code."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_paged import checks, dispatch, layout, settings
+from pallas_paged.attention import oracle
+from pallas_paged.attention.gpu import launch as mosaic_gpu
+from pallas_paged.attention.tpu import launch as mosaic_tpu
+from pallas_paged.dispatch import Backend
+from pallas_paged.kv_write import api as kv_write
+from pallas_paged.kv_write.gpu import launch as mosaic_gpu_write
+
+Config = mosaic_tpu.TpuAttentionConfig | mosaic_gpu.GpuAttentionConfig
+
+_OP = "ragged_paged_attention"
+# Below this, a score that the mask adds it to weighs nothing in float32.
+_LEAVES_OUT = -1e9
+
+
+def ragged_paged_attention(
+    q: jax.Array,
+    kv_pages: jax.Array,
+    kv_lens: jax.Array,
+    page_indices: jax.Array,
+    cu_q_lens: jax.Array,
+    num_seqs: jax.Array,
+    *,
+    sm_scale: jax.Array | float | None = 1.0,
+    causal: bool = True,
+    sliding_window: jax.Array | int | None = None,
+    soft_cap: float | None = None,
+    mask_value: float | None = None,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
+    sinks: jax.Array | None = None,
+    num_kv_heads: int | None = None,
+    return_lse: bool = False,
+    config: Config | None = None,
+    backend: Backend = "auto",
+    num_kv_pages_per_block: None = None,
+    num_queries_per_block: None = None,
+    vmem_limit_bytes: None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attention of new tokens over the pages of their sequences, prefill and decode in one batch.
+
+    Sequence s has its queries in rows `cu_q_lens[s] .. cu_q_lens[s + 1]` of the packed batch; they
+    are the last of its `kv_lens[s]` tokens, whose keys and values are in the pool already. Query
+    head n reads KV head `n // (N // K)`. The score of a query at position i and a key at position
+    j is `q . k * sm_scale`, then `soft_cap * tanh(score / soft_cap)`; it counts where `j <= i` (if
+    causal) and `j > i - sliding_window`. Accumulation, maximum and sum are float32.
+
+    Args:
+      q: [T, N, H], float32, bfloat16 or float16.
+      kv_pages: [P, page_size, R, C], the pool; read only. Rows and pages that no sequence uses may
+        hold anything, NaN included. V of a sequence's own token should be finite: in a prefill the
+        kernels, unlike the oracle, may hand a NaN to earlier rows that do not see the token.
+      kv_lens: int32[S], tokens of each sequence, the new ones included.
+      page_indices: int32[S, M], page table; entry m of a row holds positions
+        `m * page_size .. + page_size`. Entries past a sequence's tokens may hold anything.
+      cu_q_lens: int32[S + 1], prefix sums of the new tokens.
+      num_seqs: int32[1], how many of the S rows are sequences.
+      sm_scale: factor on q . k, a finite number that may be traced; None means `H ** -0.5`, the
+        usual one. The default is 1, as in JAX's kernel. A number that is known to be above 0 is the
+        fastest: with another the GPU's prefills take 4 to 10% longer.
+      causal: whether a query sees no later key.
+      sliding_window: an int >= 1, or an integer scalar that may be traced: how many keys, its own
+        included, a query looks back on. None for all; an int that is too large for int32 is all
+        too. Of traced windows any that is at least kv_len is all, the largest int32 for one; one
+        below 1 hides every key from a causal query, whose row is 0.
+      soft_cap: bound on the scores, > 0; None for no bound. Static.
+      mask_value: added to the scores of keys that the mask hides; None, or -inf, leaves them out.
+        Static.
+      k_scale, v_scale: a number or float32[K], > 0, for fp8 and int8 pools: what the stored values
+        are multiplied by. None means 1.
+      sinks: float32[N] or another float dtype, one more score per head, which takes its share of
+        the softmax and has no value; -inf for a head without one.
+      num_kv_heads: K, an int. None takes it from the pool where one K alone divides N and makes a
+        pool of R rows (`make_kv_pages`); where several do, as 3 and 4 for 12 query heads and R = 8
+        in bfloat16, it is needed.
+      return_lse: whether to return the log-sum-exp too.
+      config: block sizes of the kernel, the Config of the backend that runs; None lets it choose.
+      backend: "auto", "oracle", "mosaic_tpu" or "mosaic_gpu".
+      num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes: JAX's kernel has them, here
+        they are None: leave them out.
+
+    Numbers may be Python's, numpy's or jax's, scalars also of shape [1]. Their values are checked,
+    but for those that are traced or lie on an accelerator, which no call waits for; only what is
+    static is read from there.
+
+    Returns:
+      q's dtype [T, N, H]; with `return_lse` also the natural log of the sum of the exponentials of
+      the scores, sinks included, f32[T, N]. Rows without work (of no sequence, or of one with
+      kv_len 0) are 0, their log-sum-exp -inf.
+
+    Raises:
+      ValueError: an argument has the wrong form.
+      NotImplementedError: the named backend cannot run this call.
+
+    One sequence of 3 tokens in pages 2 and 0 (of 2 tokens each); the last two are new. With equal
+    keys a query averages the values that it sees:
+
+    >>> pool = layout.make_kv_pages(3, 2, num_kv_heads=1, head_dim=128, dtype=jnp.float32)
+    >>> pool = pool.at[2, :, 1].set(jnp.array([[3.0], [5.0]])).at[0, 0, 1].set(10.0)  # V
+    >>> out = ragged_paged_attention(
+    ...     jnp.ones((2, 1, 128)), pool, jnp.array([3], jnp.int32), jnp.array([[2, 0]], jnp.int32),
+    ...     jnp.array([0, 2], jnp.int32), jnp.array([1], jnp.int32))
+    >>> out[:, 0, 0].tolist()
+    [4.0, 6.0]
+    """
+    _refuse_block_sizes(_OP, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes)
+    num_kv_heads = _check_arrays(_OP, q, kv_pages, num_kv_heads)
+    _check_metadata(_OP, kv_lens, page_indices, cu_q_lens, num_seqs)
+    k_scale = checks.require_scale(_OP, "k_scale", k_scale, num_kv_heads, kv_pages)
+    v_scale = checks.require_scale(_OP, "v_scale", v_scale, num_kv_heads, kv_pages)
+    sm_scale, causal, sliding_window, soft_cap, mask_value, sinks, return_lse = _check_options(
+        _OP, q, sm_scale, causal, sliding_window, soft_cap, mask_value, sinks, return_lse, config
+    )
+    chosen = _choose(_OP, backend, q, kv_pages, page_indices, num_kv_heads, mask_value, config)
+    out, lse = _attention(
+        q,
+        kv_pages,
+        kv_lens,
+        page_indices,
+        cu_q_lens,
+        num_seqs,
+        sm_scale,
+        sliding_window,
+        k_scale,
+        v_scale,
+        sinks,
+        causal=causal,
+        soft_cap=soft_cap,
+        mask_value=mask_value,
+        num_kv_heads=num_kv_heads,
+        return_lse=return_lse,
+        config=config,
+        backend=chosen,
+        is_scale_positive=_is_positive(sm_scale),
+        is_auto=backend == "auto",
+    )
+    return (out, lse) if return_lse else out
+
+
+def write_and_attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv_pages: jax.Array,
+    kv_lens: jax.Array,
+    page_indices: jax.Array,
+    cu_q_lens: jax.Array,
+    num_seqs: jax.Array,
+    *,
+    sm_scale: jax.Array | float | None = 1.0,
+    causal: bool = True,
+    sliding_window: jax.Array | int | None = None,
+    soft_cap: float | None = None,
+    mask_value: float | None = None,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
+    sinks: jax.Array | None = None,
+    num_kv_heads: int | None = None,
+    return_lse: bool = False,
+    config: Config | None = None,
+    backend: Backend = "auto",
+    num_kv_pages_per_block: None = None,
+    num_queries_per_block: None = None,
+    vmem_limit_bytes: None = None,
+) -> tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, jax.Array]:
+    """Writes a batch's new keys and values into its pages, then attends over them.
+
+    The new tokens of sequence s are rows `cu_q_lens[s] .. cu_q_lens[s + 1]` of q, k and v, and the
+    last of its `kv_lens[s]`. No sequence may read a page that another writes in the same call. On a
+    TPU this is one kernel, which reads no page back that it fills, if VMEM has room for the new
+    tokens (the support matrix says for how many); else, and on other backends, the two ops one
+    after another.
+
+    Args:
+      q: [T, N, H], as in `ragged_paged_attention`.
+      k, v: [T, K, H] or [T, K*H], as in `page_write`.
+      kv_pages: [P, page_size, R, C], the pool; donated.
+      The rest is as in `ragged_paged_attention`; the scales serve the write as well. None for
+        `num_kv_heads` takes K from k and q's H.
+
+    Returns:
+      `(out, kv_pages)`, with `return_lse` `(out, kv_pages, lse)`.
+
+    Raises:
+      ValueError: an argument has the wrong form.
+      NotImplementedError: the named backend cannot run this call.
+
+    A sequence of 2 tokens, both new, in page 1. The second query averages the two values:
+
+    >>> pool = layout.make_kv_pages(3, 2, num_kv_heads=1, head_dim=128, dtype=jnp.float32)
+    >>> v = jnp.array([3.0, 5.0])[:, None, None] * jnp.ones((2, 1, 128))
+    >>> out, pool = write_and_attend(
+    ...     jnp.ones((2, 1, 128)), jnp.ones((2, 1, 128)), v, pool, jnp.array([2], jnp.int32),
+    ...     jnp.array([[1]], jnp.int32), jnp.array([0, 2], jnp.int32), jnp.array([1], jnp.int32))
+    >>> out[:, 0, 0].tolist(), pool[1, :, 1, 0].tolist()
+    ([3.0, 4.0], [3.0, 5.0])
+    """
+    op = "write_and_attend"
+    _refuse_block_sizes(op, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes)
+    if num_kv_heads is None:
+        num_kv_heads = _heads_of_new(op, q, k)
+    num_kv_heads = _check_arrays(op, q, kv_pages, num_kv_heads)
+    heads, head_dim, k_scale, v_scale = checks.require_write(
+        op, kv_pages, k, v, k_scale, v_scale, num_kv_heads
+    )
+    checks.require(
+        (k.shape[0], head_dim) == (q.shape[0], q.shape[2]),
+        op,
+        "k",
+        got=f"{checks.describe(k)} ({heads} heads of {head_dim})",
+        wanted=f"{q.shape[0]} tokens and heads of {q.shape[2]}, as q {checks.describe(q)}",
+        hint="q, k and v are of the same tokens",
+    )
+    _check_metadata(op, kv_lens, page_indices, cu_q_lens, num_seqs)
+    sm_scale, causal, sliding_window, soft_cap, mask_value, sinks, return_lse = _check_options(
+        op, q, sm_scale, causal, sliding_window, soft_cap, mask_value, sinks, return_lse, config
+    )
+    chosen = _choose(
+        op, backend, q, kv_pages, page_indices, num_kv_heads, mask_value, config, writes=True
+    )
+    out, lse, kv_pages = _write_and_attend(
+        q,
+        k,
+        v,
+        kv_pages,
+        kv_lens,
+        page_indices,
+        cu_q_lens,
+        num_seqs,
+        sm_scale,
+        sliding_window,
+        k_scale,
+        v_scale,
+        sinks,
+        causal=causal,
+        soft_cap=soft_cap,
+        mask_value=mask_value,
+        num_kv_heads=num_kv_heads,
+        return_lse=return_lse,
+        config=config,
+        backend=chosen,
+        is_scale_positive=_is_positive(sm_scale),
+        is_auto=backend == "auto",
+    )
+    return (out, kv_pages, lse) if return_lse else (out, kv_pages)
+
+
+def _choose(
+    op, backend, q, kv_pages, page_indices, num_kv_heads, mask_value, config, *, writes=False
+):
+    reasons: dict[str, str | None] = {"oracle": None}
+    for name, kernels, config_type in (
+        ("mosaic_tpu", mosaic_tpu, mosaic_tpu.TpuAttentionConfig),
+        ("mosaic_gpu", mosaic_gpu, mosaic_gpu.GpuAttentionConfig),
+    ):
+        if config is None or isinstance(config, config_type):
+            reason = kernels.unsupported(q, kv_pages, page_indices, num_kv_heads, config)
+            if reason is None and writes and name == "mosaic_gpu":
+                reason = mosaic_gpu_write.unsupported_pool(kv_pages, q)
+        else:
+            reason = f"its block sizes are a {config_type.__name__}, and config is {config!r}"
+        if mask_value is not None and mask_value > _LEAVES_OUT:
+            reason = (
+                f"mask_value {mask_value} would let hidden keys count, and their pages may not be "
+                f"there; the kernel leaves them out: pass None or a number below {_LEAVES_OUT:.0e}"
+            )
+        reasons[name] = reason
+    return dispatch.choose(op, backend, reasons)
+
+
+def _is_positive(sm_scale) -> bool:
+    """Whether a factor is known to be above 0, which saves the GPU kernels a product a score.
+
+    A chip may take what is less than a normal number for 0.
+    """
+    return isinstance(sm_scale, np.number) and bool(sm_scale >= np.finfo(np.float32).tiny)
+
+
+_STATIC = (
+    "causal",
+    "soft_cap",
+    "mask_value",
+    "num_kv_heads",
+    "return_lse",
+    "config",
+    "backend",
+    "is_scale_positive",
+    "is_auto",
+)
+
+
+@settings.independent(checks_nans=True)
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _attention(
+    q,
+    kv_pages,
+    kv_lens,
+    page_indices,
+    cu_q_lens,
+    num_seqs,
+    sm_scale,
+    sliding_window,
+    k_scale,
+    v_scale,
+    sinks,
+    *,
+    mask_value,
+    return_lse,
+    config,
+    backend,
+    is_scale_positive,
+    is_auto,
+    **options,
+):
+    arrays = (q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
+    dynamic = {
+        "sm_scale": sm_scale,
+        "sliding_window": sliding_window,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+        "sinks": sinks,
+    }
+    arrays, dynamic = checks.refuse_transforms(_OP, (arrays, dynamic))
+    arrays = (dispatch.require_lowering(_OP, backend, is_auto, arrays[0]), *arrays[1:])
+    if q.shape[0] == 0:
+        return _no_rows(arrays[0])
+    options |= dynamic
+    if backend == "oracle":
+        return oracle.ragged_paged_attention(*arrays, mask_value=mask_value, **options)
+    options |= {"return_lse": return_lse, "config": config}
+    if backend == "mosaic_gpu":
+        return mosaic_gpu.ragged_paged_attention(
+            *arrays, is_scale_positive=is_scale_positive, **options
+        )
+    return mosaic_tpu.ragged_paged_attention(*arrays, **options)
+
+
+@settings.independent()
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="kv_pages")
+def _write_and_attend(
+    q,
+    k,
+    v,
+    kv_pages,
+    kv_lens,
+    page_indices,
+    cu_q_lens,
+    num_seqs,
+    sm_scale,
+    sliding_window,
+    k_scale,
+    v_scale,
+    sinks,
+    *,
+    num_kv_heads,
+    backend,
+    is_auto,
+    **options,
+):
+    """One kernel where there is one, else composed of the two ops: (out, log-sum-exp, pool)."""
+    arrays = (q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
+    dynamic = {
+        "sm_scale": sm_scale,
+        "sliding_window": sliding_window,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+        "sinks": sinks,
+    }
+    op = "write_and_attend"
+    arrays, dynamic = checks.refuse_transforms(op, (arrays, dynamic))
+    arrays = (dispatch.require_lowering(op, backend, is_auto, arrays[0]), *arrays[1:])
+    if q.shape[0] == 0:
+        return *_no_rows(arrays[0]), arrays[3]
+    # The fused kernel attends to what it quantised itself.
+    can_fuse = backend == "mosaic_tpu" and not layout.is_quantized(k.dtype)
+    if can_fuse and mosaic_tpu.is_fused(q, kv_pages, num_kv_heads, options["config"]):
+        del options["mask_value"], options["is_scale_positive"]
+        return mosaic_tpu.write_and_attend(*arrays, **dynamic, num_kv_heads=num_kv_heads, **options)
+    q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs = arrays
+    w = kv_write.write_indices(
+        page_indices, kv_lens, cu_q_lens, num_seqs, kv_pages.shape[1], num_tokens=q.shape[0]
+    )
+    write = {name: dynamic[name] for name in ("k_scale", "v_scale")}
+    write |= {"num_kv_heads": num_kv_heads, "backend": backend}
+    if backend == "mosaic_gpu":  # one launch, and as fast as whole pages there
+        kv_pages = kv_write.token_write(kv_pages, k, v, w.slots, **write)
+    else:
+        kv_pages = kv_write.page_write(kv_pages, k, v, w.page_ids, w.token_starts, **write)
+        kv_pages = kv_write.slice_write(kv_pages, k, v, w.slices, w.num_slices, **write)
+    out, lse = _attention(
+        q,
+        kv_pages,
+        kv_lens,
+        page_indices,
+        cu_q_lens,
+        num_seqs,
+        **dynamic,
+        num_kv_heads=num_kv_heads,
+        backend=backend,
+        is_auto=False,
+        **options,
+    )
+    return out, lse, kv_pages
+
+
+def _refuse_block_sizes(op, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes):
+    """JAX's own callers pass these; here they are fields of a Config, of each kernel's own."""
+    for name, value in (
+        ("num_kv_pages_per_block", num_kv_pages_per_block),
+        ("num_queries_per_block", num_queries_per_block),
+        ("vmem_limit_bytes", vmem_limit_bytes),
+    ):
+        checks.require(
+            value is None,
+            op,
+            name,
+            got=checks.describe(value),
+            wanted="None",
+            hint="leave it out, the kernel chooses its blocks and its memory; or pass config= with"
+            " the backend's Config",
+        )
+
+
+def _heads_of_new(op, q, k) -> int | None:
+    """K as k says it: its own dimension, or the width over q's H. None where it says nothing."""
+    for name, x in (("q", q), ("k", k)):
+        checks.require_array(op, name, x)
+    if k.ndim == 3:
+        return k.shape[1]
+    if k.ndim != 2 or q.ndim != 3 or 0 in (k.shape[1], q.shape[2]):
+        return None
+    checks.require(
+        k.shape[1] % q.shape[2] == 0,
+        op,
+        "k",
+        got=checks.describe(k),
+        wanted=f"[T, K*H] with the H = {q.shape[2]} of q",
+        hint="q, k and v are of the same tokens, and their heads of the same size",
+    )
+    return k.shape[1] // q.shape[2]
+
+
+def _no_rows(q):
+    """The output and the log-sum-exp of a batch without a token; no backend launches anything."""
+    return q, jnp.zeros_like(q[..., 0], jnp.float32)
+
+
+def _check_arrays(op, q, kv_pages, num_kv_heads) -> int:
+    """Checks q against the pool and returns K."""
+    checks.require_pool(op, kv_pages)
+    checks.require_array(op, "q", q)
+    checks.require(
+        q.ndim == 3
+        and 0 not in q.shape[1:]
+        and q.dtype in (jnp.float32, jnp.bfloat16, jnp.float16),
+        op,
+        "q",
+        got=checks.describe(q),
+        wanted="float32, bfloat16 or float16 [T, N, H]",
+        hint="pack the batch's tokens into one leading dimension",
+    )
+    num_heads, head_dim = q.shape[1:]
+    num_rows, num_lanes = kv_pages.shape[2:]
+    checks.require(
+        layout.num_lanes(head_dim) == num_lanes,
+        op,
+        "q",
+        got=f"{checks.describe(q)} (head_dim {head_dim})",
+        wanted=f"a head_dim whose pool has C = {num_lanes}, as kv_pages"
+        f" {checks.describe(kv_pages)}",
+        hint=f"a pool for this head_dim has C = {layout.num_lanes(head_dim)}",
+    )
+    if num_kv_heads is None:
+        return checks.heads_of_pool(op, kv_pages, num_heads, head_dim)
+    hint = "pass the number of KV heads that the pool was made for"
+    num_kv_heads = checks.require_heads(op, num_kv_heads, hint)
+    checks.require(
+        layout.num_rows_used(num_kv_heads, head_dim) <= num_rows,
+        op,
+        "num_kv_heads",
+        got=num_kv_heads,
+        wanted=f"an int >= 1 whose rows fit the R = {num_rows} of kv_pages"
+        f" {checks.describe(kv_pages)}",
+        hint=hint,
+    )
+    checks.require(
+        num_heads % num_kv_heads == 0,
+        op,
+        "q",
+        got=f"{checks.describe(q)} ({num_heads} query heads)",
+        wanted=f"a multiple of the {num_kv_heads} KV heads",
+        hint="every KV head serves as many query heads",
+    )
+    return num_kv_heads
+
+
+def _check_metadata(op, kv_lens, page_indices, cu_q_lens, num_seqs):
+    checks.require_int32(op, "kv_lens", kv_lens, 1, "[S]")
+    checks.require_int32(op, "page_indices", page_indices, 2, "[S, M]")
+    checks.require_int32(op, "cu_q_lens", cu_q_lens, 1, "[S + 1]")
+    checks.require_int32(op, "num_seqs", num_seqs, 1, "[1]")
+    checks.require(
+        0 not in page_indices.shape,
+        op,
+        "page_indices",
+        got=checks.describe(page_indices),
+        wanted="int32[S, M], neither 0",
+        hint="give the table one row per sequence slot and one column per page; for a batch "
+        "without sequences pass one row of any ids and num_seqs 0",
+    )
+    max_seqs = page_indices.shape[0]
+    for name, array, size in (
+        ("kv_lens", kv_lens, max_seqs),
+        ("cu_q_lens", cu_q_lens, max_seqs + 1),
+        ("num_seqs", num_seqs, 1),
+    ):
+        checks.require(
+            array.shape[0] == size,
+            op,
+            name,
+            got=checks.describe(array),
+            wanted=f"int32[{size}]",
+            hint=f"page_indices {checks.describe(page_indices)} has S = {max_seqs}",
+        )
+
+
+def _check_options(
+    op, q, sm_scale, causal, sliding_window, soft_cap, mask_value, sinks, return_lse, config
+):
+    """Checks the options and returns them as the kernels take them, in this order."""
+    checks.require(
+        config is None or isinstance(config, Config),
+        op,
+        "config",
+        got=checks.describe(config),
+        wanted="None or the block sizes of an attention",
+        hint="pass a pallas_paged.TpuAttentionConfig or a pallas_paged.GpuAttentionConfig",
+    )
+    num_heads, head_dim = q.shape[1:]
+    return (
+        checks.require_sm_scale(op, sm_scale, head_dim),
+        checks.require_bool(op, "causal", causal),
+        checks.require_window(op, sliding_window),
+        checks.require_soft_cap(op, soft_cap),
+        checks.require_mask_value(op, mask_value),
+        checks.require_sinks(op, sinks, num_heads),
+        checks.require_bool(op, "return_lse", return_lse),
+    )

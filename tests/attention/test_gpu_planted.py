@@ -1,0 +1,161 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Bugs planted in the GPU attention: the checks of test_attention_gpu.py must catch each.
+
+A bug is one snippet of a module's source, replaced; the modules that import it are made anew. Each
+runs in GPU interpret mode, and the test says how it shows.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_paged import dispatch
+from pallas_paged.attention import gpu
+from tests.attention.cases import make_case, mismatch, run_oracle
+from tests.kv_write.cases import RaceFoundError, run_all_on_gpu
+from tests.planted import plant
+
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11, 2) or jax.default_backend() == "gpu",
+    reason="GPU interpret mode is for a CPU with jax 0.11.2",
+)
+
+_ROOM = gpu.__name__
+# Decodes in three parts, and a prefill of two tiles with a rest; both end inside a page.
+LENS = [(1, 300), (140, 203)]
+
+# name: (module, snippet, what is planted instead, symptom)
+BUGS = {
+    "none": ("launch", "_HEAD_DIMS = (64, 128, 256)", "_HEAD_DIMS = (64, 128, 256)", None),
+    "wrong_row_of_the_table": ("kv_blocks", "table[seq, entry]", "table[0, entry]", "wrong"),
+    "causal_edge": (
+        "online_softmax",
+        "jnp.minimum(own + 1, end)",
+        "jnp.minimum(own, end)",
+        "wrong",
+    ),
+    "window_edge": (
+        "online_softmax",
+        "is_seen &= key > over_rows(own - rows.window,",
+        "is_seen &= key >= over_rows(own - rows.window,",
+        "wrong",
+    ),
+    "nan_behind_the_sequence": (
+        "online_softmax",
+        "@pl.when((begin > 0) | (end < span.block))",
+        "@pl.when(begin > span.block)",
+        "wrong",
+    ),
+    "nothing_is_cleared_for_the_other": (
+        "kv_blocks",
+        "plgpu.barrier_arrive(ring.cleared)\n        plgpu.barrier_wait(ring.cleared)",
+        "pass",
+        "race",
+    ),
+    "released_early": (
+        "online_softmax",
+        "        out, (largest, total, shrink, new) = _scores_and_sum(\n"
+        "            rows.queries, keys, out, weights, values, weigh, span.block,"
+        " shape\n        )\n        plgpu.barrier_arrive(ring.empty.at[before])\n",
+        "        plgpu.barrier_arrive(ring.empty.at[before])\n"
+        "        out, (largest, total, shrink, new) = _scores_and_sum(\n"
+        "            rows.queries, keys, out, weights, values, weigh, span.block,"
+        " shape\n        )\n",
+        "race",
+    ),
+    "a_missed_wait": (
+        "online_softmax",
+        "    plgpu.barrier_wait(ring.full.at[slot])\n",
+        "",
+        "race/error",
+    ),
+    "dropped_rescale": (
+        "online_softmax",
+        "total * shrink + weights.sum(axis=1)",
+        "total + weights.sum(axis=1)",
+        "wrong",
+    ),
+    "values_of_another_block": (
+        "online_softmax",
+        "ring.values(before, shape.head_dim)",
+        "ring.values(slot, shape.head_dim)",
+        "wrong",
+    ),
+    "a_part_forgotten": (
+        "decode",
+        "last - share.index + 1, segment.row",
+        "last - share.index, segment.row",
+        "wrong",
+    ),
+    "parts_weigh_alike": ("combine_splits", "mean + part * weight", "mean + part", "wrong"),
+    "a_share_nobody_merges": (
+        "prefill",
+        'block") + warpgroup * num_blocks',
+        'block") + (warpgroup + 1) * num_blocks',
+        "wrong",
+    ),
+    "neighbours_rows": (
+        "prefill",
+        "tile.begin - row, tile.end - row, 1",
+        "tile.begin - row, tile.end + 1 - row, 1",
+        "wrong/race/error",
+    ),
+    "rows_of_nobody": (
+        "prefill",
+        "jnp.full((WARPGROUP_ROWS,), -jnp.inf",
+        "jnp.full((WARPGROUP_ROWS,), 0.0",
+        "wrong",
+    ),
+}
+
+
+PLANTED = [(f"{_ROOM}.{module}", old, new) for module, old, new, _ in BUGS.values()]
+
+
+def _run(monkeypatch, name, old, new):
+    """What is wrong with the result of a call whose kernels have a bug; None if nothing is."""
+    plant(monkeypatch, _ROOM, f"{_ROOM}.{name}", old, new)
+    kernels = gpu.launch
+    monkeypatch.setattr(dispatch, "num_multiprocessors", lambda: 2)
+    case = make_case(
+        LENS,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=64,
+        page_size=16,
+        dtype="bfloat16",
+        pool_dtype="bfloat16",
+        first_row=3,
+    )
+    options = {"sm_scale": 0.125, "num_kv_heads": 1, "sliding_window": 150}
+
+    def call():
+        return kernels.ragged_paged_attention(
+            *(jnp.asarray(x) for x in case.arrays),
+            **options,
+            causal=True,
+            soft_cap=None,
+            k_scale=None,
+            v_scale=None,
+            sinks=None,
+            return_lse=True,
+            is_scale_positive=True,
+            config=kernels.GpuAttentionConfig(64, 2, 64, 2),
+        )
+
+    return mismatch(*run_all_on_gpu(call), *run_oracle(case, options))
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_caught(monkeypatch, bug):
+    module, old, new, symptom = BUGS[bug]
+    try:
+        found = _run(monkeypatch, module, old, new)
+    except RaceFoundError:
+        shown = "race"
+    except jax.errors.JaxRuntimeError:
+        shown = "error"
+    else:
+        shown = "wrong" if found else None
+    wanted = (None,) if symptom is None else symptom.split("/")
+    assert shown in wanted, shown

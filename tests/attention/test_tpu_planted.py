@@ -1,0 +1,692 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Bugs planted in the attention kernel: the checks of test_attention_tpu.py must catch each.
+
+A bug is one snippet of a module's source, replaced. Each runs in one DMA mode in which it must
+show, and the test says how it shows.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_paged.attention import tpu
+from pallas_paged.attention.api import write_and_attend
+from pallas_paged.attention.tpu.refs import TAKEN
+from tests.attention.cases import (
+    Setup,
+    counted_slots,
+    interpret_all,
+    make_case,
+    make_write,
+    mismatch,
+    new_slots_of,
+    run_oracle,
+    write_mismatch,
+)
+from tests.kv_write.cases import FAST_COMPILE, RaceFoundError, difference
+from tests.planted import plant
+
+_ROOM = tpu.__name__
+
+_LENS = {
+    # A decode of three blocks and prefills of two and three, so that the ring goes round.
+    "long": [(1, 300), (5, 150), (3, 290), (1, 40)],
+    "decodes": [(1, 150), (1, 9), (1, 33), (1, 280)],
+    # Full blocks one behind the other: of one decode, of the next, and then of a prefill.
+    "runs": [(1, 512), (1, 256), (5, 290)],
+    "prefills": [(5, 150), (3, 290)],
+    "one decode": [(1, 150)],
+    "one prefill": [(5, 150)],
+    # Windows that begin in the row tile where the one before ends.
+    "shared": [(3, 9), (5, 20), (4, 4), (2, 7)],
+    # Two windows of output, and rows that nobody has before, between and behind them.
+    "holes": [(20, 20), (40, 0), (3, 9), (5, 5), (40, 0)],
+    # Of a prefill the first new token is in a page that has old ones, and the second window begins
+    # in a page that the first one fills in part; a decode's token follows old ones in a page.
+    "new": [(1, 40), (150, 205), (1, 1), (9, 30)],
+    "new short": [(1, 40), (9, 45), (1, 3)],
+    "new decodes": [(1, 40), (1, 3)],
+    "new prefill": [(9, 45)],
+    "new windows": [(150, 205), (9, 30)],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What a bug is shown on: a setup, lengths of `_LENS`, and a window."""
+
+    setup: Setup
+    lens: str
+    window: int | None = None
+    sm_scale: float = 0.1
+    writes: bool = False  # whether the call writes its new tokens, too
+    table_part: int | None = None  # of a streamed page table
+    has_lse: bool = True  # whether the log-sum-exp is asked for
+
+    @property
+    def id(self):
+        """A readable name."""
+        parts = [self.setup.id, self.lens]
+        parts += ["write"] if self.writes else []
+        parts += ["streamed"] if self.table_part else []
+        return "-".join(parts + ([] if self.has_lse else ["no_lse"]))
+
+    def case(self):
+        """The call's arrays; the first row has no sequence."""
+        setup = self.setup
+        return make_case(
+            _LENS[self.lens],
+            num_heads=setup.num_heads,
+            num_kv_heads=setup.num_kv_heads,
+            head_dim=setup.head_dim,
+            page_size=setup.page_size,
+            dtype=setup.dtype,
+            pool_dtype=setup.pool_dtype,
+            first_row=1,
+        )
+
+    def options(self):
+        """Keyword arguments of the public op."""
+        return self.setup.options(self.window) | {"sm_scale": self.sm_scale}
+
+
+PLAIN = Setup(2, 1, 128, 32, return_lse=True)
+SINKS = dataclasses.replace(PLAIN, has_sinks=True)
+CAPPED = dataclasses.replace(PLAIN, soft_cap=1.0)
+SCALED = Setup(2, 2, 128, 32, "float32", "int8", scale="head")
+NARROW = Setup(2, 1, 32, 32)  # K and V in one row
+BF16 = Setup(2, 2, 128, 32, "bfloat16", "bfloat16")
+CHUNKS = dataclasses.replace(BF16, config=(384, 128, 2))  # a block is two products of a prefill
+PADDED = Setup(2, 1, 96, 32)  # lanes behind K hold NaN
+PARTS = Setup(2, 1, 128, 192)  # a page in two pieces: parts of 96
+SEVERAL = dataclasses.replace(PLAIN, config=(128, 128, 4, 2))  # blocks to a body
+WIDE = Setup(2, 1, 256, 32)  # two lane tiles
+
+LONG, DECODES, PREFILLS, PREFILL, SHARED, HOLES = (
+    Call(PLAIN, lens) for lens in ("long", "decodes", "prefills", "one prefill", "shared", "holes")
+)
+NEW, NEW_SHORT, NEW_DECODES, NEW_PREFILL, NEW_WINDOWS = (
+    Call(PLAIN, lens, writes=True)
+    for lens in ("new", "new short", "new decodes", "new prefill", "new windows")
+)
+STREAMED = Call(PLAIN, "decodes", table_part=8)
+PAIRS = Call(BF16, "one prefill", has_lse=False)  # masks weights in pairs
+CONTROLS = (
+    PAIRS,
+    LONG, DECODES, PREFILLS, SHARED, HOLES, STREAMED, NEW, NEW_SHORT,
+    Call(WIDE, "new decodes", writes=True), Call(SCALED, "new decodes", writes=True),
+    Call(SINKS, "one prefill"), Call(SINKS, "decodes"), Call(CAPPED, "one decode"),
+    Call(SCALED, "one decode"), Call(NARROW, "one decode"), Call(BF16, "decodes"),
+    Call(PADDED, "one decode"), Call(PARTS, "one decode"), Call(SEVERAL, "decodes"),
+    Call(PLAIN, "decodes", window=20), Call(PLAIN, "absurd new id", writes=True),
+    Call(SEVERAL, "runs"), Call(SEVERAL, "runs", writes=True),
+)  # fmt: skip
+
+# name: (module, snippet, what stands there instead, call, DMA mode, how it shows)
+BUGS = {
+    # --- which pages, which pieces
+    "page_table_of_the_first_sequence": (
+        "work_items",
+        "jnp.where(is_found, first_piece_of(walk, unit.seq), 0)",
+        "jnp.zeros_like(unit.seq)",
+        DECODES, "eager", "numbers",
+    ),
+    "page_id_not_clamped": (
+        "page_table",
+        "jnp.minimum(unsigned, jnp.uint32(num_pages - 1))",
+        "jnp.minimum(unsigned, jnp.uint32(2**31 - 1))",
+        Call(PLAIN, "absurd id"), "eager", "error",
+    ),
+    "part_of_a_page_ignored": (
+        "kv_blocks",
+        "page_table.page_row(walk, refs, at) + part * walk.piece",
+        "page_table.page_row(walk, refs, at)",
+        Call(PARTS, "one decode"), "eager", "numbers",
+    ),
+    # --- what counts
+    "causal_edge_one_late": (
+        "scores",
+        "jnp.minimum(stop, query_position + 1)",
+        "jnp.minimum(stop, query_position + 2)",
+        PREFILL, "eager", "numbers",
+    ),
+    "causal_edge_one_early": (
+        "scores",
+        "jnp.minimum(stop, query_position + 1)",
+        "jnp.minimum(stop, query_position)",
+        PREFILL, "eager", "numbers",
+    ),
+    "window_one_too_wide": (
+        "scores",
+        "seen &= key > query_position - window - first",
+        "seen &= key >= query_position - window - first",
+        Call(PLAIN, "decodes", window=20), "eager", "numbers",
+    ),
+    "window_one_too_narrow": (
+        "scores",
+        "seen &= key > query_position - window - first",
+        "seen &= key > query_position - window - first + 1",
+        Call(PLAIN, "decodes", window=20), "on_wait", "numbers",
+    ),
+    "window_begins_a_piece_late": (
+        "work_items",
+        "jnp.clip(position - window_len(walk, refs) + 1, 0, key_end)",
+        "jnp.clip(position - window_len(walk, refs) + walk.piece, 0, key_end)",
+        Call(PLAIN, "decodes", window=20), "on_wait", "numbers",
+    ),
+    "full_block_not_masked_for_prefills": (
+        "kernel",
+        "is_edge |= end - 1 > unit.position",
+        "is_edge |= end - 1 > unit.position + 8",
+        Call(PLAIN, "last rows"), "eager", "numbers",
+    ),
+    "full_blocks_of_a_prefill_taken_as_a_decode": (
+        "kernel",
+        "(at.index < state[FOUND]) & (at.unit.is_decode == 1)",
+        "at.index < state[FOUND]",
+        Call(SEVERAL, "runs"), "eager", "numbers",
+    ),
+    # --- DMAs
+    "block_not_waited_for": (
+        "kv_blocks",
+        "pltpu.make_async_copy(view, view, refs.ring_sems.at[buffer]).wait()",
+        "pass",
+        DECODES, "on_wait", "numbers",
+    ),
+    "block_not_waited_for_seen_as_race": (
+        "kv_blocks",
+        "pltpu.make_async_copy(view, view, refs.ring_sems.at[buffer]).wait()",
+        "pass",
+        DECODES, "eager", "race",
+    ),
+    "wait_one_piece_short": (
+        "kv_blocks",
+        "return ceil_div(end - first, walk.piece) * walk.piece",
+        "return jnp.maximum(ceil_div(end - first, walk.piece) - 1, 1) * walk.piece",
+        DECODES, "on_wait", "numbers",
+    ),
+    "wait_for_full_blocks_short": (
+        "kv_blocks",
+        "walk.block if is_full else num_tokens",
+        "walk.piece if is_full else num_tokens",
+        Call(SEVERAL, "decodes"), "on_wait", "numbers",
+    ),
+    "one_block_too_many_ahead": (
+        "kv_blocks",
+        "@pl.loop(0, walk.ring - walk.blocks_per_body)",
+        "@pl.loop(0, walk.ring)",
+        DECODES, "eager", "race",
+    ),
+    "output_sent_over_the_one_before": (
+        "q_tiles",
+        "    wait_leaving(walk, refs)\n    for copy in _leaves(",
+        "    for copy in _leaves(",
+        HOLES, "on_wait", "numbers",
+    ),
+    "output_sent_over_the_one_before_seen_as_race": (
+        "q_tiles",
+        "    wait_leaving(walk, refs)\n    for copy in _leaves(",
+        "    for copy in _leaves(",
+        HOLES, "eager", "race",
+    ),
+    "last_output_not_waited_for": (
+        "kernel",
+        "    windows.wait_leaving(walk, refs)\n",
+        "",
+        DECODES, "on_wait", "numbers",
+    ),
+    "queries_not_waited_for": (
+        "q_tiles",
+        "        load.wait()\n",
+        "        pass\n",
+        SHARED, "on_wait", "numbers",
+    ),
+    # --- windows
+    "shared_tile_not_kept": (
+        "q_tiles",
+        "is_shared = state[DONE] > first",
+        "is_shared = state[DONE] > 2**30",
+        SHARED, "eager", "numbers",
+    ),
+    "rows_of_nobody_not_zeroed": (
+        "kernel",
+        "    windows.zero_until(walk, refs, walk.num_tokens)\n",
+        "",
+        HOLES, "eager", "numbers",
+    ),
+    "rows_between_windows_not_zeroed": (
+        "q_tiles",
+        "    zero_until(walk, refs, first)\n",
+        "",
+        Call(PLAIN, "far"), "eager", "numbers",
+    ),
+    "zeros_over_the_next_unit": (
+        "kernel",
+        "is_row = (row >= unit.row) & (row < unit.end)",
+        "is_row = row < unit.end",
+        SHARED, "eager", "numbers",
+    ),
+    # --- softmax
+    "decode_not_rescaled": (
+        "decode",
+        "acc * _wide(rescale, heads.lane_tiles)",
+        "acc",
+        Call(PLAIN, "decodes", sm_scale=0.4), "eager", "numbers",
+    ),
+    "decode_sum_not_rescaled": (
+        "decode",
+        "total = total * rescale",
+        "total = total",
+        Call(PLAIN, "decodes", sm_scale=0.4), "eager", "numbers",
+    ),
+    "prefill_not_rescaled": (
+        "prefill",
+        "acc_ref[head, :, at] = acc_ref[head, :, at] * rescale + ",
+        "acc_ref[head, :, at] = acc_ref[head, :, at] + ",
+        PREFILLS, "eager", "numbers",
+    ),
+    "prefill_sum_not_rescaled": (
+        "prefill",
+        "l_ref[head, :1, at] = l_ref[head, :1, at] * rescale + ",
+        "l_ref[head, :1, at] = l_ref[head, :1, at] + ",
+        PREFILLS, "eager", "numbers",
+    ),
+    "unsound_sums_taken": (
+        "kernel",
+        "lambda: jnp.logical_not(_is_sound(walk, refs, unit)),",
+        "lambda: jnp.bool_(False),",
+        Call(PLAIN, "one prefill", sm_scale=5.0), "eager", "numbers",
+    ),
+    "repeat_from_the_wrong_shift": (
+        "prefill",
+        "jnp.maximum(shift_ref[head, :1, at], largest)",
+        "largest",
+        Call(PLAIN, "one prefill", sm_scale=5.0), "eager", "numbers",
+    ),
+    "sinks_not_in_the_sum_of_decodes": (
+        "decode",
+        "total * rescale + jnp.exp2(sink - top), acc * rescale",
+        "total * rescale, acc * rescale",
+        Call(SINKS, "decodes"), "eager", "numbers",
+    ),
+    "sinks_not_in_the_sum_of_prefills": (
+        "prefill",
+        "(x * rescale + jnp.exp2(sink - top) for x in (total, weight))",
+        "(x * rescale for x in (total, weight))",
+        Call(SINKS, "one prefill"), "eager", "numbers",
+    ),
+    "log_sum_exp_of_decodes_in_the_base_2": (
+        "decode",
+        "(m + jnp.log2(total)) / LOG2_E",
+        "(m + jnp.log2(total))",
+        DECODES, "eager", "numbers",
+    ),
+    "log_sum_exp_of_prefills_in_the_base_2": (
+        "prefill",
+        "(shift + jnp.log2(weight)) / LOG2_E",
+        "(shift + jnp.log2(weight))",
+        PREFILL, "eager", "numbers",
+    ),
+    "soft_cap_in_the_wrong_place": (
+        "scores",
+        "jnp.tanh(product * (scale / score.soft_cap))",
+        "jnp.tanh(product / score.soft_cap) * scale",
+        Call(CAPPED, "one decode"), "eager", "numbers",
+    ),
+    # --- operands
+    "values_not_masked": (
+        "operands",
+        "return lax.bitcast_convert_type(bits if mask is None else bits & mask, jnp.float32)",
+        "return lax.bitcast_convert_type(bits, jnp.float32)",
+        DECODES, "eager", "numbers",
+    ),
+    "values_not_masked_in_pairs": (
+        "operands",
+        "pltpu.bitcast(pairs if mask is None else pairs & mask, jnp.bfloat16)",
+        "pltpu.bitcast(pairs, jnp.bfloat16)",
+        Call(BF16, "one decode"), "eager", "numbers",
+    ),
+    "values_masked_one_early": (
+        "scores",
+        "return first + slot * step + offset < end",
+        "return first + slot * step + offset < end - 1",
+        DECODES, "eager", "numbers",
+    ),
+    "lanes_behind_a_key_not_masked": (
+        "operands",
+        "    if used >= layout.LANES:",
+        "    if True:",
+        Call(PADDED, "one decode"), "eager", "numbers",
+    ),
+    "value_taken_for_lanes_of_the_key": (
+        "operands",
+        "    if used >= layout.LANES:",
+        "    if True:",
+        Call(NARROW, "one decode"), "eager", "numbers",
+    ),
+    "weight_masked_by_the_other_of_its_pair": (
+        "prefill",
+        "seen_keys(score, key + i, position,",
+        "seen_keys(score, key + 1 - i, position,",
+        PAIRS, "eager", "numbers",
+    ),
+    "pairs_of_the_first_keys_masked_alone": (
+        "prefill",
+        "mask_ref[pl.ds(row + start // together,",
+        "mask_ref[pl.ds(row,",
+        dataclasses.replace(PAIRS, setup=CHUNKS, lens="long"), "eager", "numbers",
+    ),
+    "keys_of_the_first_rows_masked_alone": (
+        "prefill",
+        "key = together * (start + lax",
+        "key = together * (lax",
+        PREFILLS, "eager", "numbers",
+    ),
+    "token_behind_the_last_not_cleared": (
+        "kv_blocks",
+        "jnp.minimum(num_tokens + i * _CLEARED + j, end - 1)",
+        "jnp.minimum(num_tokens + i * _CLEARED + j + 1, end - 1)",
+        PREFILLS, "eager", "numbers",
+    ),
+    "last_token_cleared": (
+        "kv_blocks",
+        "jnp.minimum(num_tokens + i * _CLEARED + j, end - 1)",
+        "jnp.minimum(num_tokens + i * _CLEARED + j - 1, end - 1)",
+        PREFILLS, "eager", "numbers",
+    ),
+    "run_without_tokens_read": (
+        "kv_blocks",
+        "jnp.minimum(run, place.last_run)",
+        "run",
+        dataclasses.replace(PAIRS, setup=CHUNKS, lens="prefills"), "eager", "numbers",
+    ),
+    "rest_of_a_weight_subtracted": (
+        "decode",
+        "weights - first], axis=0)",
+        "first - weights], axis=0)",
+        Call(BF16, "one decode"), "eager", "numbers",
+    ),
+    "odd_tokens_before_even": (
+        "operands",
+        "even, odd = load(word, lane_tile, 0), load(word, lane_tile, 1)",
+        "odd, even = load(word, lane_tile, 0), load(word, lane_tile, 1)",
+        Call(BF16, "decodes"), "eager", "numbers",
+    ),
+    "scale_of_another_head": (
+        "kernel",
+        "return refs.factors[1 + which * walk.heads.num_kv_heads + head]",
+        "return refs.factors[1 + which * walk.heads.num_kv_heads]",
+        Call(SCALED, "one decode"), "eager", "numbers",
+    ),
+    "scale_of_keys_for_values": (
+        "kernel",
+        "return refs.factors[1 + which * walk.heads.num_kv_heads + head]",
+        "return refs.factors[1 + head]",
+        Call(SCALED, "one decode"), "eager", "numbers",
+    ),
+    "int8_unsigned": (
+        "operands",
+        "lax.bitcast_convert_type(byte << 24, jnp.int32) >> 24",
+        "lax.bitcast_convert_type(byte, jnp.int32)",
+        Call(SCALED, "one decode"), "eager", "numbers",
+    ),
+    # --- new tokens
+    "new_tokens_one_row_late": (
+        "new_kv",
+        "rem(i, per_page) * piece + row",
+        "rem(i, per_page) * piece + row + 1",
+        NEW_PREFILL, "eager", "pool",
+    ),
+    "last_page_of_a_chunk_not_sent": (
+        "new_kv",
+        "is_wanted = (end_piece > first_piece) & (end_piece * piece < end)",
+        "is_wanted = end < 0",
+        NEW_WINDOWS, "eager", "pool",
+    ),
+    "first_page_of_a_chunk_not_sent": (
+        "new_kv",
+        "num_tokens, first < end, refs.state[SENT]",
+        "num_tokens, first > end, refs.state[SENT]",
+        NEW_PREFILL, "eager", "pool",
+    ),
+    "last_whole_page_of_a_chunk_not_sent": (
+        "new_kv",
+        "at < end_piece, num_sent",
+        "at + 1 < end_piece, num_sent",
+        NEW_WINDOWS, "eager", "pool",
+    ),
+    "page_of_two_windows_sent_before_it_is_full": (
+        "new_kv",
+        "end = jnp.where(unit.end == stop, end, div(end, walk.piece) * walk.piece)",
+        "end = jnp.where(unit.end == stop, end, ceil_div(end, walk.piece) * walk.piece)",
+        NEW_WINDOWS, "eager", "race",
+    ),
+    "page_of_two_windows_sent_in_part": (
+        "new_kv",
+        "first = div(jnp.maximum(unit.position, 0), walk.piece) * walk.piece",
+        "first = jnp.maximum(unit.position, 0)",
+        NEW_WINDOWS, "eager", "pool",
+    ),
+    "new_token_of_a_decode_not_put": (
+        "new_kv",
+        "rows.copy_token(target, plan.source + c * walk.new_rows, walk.heads.num_words)",
+        "pass",
+        NEW_DECODES, "eager", "numbers",
+    ),
+    "new_token_of_a_decode_put_one_row_late": (
+        "new_kv",
+        "place.row + c * place.lane_tile_rows + plan.row",
+        "place.row + c * place.lane_tile_rows + plan.row + 1",
+        NEW_DECODES, "eager", "numbers",
+    ),
+    "new_token_of_a_decode_from_the_first_lane_tile": (
+        "new_kv",
+        "copy_token(target, plan.source + c * walk.new_rows,",
+        "copy_token(target, plan.source,",
+        Call(WIDE, "new decodes", writes=True), "eager", "numbers",
+    ),
+    "new_token_of_a_decode_not_sent": (
+        "new_kv",
+        "plan.source, 1, plan.is_put)",
+        "plan.source, 1, jnp.bool_(False))",
+        NEW_DECODES, "eager", "pool",
+    ),
+    "old_tokens_of_the_first_page_not_brought": (
+        "new_kv",
+        "num_tokens = jnp.where(unit.row == start, _old_end(walk, refs, unit) - first, 0)",
+        "num_tokens = jnp.int32(0)",
+        NEW_PREFILL, "eager", "numbers",
+    ),
+    "old_tokens_of_the_first_page_not_waited_for": (
+        "kernel",
+        "        new.wait_old_tail(walk, refs, num_tokens)\n",
+        "",
+        NEW_PREFILL, "on_wait", "numbers",
+    ),
+    "old_tokens_overwritten_by_rows_before_the_first": (
+        "new_kv",
+        "word = jnp.where(token >= num_kept, word, rows.load(at, ROW_TILE, w))",
+        "pass",
+        NEW_WINDOWS, "eager", "numbers",
+    ),
+    "slots_made_before_those_there_are_sent": (
+        "new_kv",
+        '''that the first new one goes to, before it."""
+    wait_sent(walk, refs)
+''',
+        '''that the first new one goes to."""
+''',
+        NEW_WINDOWS, "on_wait", "pool",
+    ),
+    "slots_of_decodes_made_before_those_there_are_sent": (
+        "new_kv",
+        '''window of decodes, those of others among them."""
+    wait_sent(walk, refs)
+''',
+        '''window of decodes."""
+''',
+        NEW_SHORT, "on_wait", "pool",
+    ),
+    "last_slots_not_waited_for": (
+        "kernel",
+        "        new.wait_sent(walk, refs)\n",
+        "        pass\n",
+        NEW_DECODES, "on_wait", "pool",
+    ),
+    "new_token_sent_to_any_id": (
+        "new_kv",
+        "is_inside = page_id.astype(jnp.uint32) < jnp.uint32(walk.num_pages)",
+        "is_inside = page_id == page_id",
+        Call(PLAIN, "absurd new id", writes=True), "eager", "pool",
+    ),
+    "quantising_scale_ignored": (
+        "new_kv",
+        "scales if refs.inverse_scales is not None else None",
+        "None",
+        Call(SCALED, "new decodes", writes=True), "eager", "pool",
+    ),
+    "quantising_scale_of_another_head": (
+        "new_kv",
+        "return refs.inverse_scales[which * new.num_kv_heads + head]",
+        "return refs.inverse_scales[which * new.num_kv_heads]",
+        Call(SCALED, "new decodes", writes=True), "eager", "pool",
+    ),
+    # --- a page table in parts
+    "part_of_the_table_in_the_wrong_half": (
+        "page_table",
+        "refs.table_parts.at[pl.ds(pl.multiple_of(half * size, size), size)]",
+        "refs.table_parts.at[pl.ds(pl.multiple_of((1 - half) * size, size), size)]",
+        STREAMED, "eager", "race",
+    ),
+    "part_of_the_table_not_waited_for": (
+        "page_table",
+        "        _wait_half(walk, refs, part & 1)\n    following",
+        "    following",
+        STREAMED, "eager", "race",
+    ),
+    "entry_of_the_other_half": (
+        "page_table",
+        "refs.table_parts[i & (2 * walk.table_part - 1)]",
+        "refs.table_parts[i & (walk.table_part - 1)]",
+        STREAMED, "eager", "race",
+    ),
+    "part_of_the_table_taken_for_the_one_before": (
+        "page_table",
+        "@pl.when(refs.state[TABLE_HELD + half] != part)",
+        "@pl.when(refs.state[TABLE_HELD + half] < 0)",
+        STREAMED, "eager", "numbers",
+    ),
+}  # fmt: skip
+
+_LENS["absurd new id"] = [(1, 3), (1, 40)]
+_LENS["absurd id"] = _LENS["one decode"]
+_LENS["last rows"] = [(9, 128)]  # one full block, most rows of the window see not all of it
+_LENS["far"] = [(2, 2), (150, 0), (3, 9)]
+
+
+def _symptom(module, call, mode):
+    """How a run differs from the oracle: "numbers", "pool", "counts" (a slot is written as often as
+    it has a new token), "race", "error" or None."""
+    case, options = call.case(), call.options()
+    if call.lens.startswith("absurd"):
+        case.page_indices[int(call.writes), 1] = 1_000_000
+    static = {k: options[k] for k in ("causal", "soft_cap", "num_kv_heads")}
+    arrays = {k: options.get(k) for k in ("sliding_window", "k_scale", "v_scale", "sinks")}
+    op, operands, write = module.ragged_paged_attention, case.arrays, None
+    if call.writes and not call.lens.startswith("absurd"):
+        write = make_write(case, is_flat=True, scales=(arrays["k_scale"], arrays["v_scale"]))
+        op, operands = module.write_and_attend, write.arrays
+    elif call.writes:
+        new = jnp.zeros((len(case.q), case.q.shape[2] * case.num_kv_heads), case.q.dtype)
+        op, operands = module.write_and_attend, (operands[0], new, new, *operands[1:])
+
+    def run():  # past the public op and what it has compiled
+        jitted = jax.jit(
+            lambda operands, arrays: [
+                x
+                for x in op(
+                    *operands,
+                    **arrays,
+                    return_lse=call.has_lse,
+                    config=module.TpuAttentionConfig(*call.setup.config),
+                    **static,
+                )
+                if x is not None
+            ],
+            compiler_options=FAST_COMPILE,
+        )
+        return jitted(operands, arrays | {"sm_scale": options["sm_scale"]})
+
+    try:
+        with counted_slots(case.kv_pages) as (_, writes):
+            out, *more = interpret_all(run, mode)
+    except RaceFoundError:
+        return "race"
+    except jax.errors.JaxRuntimeError as e:
+        assert "interpret_pallas_call.py" in str(e), e  # it ran, and the interpreter refused
+        return "error"
+    lse, *kv_pages = more if call.has_lse else (None, *more)
+    if call.lens.startswith("absurd"):
+        if not call.writes:
+            return None
+        want = write_and_attend(*operands, num_kv_heads=case.num_kv_heads, backend="oracle")[1]
+        return "pool" if difference(kv_pages[0], want) else None
+    if write is None:
+        return "numbers" if mismatch(out, lse, *run_oracle(case, options)) else None
+    found = write_mismatch(write, options, [out, *kv_pages, lse])
+    if found is None:
+        return None if np.array_equal(writes, new_slots_of(case)) else "counts"
+    return "pool" if found.startswith("the pool") else "numbers"
+
+
+def _stream(monkeypatch, module, call):
+    """Makes the module stream the page table where the call says so."""
+    if call.table_part is not None:
+        monkeypatch.setattr(module, "_MAX_TABLE", 1)
+        monkeypatch.setattr(module, "_TABLE_PART", call.table_part)
+
+
+def _leave_out(monkeypatch, walk, call):
+    """Leaves out what nothing in a call runs and is half of the time that it takes to compile.
+
+    Where a bug has it run after all, it does nothing and ends.
+    """
+
+    def skip(static, refs, *at):
+        refs.state[TAKEN] = refs.state[TAKEN] + 1
+
+    q_lens = {q_len for q_len, kv_len in _LENS[call.lens] if kv_len}
+    if q_lens == {1}:
+        monkeypatch.setattr(walk, "_prefill", lambda *args: skip(*args) or jnp.bool_(False))
+    if 1 not in q_lens:
+        monkeypatch.setattr(walk, "_decode", lambda *args: skip(*args) or (args[2], args[4]))
+    if call.sm_scale < 1:  # no sum is so large that its unit starts again
+        monkeypatch.setattr(walk, "_find_shifts", lambda *args: None)
+
+
+NOTHING = ("launch", '"""Ragged paged attention on TPU', '"""Attention on TPU')
+PLANTED = [(f"{_ROOM}.{module}", old, new) for module, old, new, *_ in (*BUGS.values(), NOTHING)]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, id=f"{n}-{b[4]}-{b[5]}") for n, b in BUGS.items()]
+)
+def test_bug_is_caught(name, monkeypatch):
+    module_name, old, new, call, mode, symptom = BUGS[name]
+    plant(monkeypatch, _ROOM, f"{_ROOM}.{module_name}", old, new)
+    _stream(monkeypatch, tpu.launch, call)
+    _leave_out(monkeypatch, tpu.kernel, call)
+    assert _symptom(tpu.launch, call, mode) == symptom
+
+
+@pytest.mark.parametrize("call", CONTROLS, ids=lambda call: call.id)
+def test_without_a_bug_nothing_shows(call, monkeypatch):
+    """The same machinery with nothing planted."""
+    name, old, new = NOTHING
+    module = plant(monkeypatch, _ROOM, f"{_ROOM}.{name}", old, new)
+    _stream(monkeypatch, module, call)
+    _leave_out(monkeypatch, tpu.kernel, call)
+    assert _symptom(module, call, "on_wait") is None

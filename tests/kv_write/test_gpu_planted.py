@@ -1,0 +1,219 @@
+# Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
+"""Bugs planted in the GPU writes: the checks of test_kv_write_gpu.py must catch each.
+
+A bug is one snippet of a module's source, replaced; the modules that import it are made anew. The
+test says how it shows in GPU interpret mode. On a GPU only those run that cannot reach memory that
+is not theirs.
+"""
+
+import functools
+
+import jax
+import pytest
+
+from pallas_paged.kv_write import gpu
+from tests.kv_write.cases import Case, RaceFoundError, difference, expected, make, run_on_gpu
+from tests.planted import plant
+
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11, 2) or jax.default_backend() == "gpu",
+    reason="GPU interpret mode is for a CPU with jax 0.11.2",
+)
+
+PAGES = Case("page_write", 17, 4, 1, 128, "float32", "any", "float32", block_tokens=4)
+MANY = Case("page_write", 47, 4, 1, 128, "float32", "holes", "float32", block_tokens=4)
+LONG = Case("page_write", 40, 5, 1, 128, "float32", "implicit", "float32", block_tokens=4)
+HOLES = Case("page_write", 17, 4, 1, 128, "float32", "holes", "float32", block_tokens=4)
+SLICES = Case("slice_write", 9, 4, 1, 128, "float32", "any", "float32", block_tokens=4)
+LIVE_SLICES = Case("slice_write", 9, 4, 1, 128, "float32", "live", "float32", block_tokens=4)
+TOKENS = Case("token_write", 29, 4, 1, 128, "float32", "any", "float32", block_tokens=4)
+PADDED = Case("token_write", 11, 4, 1, 128, "float32", "any", "float32", num_rows=6, block_tokens=4)
+INT8 = Case("token_write", 11, 4, 2, 64, "int8", "live", scale="head", extreme=True)
+E4M3 = Case("token_write", 11, 4, 2, 128, "float8_e4m3fn", "live", scale="head", extreme=True)
+E5M2 = Case("token_write", 11, 4, 2, 128, "float8_e5m2", "live", scale="head", extreme=True)
+BF16 = Case("token_write", 11, 4, 2, 128, "bfloat16", "live", "float32", extreme=True)
+COPIES = Case("copy_pages", 16, 1, 2, 128, "float32", "holes")
+
+# name: (module, snippet, what is planted instead, case, symptom)
+BUGS = {
+    "page_past_the_pool": ("launch", "& (page < shape.num_pages)", "", MANY, "error"),
+    "page_below_zero": ("launch", "(page >= 0) &", "(page >= -1) &", PAGES, "error"),
+    "start_past_the_batch": (
+        "launch",
+        "(start <= shape.num_tokens - shape.page_size)",
+        "(start <= shape.num_tokens)",
+        PAGES,
+        "error",
+    ),
+    "start_below_zero": (
+        "launch",
+        "(start >= 0) & (start",
+        "(start >= -1) & (start",
+        PAGES,
+        "bytes",
+    ),
+    "rest_of_a_page_twice": ("launch", "row + j >= first_row", "row + j >= 0", LONG, "race"),
+    "part_past_its_page": (
+        "launch",
+        "row = jnp.minimum(first_row, shape.page_size - count)",
+        "row = first_row",
+        LONG,
+        "race",
+    ),
+    "rows_in_reverse": (
+        "launch",
+        "page * shape.page_size + row + j for",
+        "page * shape.page_size + row + count - 1 - j for",
+        HOLES,
+        "bytes",
+    ),
+    "slice_past_num_slices": (
+        "launch",
+        "(entry < num_slices[0])",
+        "(entry <= num_slices[0])",
+        SLICES,
+        "bytes",
+    ),
+    "slice_leaves_its_page": (
+        "launch",
+        "slot % shape.page_size <= shape.page_size - length",
+        "slot % shape.page_size <= shape.page_size",
+        SLICES,
+        "race",
+    ),
+    "slice_overflows": (
+        "launch",
+        "(token >= 0) & (token <= shape.num_tokens - length)",
+        "(token >= 0) & (token + length <= shape.num_tokens)",
+        SLICES,
+        "error",
+    ),
+    "slice_too_long": (
+        "launch",
+        "is_live & (offset + j < length)",
+        "is_live & (offset + j <= length)",
+        LIVE_SLICES,
+        "error/race",
+    ),
+    "slot_past_the_pool": (
+        "launch",
+        "(slot >= 0) & (slot < shape.num_slots) & (first",
+        "(slot > -100) & (first",
+        TOKENS,
+        "error",
+    ),
+    "last_block_twice": ("launch", "& (first + j >= block * count)", "", TOKENS, "race"),
+    "pulled_back_and_forgotten": (
+        "launch",
+        "return source, first - source",
+        "return source, 0",
+        LIVE_SLICES,
+        "bytes",
+    ),
+    "k_and_v_swapped": (
+        "launch",
+        "enumerate((k_smem, v_smem)):\n                    plgpu",
+        "enumerate((v_smem, k_smem)):\n                    plgpu",
+        TOKENS,
+        "bytes",
+    ),
+    "not_awaited": (
+        "launch",
+        "plgpu.barrier_wait(barrier)\n        send()",
+        "send()",
+        TOKENS,
+        "race",
+    ),
+    "padding_not_written": (
+        "launch",
+        "@pl.when(is_live & (head == 0))",
+        "@pl.when(head < 0)",
+        PADDED,
+        "bytes",
+    ),
+    "zeros_not_committed": ("launch", "plgpu.commit_smem()\n", "pass\n", PADDED, "race"),
+    "scale_of_another_head": ("launch", "scales[kind][head]", "scales[kind][0]", E4M3, "bytes"),
+    "v_scaled_as_k": ("launch", "scales[kind][head]", "scales[0][head]", INT8, "bytes"),
+    "copied_the_wrong_way": (
+        "launch",
+        "for ids in (src_ids, dst_ids))",
+        "for ids in (dst_ids, src_ids))",
+        COPIES,
+        "race",
+    ),
+    "copied_from_nowhere": (
+        "launch",
+        "(src >= 0) & (src < num_pages)",
+        "(src < num_pages)",
+        COPIES,
+        "bytes",
+    ),
+    "int8_truncated": (
+        "quantize",
+        "y + jnp.float32(3 << 22)",
+        "jnp.trunc(y) + jnp.float32(3 << 22)",
+        INT8,
+        "bytes",
+    ),
+    "int8_wraps": ("quantize", "jnp.minimum(jnp.maximum(x, -128.0), 127.0)", "x", INT8, "bytes"),
+    "int8_nan": (
+        "quantize",
+        "jnp.where(x != x, 0.0, jnp.min",
+        "jnp.where(x != x, 1.0, jnp.min",
+        INT8,
+        "bytes",
+    ),
+    "fp8_not_saturated": ("quantize", "if info.bits == 8:", "if False:", E4M3, "bytes"),
+    "fp8_nan": ("quantize", "sign | _nan_code(dtype), jnp", "sign, jnp", E4M3, "bytes"),
+    "e5m2_infinity": ("quantize", "| 1 << (info.nmant - 1)", "", E5M2, "bytes"),
+    "bf16_nan": ("quantize", "sign | _nan_code(dtype), jnp", "sign, jnp", BF16, "bytes"),
+}
+NOTHING = ("launch", '"""Writes on Hopper', '"""Writes on a Hopper')
+PLANTED = [
+    (f"{gpu.__name__}.{module}", old, new) for module, old, new, *_ in (*BUGS.values(), NOTHING)
+]
+CONTROLS = [
+    *(PAGES, MANY, LONG, HOLES, SLICES, LIVE_SLICES, TOKENS, PADDED),
+    *(INT8, E4M3, E5M2, BF16, COPIES),
+]
+
+
+def _plant(monkeypatch, module, old, new):
+    plant(monkeypatch, gpu.__name__, f"{gpu.__name__}.{module}", old, new)
+
+
+def _run(call):
+    """The call through the module as it now is, past the public op and what that has compiled."""
+    positional, keywords = call.arguments()
+    static = {}
+    if call.k is not None:
+        keywords = {"k_scale": None, "v_scale": None} | keywords
+        static = {"num_kv_heads": keywords.pop("num_kv_heads"), "config": call.config("mosaic_gpu")}
+    op = functools.partial(getattr(gpu.launch, call.case.op), **static)
+    return jax.jit(lambda positional, keywords: op(*positional, **keywords))(positional, keywords)
+
+
+def _symptom(call):
+    """How a run differs from the plain loop: "bytes", "race", "error" or None."""
+    try:
+        result = run_on_gpu(lambda: _run(call))
+    except RaceFoundError:
+        return "race"
+    except jax.errors.JaxRuntimeError as e:
+        assert "mosaic_gpu/interpret" in str(e), e  # it ran, and the interpreter refused
+        return "error"
+    return "bytes" if difference(result, expected(call)) else None
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, id=f"{n}-{b[4]}") for n, b in BUGS.items()])
+def test_gpu_bug_is_caught(name, monkeypatch):
+    module, old, new, case, symptom = BUGS[name]
+    _plant(monkeypatch, module, old, new)
+    assert _symptom(make(case)) in symptom.split("/")
+
+
+@pytest.mark.parametrize("case", CONTROLS, ids=lambda case: case.id)
+def test_without_a_gpu_bug_nothing_shows(case, monkeypatch):
+    """The same machinery with nothing planted."""
+    _plant(monkeypatch, *NOTHING)
+    assert _symptom(make(case)) is None
