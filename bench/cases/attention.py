@@ -129,7 +129,7 @@ class Call:
         def call(q, pool, *arrays):
             heads = q.reshape(-1, self.num_heads, self.head_dim)
             if not self.writes:
-                out = pallas_paged.attention(heads, pool, *arrays, **options)
+                out = pallas_paged.ragged_paged_attention(heads, pool, *arrays, **options)
                 return out.reshape(q.shape)
             *metadata, k, v = arrays
             out, pool = pallas_paged.write_and_attend(heads, k, v, pool, *metadata, **options)
