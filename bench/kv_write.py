@@ -22,24 +22,28 @@ from absl import app, flags
 from jax.experimental.pallas import tpu as pltpu
 
 from bench import report
+from bench.cases import kv_write as write_cases
+from bench.cases.kv_write import OPS, WriteCase
 from bench.measure import kv_write as kv_write_measure
 from bench.measure.kv_write import random_inputs
 from bench.peers import child as peers
 from bench.peers import kv_write as kv_write_peers
 from bench.tpu_model import published as model_check
 from bench.tpu_model import schedule as ts
-from bench.tpu_model.kv_write import DESCRIPTOR_NS, OPS, Case, Prediction, predict
+from bench.tpu_model.kv_write import DESCRIPTOR_NS, WritePrediction, predict
 
 _GENERATIONS = flags.DEFINE_list(
-    "generations", ["v5e", "v6e", "tpu7x"], "TPU generations to predict for."
+    "generations", list(write_cases.GENERATIONS), "TPU generations to predict for."
 )
 _OPS = flags.DEFINE_list(
     "ops", list(OPS), "page, page_starts (page_write with token_starts), slice (page-long), token."
 )
-_PAGE_SIZES = flags.DEFINE_list("page_sizes", ["16", "32", "64", "128", "256"], "Tokens in a page.")
-_TOKENS = flags.DEFINE_list("tokens", ["64", "1024", "8192", "65536"], "New tokens in a call.")
-_KV_HEADS = flags.DEFINE_integer("kv_heads", 8, "KV heads.", lower_bound=1)
-_HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "Head dimension.", lower_bound=1)
+_PAGE_SIZES = flags.DEFINE_list(
+    "page_sizes", list(map(str, write_cases.PAGE_SIZES)), "Tokens in a page."
+)
+_TOKENS = flags.DEFINE_list("tokens", list(map(str, write_cases.TOKENS)), "New tokens in a call.")
+_KV_HEADS = flags.DEFINE_integer("kv_heads", write_cases.NUM_KV_HEADS, "KV heads.", lower_bound=1)
+_HEAD_DIM = flags.DEFINE_integer("head_dim", write_cases.HEAD_DIM, "Head dimension.", lower_bound=1)
 _FORM = flags.DEFINE_enum("form", "flat", ["flat", "heads"], "k and v as [T, K*H] or [T, K, H].")
 _PEERS = flags.DEFINE_list(
     "peers",
@@ -52,8 +56,6 @@ _CHECK_MODEL = flags.DEFINE_bool(
 )
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
 _PLOT = flags.DEFINE_string("plot", None, "Write a PNG of time against tokens to this file.")
-
-_DTYPE = "bfloat16"
 
 _ASSUMPTIONS = f"""\
 The numbers for TPUs are predictions. They rest on
@@ -98,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
         report.write_json(record)
 
 
-def _measure(cases: Sequence[Case], say: Callable[[str], None]) -> list[dict[str, Any]]:
+def _measure(cases: Sequence[WriteCase], say: Callable[[str], None]) -> list[dict[str, Any]]:
     """The ops on this accelerator; of the cases for several generations those for the first."""
     mine = [case for case in cases if case.generation == cases[0].generation]
     measured = []
@@ -140,7 +142,7 @@ def _baselines(say: Callable[[str], None], *, on_cpu: bool) -> dict[str, Any]:
     return found
 
 
-def _cases() -> list[Case]:
+def _cases() -> list[WriteCase]:
     """The cases that the flags name; a token is written by itself, whatever the page size."""
     report.require_known("generations", ts.GENERATIONS, _GENERATIONS.value)
     report.require_known("ops", OPS, _OPS.value)
@@ -150,14 +152,14 @@ def _cases() -> list[Case]:
             raise app.UsageError(f"--{name} has {','.join(given)!r}; wanted integers >= 1")
         sizes[name] = sorted({int(value) for value in given})
     return [
-        Case(
+        WriteCase(
             op,
             generation,
             page,
             tokens,
             _KV_HEADS.value,
             _HEAD_DIM.value,
-            _DTYPE,
+            write_cases.DTYPE,
             is_flat=_FORM.value == "flat",
         )
         for generation in _GENERATIONS.value
@@ -168,17 +170,17 @@ def _cases() -> list[Case]:
     ]
 
 
-def _token_case(num_tokens: int) -> Case:
+def _token_case(num_tokens: int) -> WriteCase:
     """Tokens one by one, [T, K, H], as the baselines take them."""
     page_size = min(map(int, _PAGE_SIZES.value))
-    return Case(
+    return WriteCase(
         "token",
         "v6e",
         page_size,
         num_tokens,
         _KV_HEADS.value,
         _HEAD_DIM.value,
-        _DTYPE,
+        write_cases.DTYPE,
         is_flat=False,
     )
 
@@ -196,7 +198,7 @@ def check_against_oracle() -> None:
     backend = "mosaic_tpu" if on_cpu else "auto"
     tokens, page_size = (37, 4) if on_cpu else (4097, 16)
     for op in OPS:
-        case = Case(op, "v6e", page_size, tokens, 2, 128, _DTYPE)
+        case = WriteCase(op, "v6e", page_size, tokens, 2, 128, write_cases.DTYPE)
         arrays = random_inputs(case, seed=1)
         want = _bytes(jax.jit(case.step("oracle"))(*arrays))
         if on_cpu:
@@ -215,12 +217,12 @@ def _bytes(x: jax.Array) -> np.ndarray:
 # --- prediction -------------------------------------------------------------------------------
 
 
-def _predict(cases: Sequence[Case]) -> list[Prediction]:
+def _predict(cases: Sequence[WriteCase]) -> list[WritePrediction]:
     with report.Progress(len(cases), "compiling") as progress:
         return predict(cases, on_done=lambda job, _: progress.step(job.name))
 
 
-def _as_record(p: Prediction) -> dict[str, Any]:
+def _as_record(p: WritePrediction) -> dict[str, Any]:
     return {
         **dataclasses.asdict(p),
         "bytes": p.case.num_bytes,
@@ -229,8 +231,8 @@ def _as_record(p: Prediction) -> dict[str, Any]:
     }
 
 
-def _prediction_text(predictions: Sequence[Prediction]) -> str:
-    shape = f"{_KV_HEADS.value} KV heads, head_dim {_HEAD_DIM.value}, {_DTYPE}"
+def _prediction_text(predictions: Sequence[WritePrediction]) -> str:
+    shape = f"{_KV_HEADS.value} KV heads, head_dim {_HEAD_DIM.value}, {write_cases.DTYPE}"
     generations = ", ".join(
         f"{name} {ts.GENERATIONS[name].clock_ghz:g} GHz {ts.GENERATIONS[name].hbm_gb_per_s:g} GB/s"
         for name in _GENERATIONS.value
@@ -246,7 +248,7 @@ def _prediction_text(predictions: Sequence[Prediction]) -> str:
     return "\n".join(parts)
 
 
-def _row(p: Prediction) -> dict[str, str]:
+def _row(p: WritePrediction) -> dict[str, str]:
     issue, descriptor = p.microseconds(False), p.microseconds(True)
     return {
         "op": p.case.op,
@@ -266,17 +268,17 @@ def _row(p: Prediction) -> dict[str, str]:
     }
 
 
-def _by_size(predictions: Sequence[Prediction]) -> dict[tuple, dict[str, Prediction]]:
+def _by_size(predictions: Sequence[WritePrediction]) -> dict[tuple, dict[str, WritePrediction]]:
     """(generation, tokens, page size) -> op -> prediction; tokens stand with every page size."""
     sizes = sorted({p.case.page_size for p in predictions if p.case.op != "token"})
-    found: dict[tuple, dict[str, Prediction]] = {}
+    found: dict[tuple, dict[str, WritePrediction]] = {}
     for p in predictions:
         for size in sizes if p.case.op == "token" else [p.case.page_size]:
             found.setdefault((p.case.generation, p.case.num_tokens, size), {})[p.case.op] = p
     return found
 
 
-def _ratio_rows(predictions: Sequence[Prediction]) -> list[dict[str, str]]:
+def _ratio_rows(predictions: Sequence[WritePrediction]) -> list[dict[str, str]]:
     rows = []
     for (generation, tokens, page_size), ops in _by_size(predictions).items():
         if not {"page", "slice", "token"} <= set(ops):
@@ -292,7 +294,7 @@ def _ratio_rows(predictions: Sequence[Prediction]) -> list[dict[str, str]]:
     return rows
 
 
-def _token_sentences(predictions: Sequence[Prediction]) -> list[str]:
+def _token_sentences(predictions: Sequence[WritePrediction]) -> list[str]:
     """Where writing by token stops being bound by HBM, and by how much, under both bounds."""
     lines = []
     for generation in _GENERATIONS.value:
@@ -311,7 +313,7 @@ def _token_sentences(predictions: Sequence[Prediction]) -> list[str]:
     return lines
 
 
-def _points(predictions: Sequence[Prediction]) -> dict[str, dict[str, list]]:
+def _points(predictions: Sequence[WritePrediction]) -> dict[str, dict[str, list]]:
     """generation -> line -> points, for the largest page size that all counts of tokens allow."""
     panels: dict[str, dict[str, list]] = {}
     page_size = min(p.case.page_size for p in predictions)

@@ -11,24 +11,24 @@ from collections.abc import Callable
 from typing import Any
 
 from bench import clock
+from bench.cases.kv_write import WriteCase
 from bench.peers import child as peers
-from bench.tpu_model.kv_write import Case
 
 NAMES = {"torch": "torch index_put_", "flashinfer": "FlashInfer append"}
 
 
-def measure(peer: str, case: Case) -> clock.Timing:
+def measure(peer: str, case: WriteCase) -> clock.Timing:
     """A peer's kernel time from a cold L2. Runs in a process that has no jax backend."""
     torch = peers.import_torch()
     return peers.time_kernels(torch, _STEPS[peer](torch, case))
 
 
-def _new(torch, case: Case):
+def _new(torch, case: WriteCase):
     shape = (case.num_tokens, case.num_kv_heads, case.head_dim)
     return (torch.randn(shape, device="cuda").to(getattr(torch, case.dtype)) for _ in "kv")
 
 
-def _torch_step(torch, case: Case):
+def _torch_step(torch, case: WriteCase):
     """Two in-place scatters, K and V, into one [slots, 2, K, H] cache."""
     num_slots = 2 * -(-case.num_tokens // case.page_size) * case.page_size
     k, v = _new(torch, case)
@@ -45,7 +45,7 @@ def _torch_step(torch, case: Case):
     return step
 
 
-def _flashinfer_step(torch, case: Case):
+def _flashinfer_step(torch, case: WriteCase):
     """append_paged_kv_cache of one sequence, its pages in random order; no index conversion."""
     flashinfer: Any = importlib.import_module("flashinfer")
     pages = -(-case.num_tokens // case.page_size)
@@ -70,7 +70,7 @@ def _flashinfer_step(torch, case: Case):
     return lambda: flashinfer.append_paged_kv_cache(k, v, *arguments)
 
 
-_STEPS: dict[str, Callable[[Any, Case], Callable[[], Any]]] = {
+_STEPS: dict[str, Callable[[Any, WriteCase], Callable[[], Any]]] = {
     "torch": _torch_step,
     "flashinfer": _flashinfer_step,
 }

@@ -9,124 +9,26 @@ That the DMAs come out as many as the case has entries is checked at every predi
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-import pallas_paged
+from bench.cases.kv_write import WriteCase
 from bench.tpu_model import schedule as ts
-from pallas_paged import layout
 from pallas_paged.kv_write.tpu import launch as mosaic_tpu
-
-OPS = ("page", "page_starts", "slice", "token")
 
 # What published data prove of the DMA engine: 640 slices, two DMAs each, in 22.8 us on a v6e
 # (vLLM PR 20415, 128 slices a step, where latency vanishes); see bench.tpu_model.published.
 DESCRIPTOR_NS = 18.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One write: `num_tokens` new tokens to `page_size` pages, all of them dense and in order.
-
-    Attributes:
-      op: "page" (page_write, tokens from 0 on), "page_starts" (page_write with token_starts),
-        "slice" (slice_write of page-long slices) or "token" (token_write).
-      generation: a key of `bench.tpu_model.schedule.GENERATIONS`.
-      is_flat: k and v are [T, K*H] rather than [T, K, H].
-    """
-
-    op: str
-    generation: str
-    page_size: int
-    num_tokens: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: str
-    is_flat: bool = True
-
-    @property
-    def num_pages(self) -> int:
-        """Whole pages written; what is left of the tokens is not part of the case."""
-        return self.num_tokens // self.page_size
-
-    @property
-    def num_bytes(self) -> int:
-        """HBM bytes: the k and v that are read and the slots that are written."""
-        tokens = self.num_tokens if self.op == "token" else self.num_pages * self.page_size
-        itemsize = jnp.dtype(self.dtype).itemsize
-        _, _, rows, lanes = self._pool_shape
-        return tokens * itemsize * (2 * self.num_kv_heads * self.head_dim + rows * lanes)
-
-    @property
-    def _pool_shape(self) -> tuple[int, int, int, int]:
-        pages = 2 * max(1, -(-self.num_tokens // self.page_size))
-        return layout.pool_shape(
-            pages, self.page_size, self.num_kv_heads, self.head_dim, self.dtype
-        )
-
-    def shapes(self) -> tuple[Any, ...]:
-        """What `step` takes: the pool, k, v and the op's indices, as shapes."""
-        heads: tuple[int, ...] = (self.num_kv_heads, self.head_dim)
-        if self.is_flat:
-            heads = (math.prod(heads),)
-        new = (self.num_tokens, *heads)
-        indices: dict[str, list[tuple[int, ...]]] = {
-            "page": [(self.num_pages,)],
-            "page_starts": [(self.num_pages,), (self.num_pages,)],
-            "slice": [(3, self.num_pages), (1,)],
-            "token": [(self.num_tokens,)],
-        }
-        dtype = jnp.dtype(self.dtype)
-        return (
-            jax.ShapeDtypeStruct(self._pool_shape, dtype),
-            *(jax.ShapeDtypeStruct(new, dtype) for _ in "kv"),
-            *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in indices[self.op]),
-        )
-
-    def step(self, backend: str) -> Callable[..., jax.Array]:
-        """The public call, as a function of `shapes()`."""
-        write = {"slice": pallas_paged.slice_write, "token": pallas_paged.token_write}.get(
-            self.op, pallas_paged.page_write
-        )
-
-        def call(kv_pages, *arrays):
-            return write(kv_pages, *arrays, num_kv_heads=self.num_kv_heads, backend=backend)
-
-        return call
-
-    def entries(self) -> tuple[mosaic_tpu.Entries, mosaic_tpu.TpuWriteConfig, mosaic_tpu.Tiling]:
-        """The shipped block sizes for the case, and what the op makes of it (mosaic_tpu)."""
-        pool, k = self.shapes()[:2]
-        config = mosaic_tpu.default_config(pool, k, self.num_kv_heads)
-        length = mosaic_tpu.page_part(self.page_size, config.block_tokens)
-        parts = self.page_size // length
-        if self.op == "slice":
-            parts, length = mosaic_tpu.slice_parts(self.page_size, config.block_tokens)
-        elif self.op == "token":
-            parts, length = 1, 1
-        entries = mosaic_tpu.Entries(
-            self.op,
-            length,
-            parts,
-            has_sources=self.op in ("page_starts", "slice"),
-            has_lengths=self.op == "slice",
-        )
-        slots = mosaic_tpu.slots_of(pool, k, self.num_kv_heads)
-        return entries, config, mosaic_tpu.group_tiling(slots, entries, config, k)
-
-
 def compile_target(**fields: Any):
     """What `bench.tpu_model.compile.Job` compiles: a case, by its fields."""
-    case = Case(**fields)
+    case = WriteCase(**fields)
     return case.step("mosaic_tpu"), case.shapes(), {"donate_argnums": 0}
 
 
 @dataclasses.dataclass(frozen=True)
-class Prediction:
+class WritePrediction:
     """What a compiled schedule says of a case. A prediction, not a measurement.
 
     Attributes:
@@ -140,7 +42,7 @@ class Prediction:
       num_xla_passes: launches of XLA's own before the kernel (metadata); not in the cycles.
     """
 
-    case: Case
+    case: WriteCase
     num_dmas: int
     cycles_per_issue: float
     schedule_cycles: float
@@ -165,8 +67,8 @@ class Prediction:
 
 
 def predict(
-    cases: Sequence[Case], *, on_done: Callable[[ts.Job, float], None] | None = None
-) -> list[Prediction]:
+    cases: Sequence[WriteCase], *, on_done: Callable[[ts.Job, float], None] | None = None
+) -> list[WritePrediction]:
     """Compiles the cases and predicts each from its schedule.
 
     Cases whose kernels differ in nothing but trip counts share a compile.
@@ -175,7 +77,7 @@ def predict(
       RuntimeError: libtpu is missing or failed.
       ValueError: the schedule does not have the loops that the kernel is written with.
     """
-    representatives = list(dict.fromkeys(map(_representative, cases)))
+    representatives = list(dict.fromkeys(map(representative, cases)))
     jobs = [
         ts.Job(
             f"{c.generation} {c.op} page {c.page_size} tokens {c.num_tokens} flat {c.is_flat}",
@@ -186,16 +88,39 @@ def predict(
         for c in representatives
     ]
     compiled = dict(zip(representatives, ts.schedules(jobs, on_done=on_done), strict=True))
-    return [_predict(case, compiled[_representative(case)]) for case in cases]
+    return [_predict(case, compiled[representative(case)]) for case in cases]
 
 
-def _representative(case: Case) -> Case:
+def representative(case: WriteCase) -> WriteCase:
     """The case whose kernel has the same body: one with full groups, in one step or several."""
     step = mosaic_tpu.ENTRIES_PER_STEP * (1 if case.op == "token" else case.page_size)
     # So many that XLA cannot prefetch k and v to VMEM, which would time another kernel.
     tokens = 2 * step if case.num_tokens > step else 65536
     page_size = 1 if case.op == "token" else case.page_size
     return dataclasses.replace(case, num_tokens=tokens, page_size=page_size)
+
+
+def _entries(
+    case: WriteCase,
+) -> tuple[mosaic_tpu.Entries, mosaic_tpu.TpuWriteConfig, mosaic_tpu.Tiling]:
+    """The shipped block sizes for the case, and what the op makes of it (mosaic_tpu)."""
+    pool, k = case.shapes()[:2]
+    config = mosaic_tpu.default_config(pool, k, case.num_kv_heads)
+    length = mosaic_tpu.page_part(case.page_size, config.block_tokens)
+    parts = case.page_size // length
+    if case.op == "slice":
+        parts, length = mosaic_tpu.slice_parts(case.page_size, config.block_tokens)
+    elif case.op == "token":
+        parts, length = 1, 1
+    entries = mosaic_tpu.Entries(
+        case.op,
+        length,
+        parts,
+        has_sources=case.op in ("page_starts", "slice"),
+        has_lengths=case.op == "slice",
+    )
+    slots = mosaic_tpu.slots_of(pool, k, case.num_kv_heads)
+    return entries, config, mosaic_tpu.group_tiling(slots, entries, config, k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,9 +138,9 @@ class _Walk:
     one_by_one: int  # groups that the kernel plans entry by entry
 
 
-def _walk(case: Case) -> tuple[_Walk, int, int]:
+def _walk(case: WriteCase) -> tuple[_Walk, int, int]:
     """The walk over a dense case, the unroll, and the entries: kernel.plan on paper."""
-    entries, config, tiling = case.entries()
+    entries, config, tiling = _entries(case)
     length, parts = entries.max_len, entries.parts
     num_entries = case.num_tokens if case.op == "token" else case.num_pages * parts
     group = mosaic_tpu.group_entries(entries, config)
@@ -246,7 +171,7 @@ def _walk(case: Case) -> tuple[_Walk, int, int]:
     return _Walk(**totals), unroll, num_entries
 
 
-def _roles(tree: ts.Node, case: Case, unroll: int) -> dict[tuple[int, ...], str]:
+def _roles(tree: ts.Node, case: WriteCase, unroll: int) -> dict[tuple[int, ...], str]:
     """Path -> role of every loop of the kernel and of the regions that issue, by what is in them.
 
     The fast form of a chunk has no role where the compiler has predicated it into the group's loop.
@@ -312,7 +237,7 @@ def _is_inside(node: ts.Node, other: ts.Node) -> bool:
     return len(node.path) > len(other.path) and node.path[: len(other.path)] == other.path
 
 
-def _predict(case: Case, schedule: ts.Schedule) -> Prediction:
+def _predict(case: WriteCase, schedule: ts.Schedule) -> WritePrediction:
     kernels = [k for k in schedule.kernels if "_write_" in k.name]
     if len(kernels) != 1:
         raise ValueError(f"{case}: {len(kernels)} write kernels compiled; wanted 1")
@@ -382,7 +307,7 @@ def _predict(case: Case, schedule: ts.Schedule) -> Prediction:
         raise ValueError(
             f"{case}: the weighted schedule sends {sent} DMAs; the case has {num_entries} entries"
         )
-    return Prediction(
+    return WritePrediction(
         case=case,
         num_dmas=num_entries,
         cycles_per_issue=cycles_per_issue,

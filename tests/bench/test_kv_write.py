@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import pytest
 
 from bench import kv_write
+from bench.cases.kv_write import OPS, WriteCase
 from bench.tpu_model import kv_write as model
 from bench.tpu_model.compile import COMPILE_ENV
 from pallas_paged.kv_write import oracle
 
-_CASE = model.Case("page", "v6e", 16, 4096, 8, 128, "bfloat16")
+_CASE = WriteCase("page", "v6e", 16, 4096, 8, 128, "bfloat16")
 
 
 def _case(**changes):
@@ -25,8 +26,8 @@ def _case(**changes):
 @pytest.fixture(scope="module")
 def predictions():
     """One compile for all: the four ops on v6e and the pages on tpu7x."""
-    cases = [_case(op=op) for op in model.OPS] + [_case(generation="tpu7x")]
-    return dict(zip([*model.OPS, "tpu7x"], model.predict(cases), strict=True))
+    cases = [_case(op=op) for op in OPS] + [_case(generation="tpu7x")]
+    return dict(zip([*OPS, "tpu7x"], model.predict(cases), strict=True))
 
 
 def test_a_case_counts_its_bytes():
@@ -38,7 +39,7 @@ def test_a_case_counts_its_bytes():
 
 def test_every_op_issues_fast_enough(predictions):
     """The issue's bound: 7.5 cycles from a full block, id load and range check counted."""
-    for op in model.OPS:
+    for op in OPS:
         assert 4.0 < predictions[op].cycles_per_issue <= 7.5, op
 
 
