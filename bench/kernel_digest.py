@@ -10,24 +10,27 @@ For a TPU the digest of a case is the number of bundles of each kernel's compile
 GPU (jax >= 0.11.2) it is a hash of each kernel's lowered module, printed without names and source
 locations. Neither chip needs to be there.
 
-The compiler is deterministic. So where a TPU kernel's lowered module, the program around it and the
-versions of jax and libtpu are those of --against, its bundles are taken from there and not compiled
-again; --compile_all compiles them nevertheless. Compiling everything takes most of an hour on two
-cores, comparing an unchanged tree a few minutes.
+The compiler is deterministic: a module that is lowered as before has as many bundles as before. So
+a kernel whose lowered module, the program around it and the versions of jax and libtpu are those of
+--against is not compiled again but takes its bundles from there. Comparing an unchanged tree then
+takes a few minutes on two cores; --compile=all takes most of an hour, and --compile=none compares
+lowered modules alone.
 
-The command exits with 1 if a kernel differs. That only the program around a kernel differs, or only
-the text of a TPU kernel and not its bundles, is printed and is no error.
+The command exits with 1 if a kernel differs. Where only the program around a kernel differs, or the
+module of a TPU kernel and not its bundles, it prints a remark and exits with 0.
 """
 
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
 import importlib
 import itertools
 import json
+import multiprocessing
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,8 +53,11 @@ from pallas_paged import tuned
 _OUT = flags.DEFINE_string("out", None, "The JSON file to write.", required=True)
 _AGAINST = flags.DEFINE_string("against", None, "Compare with this file of an earlier run.")
 _ONLY = flags.DEFINE_string("only", "", "Only cases whose name this regular expression finds.")
-_COMPILE_ALL = flags.DEFINE_bool(
-    "compile_all", False, "Compile TPU kernels although --against has the same lowered modules."
+_COMPILE = flags.DEFINE_enum(
+    "compile",
+    "changed",
+    ["changed", "all", "none"],
+    "TPU kernels to compile: those that are lowered in another way than --against says, all, none.",
 )
 
 _OP = "ragged_paged_attention"
@@ -102,7 +108,8 @@ class Digest:
     Attributes:
       modules: hash of each kernel's lowered module.
       program: hash of the lowered program around the kernels.
-      bundles: of each Pallas kernel's schedule, in the order of `modules`; empty for a GPU.
+      bundles: of each Pallas kernel's schedule, in the order of `modules`; empty for a GPU, and
+        where nothing was compiled.
       xla_bundles: of what XLA made beside the kernels, in the order of compilation.
     """
 
@@ -122,7 +129,7 @@ def main(argv: Sequence[str]) -> None:
     before = json.loads(pathlib.Path(_AGAINST.value).read_text()) if _AGAINST.value else None
     where = report.environment()
     known: dict[str, Digest] = {}
-    if before and not _COMPILE_ALL.value and _has_versions_of(before["environment"], where):
+    if before and _COMPILE.value == "changed" and _has_versions_of(before["environment"], where):
         known = digests_of(before)
     found = make_digests(cases, known)
     record = {
@@ -219,15 +226,16 @@ def make_digests(cases: Sequence[DigestCase], known: Mapping[str, Digest]) -> di
     """Lowers every case, and compiles those for TPUs whose lowered form is not among the known."""
     found: dict[str, Digest] = {}
     to_compile: list[tuple[DigestCase, tuple[str, ...]]] = []
-    with report.Progress(len(cases), "lowering") as progress:
-        for case in cases:
-            digest, kernel_names = digest_lowered(case.lower())
-            found[case.name] = digest
+    workers = concurrent.futures.ProcessPoolExecutor(
+        2, multiprocessing.get_context("spawn"), initializer=report.start_backends
+    )
+    with workers, report.Progress(len(cases), "lowering") as progress:
+        for case, (digest, names) in zip(cases, workers.map(_digest_case, cases), strict=True):
             old = known.get(case.name)
-            if old and (old.modules, old.program) == (digest.modules, digest.program):
-                found[case.name] = old
-            elif case.generation:
-                to_compile.append((case, kernel_names))
+            is_known = old and (old.modules, old.program) == (digest.modules, digest.program)
+            found[case.name] = old if old and is_known else digest
+            if case.generation and not is_known and _COMPILE.value != "none":
+                to_compile.append((case, names))
             progress.step(case.name)
     jobs = [case.job() for case, _ in to_compile]
     with report.Progress(len(jobs), "compiling") as progress:
@@ -241,6 +249,10 @@ def make_digests(cases: Sequence[DigestCase], known: Mapping[str, Digest]) -> di
             xla_bundles=tuple(len(kernel.bundles) for kernel in others),
         )
     return found
+
+
+def _digest_case(case: DigestCase) -> tuple[Digest, tuple[str, ...]]:
+    return digest_lowered(case.lower())
 
 
 def digest_lowered(lowered: jax.stages.Lowered) -> tuple[Digest, tuple[str, ...]]:
@@ -264,8 +276,8 @@ def digest_lowered(lowered: jax.stages.Lowered) -> tuple[Digest, tuple[str, ...]
             texts[-1] += json.dumps(config, sort_keys=True)
             names.append(ir.StringAttr(attributes["kernel_name"]).value)
         elif target.startswith("mosaic_gpu"):
-            config = ir.DictAttr(attributes["mhlo.backend_config"])
-            texts.append(_module_text(config["module"].value_bytes))
+            module_of = ir.DictAttr(attributes["mhlo.backend_config"])["module"]
+            texts.append(_module_text(ir.StringAttr(module_of).value_bytes))
             names.append(target)
     if not texts:
         raise ValueError("digest_lowered: the program has no Pallas kernel; was the op replaced?")
@@ -290,7 +302,7 @@ def _module_text(bytecode: bytes) -> str:
             # Of the kernels' dialects jax has no public name; each is part of every jaxlib.
             importlib.import_module(f"jaxlib.mosaic.python.{dialect}").register_dialect(context)
         module = ir.Module.parse(bytecode)
-        return _without_names(module.operation.get_asm(enable_debug_info=False))
+        return _without_names(str(module.operation.get_asm(enable_debug_info=False)))
 
 
 def _without_names(text: str) -> str:
@@ -312,7 +324,12 @@ def _has_versions_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 def digests_of(record: Mapping[str, Any]) -> dict[str, Digest]:
     """The digests of a file's record, by case."""
     return {
-        name: Digest(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        name: Digest(
+            tuple(fields["modules"]),
+            fields["program"],
+            tuple(fields["bundles"]),
+            tuple(fields["xla_bundles"]),
+        )
         for name, fields in record["digests"].items()
     }
 
@@ -324,20 +341,22 @@ def compare(
 
     Returns:
       (differences, remarks), a sentence each. A difference is a kernel with another number of
-      bundles (TPU) or another module (GPU), or a case that only one run has. A remark is what else
-      differs: a TPU kernel's text where its bundles do not, the program around a kernel.
+      bundles, a kernel with another module of which not both runs have bundles, or a case that
+      only one run has. A remark is what else differs: the module of a kernel that has as many
+      bundles, or the program around a kernel.
     """
     differences = [f"{name}: only before" for name in before if name not in after]
     differences += [f"{name}: only after" for name in after if name not in before]
     remarks = []
     for name in (name for name in after if name in before):
         old, new = before[name], after[name]
-        if old.bundles != new.bundles:
+        both_compiled = bool(old.bundles and new.bundles)
+        if both_compiled and old.bundles != new.bundles:
             differences.append(f"{name}: {_sum(old)} bundles before, {_sum(new)} after")
-        elif old.modules != new.modules and not new.bundles:
-            differences.append(f"{name}: the lowered module is another one")
+        elif old.modules != new.modules and both_compiled:
+            remarks.append(f"{name}: the lowered module is another one, its bundles are as many")
         elif old.modules != new.modules:
-            remarks.append(f"{name}: the lowered module is another one, its bundles as many")
+            differences.append(f"{name}: the lowered module is another one")
         if old.program != new.program:
             change = f"XLA's bundles {list(old.xla_bundles)} before, {list(new.xla_bundles)} after"
             remarks.append(f"{name}: the program around the kernel differs; {change}")
@@ -345,7 +364,7 @@ def compare(
 
 
 def _sum(digest: Digest) -> str:
-    return " + ".join(map(str, digest.bundles)) or "no"
+    return " + ".join(map(str, digest.bundles))
 
 
 if __name__ == "__main__":

@@ -2,18 +2,18 @@
 """What page-granular KV writes are worth: page against slice against token.
 
     python -m bench.kv_write [--generations=v5e,v6e,tpu7x] [--page_sizes=16,64] [--tokens=64,4096]
-                             [--peers=torch,flashinfer]
+                             [--peers=torch,flashinfer] [--all] [--json]
 
 Without an accelerator it compiles the shipped TPU kernels for real TPU generations, reads their
 final schedules and predicts; with one it measures the same calls there, on a GPU beside a plain
 copy of as many bytes and, if asked, beside other libraries. Either way nothing is printed before
-the ops agree with the oracle bit for bit.
+the ops agree with the oracle bit for bit. It prints a verdict, with --all also every row.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from bench.peers import kv_write as kv_write_peers
 from bench.tpu_model import published as model_check
 from bench.tpu_model import schedule as ts
 from bench.tpu_model.kv_write import DESCRIPTOR_NS, WritePrediction, predict
+from bench.verdicts import kv_write as verdicts
 
 _GENERATIONS = flags.DEFINE_list(
     "generations", list(write_cases.GENERATIONS), "TPU generations to predict for."
@@ -54,9 +55,16 @@ _SCATTER = flags.DEFINE_bool("scatter", True, "Measure the plain-jax scatter bes
 _CHECK_MODEL = flags.DEFINE_bool(
     "check_model", True, "Repeat the check of the model against published timings."
 )
-_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
+_ALL = flags.DEFINE_bool("all", False, "Print every row after the verdict.")
+_JSON = flags.DEFINE_bool("json", False, "Print every row and the verdict as JSON on stdout.")
 _PLOT = flags.DEFINE_string("plot", None, "Write a PNG of time against tokens to this file.")
 
+# What moves as many bytes in other ways: a key of the JSON -> its title.
+_BASELINES = {
+    "scatter": "The plain-jax scatter",
+    "copy": "A plain copy of as many bytes",
+    "peers": "Other libraries",
+}
 _ASSUMPTIONS = f"""\
 The numbers for TPUs are predictions. They rest on
 - the clock and the peak HBM bandwidth of one core (sources: bench/tpu_model/schedule.py):
@@ -78,20 +86,30 @@ def main(argv: Sequence[str]) -> None:
     peers.require(_PEERS.value, on_gpu=jax.default_backend() == "gpu")
     check_against_oracle()
     record: dict[str, Any] = {"environment": report.environment()}
+    device = jax.devices()[0].device_kind
     if on_cpu:
         predictions = _predict(cases)
         record["predictions"] = [_as_record(p) for p in predictions]
-        say(_prediction_text(predictions))
+        checks = _check_model() if _CHECK_MODEL.value else []
+        record |= {"model_check": [dataclasses.asdict(check) for check in checks]}
+        verdict = verdicts.predicted(predictions, checks)
+        details = [_prediction_text(predictions)]
+        details += ["", model_check.format_check(checks)] if checks else []
         points = _points(predictions)
-        if _CHECK_MODEL.value:
-            with report.Progress(len(model_check.PUBLISHED_US), "checking the model") as progress:
-                checks = model_check.check_model(on_done=lambda job, _: progress.step(job.name))
-            record["model_check"] = [dataclasses.asdict(check) for check in checks]
-            say("\n" + model_check.format_check(checks))
     else:
-        record["measured"] = _measure(cases, say)
-        points = {jax.devices()[0].device_kind: kv_write_measure.lines(record["measured"])}
-    record |= _baselines(say, on_cpu=on_cpu)
+        record["measured"] = _measure(cases)
+        details = [kv_write_measure.text(record["measured"], device)]
+        points = {device: kv_write_measure.lines(record["measured"])}
+    baselines = _baselines(on_cpu=on_cpu)
+    if not on_cpu:
+        verdict = verdicts.measured(record["measured"], baselines, device)
+    for name, rows in baselines.items():
+        details += [f"\n{_BASELINES[name]}, measured on this {device}:"]
+        details += [kv_write_measure.baseline_table(rows)]
+    record |= baselines | {"verdict": verdict.record()}
+    say(verdict.text())
+    if _ALL.value:
+        say("\n" + "\n".join(details))
     if _PLOT.value:
         report.save_plot(
             _PLOT.value, points, xlabel="new tokens", ylabel="microseconds", title=_plot_title()
@@ -100,7 +118,12 @@ def main(argv: Sequence[str]) -> None:
         report.write_json(record)
 
 
-def _measure(cases: Sequence[WriteCase], say: Callable[[str], None]) -> list[dict[str, Any]]:
+def _check_model() -> list[model_check.Check]:
+    with report.Progress(len(model_check.PUBLISHED_US), "checking the model") as progress:
+        return model_check.check_model(on_done=lambda job, _: progress.step(job.name))
+
+
+def _measure(cases: Sequence[WriteCase]) -> list[dict[str, Any]]:
     """The ops on this accelerator; of the cases for several generations those for the first."""
     mine = [case for case in cases if case.generation == cases[0].generation]
     measured = []
@@ -108,49 +131,38 @@ def _measure(cases: Sequence[WriteCase], say: Callable[[str], None]) -> list[dic
         for case in mine:
             measured.append(kv_write_measure.measure_op(case))
             progress.step(case.op)
-    say(kv_write_measure.text(measured, jax.devices()[0].device_kind))
     return measured
 
 
-def _baselines(say: Callable[[str], None], *, on_cpu: bool) -> dict[str, Any]:
-    """What moves as many bytes otherwise, measured wherever this runs."""
+def _baselines(*, on_cpu: bool) -> dict[str, list[dict[str, Any]]]:
+    """What moves as many bytes in other ways, measured wherever this runs: name -> rows."""
     cases = [_token_case(int(tokens)) for tokens in _TOKENS.value]
-    found = {}
-
-    def tell(name: str, title: str, rows: list[dict[str, Any]]) -> None:
-        found[name] = rows
-        say(f"\n{title}, measured on this {jax.devices()[0].device_kind}:")
-        say(kv_write_measure.baseline_table(rows))
-
+    found: dict[str, list[dict[str, Any]]] = {}
     if _SCATTER.value:
         promises = [False] if on_cpu else [False, True]
-        rows = [kv_write_measure.measure_scatter(case, x) for case in cases for x in promises]
-        tell("scatter", "The plain-jax scatter", rows)
+        found["scatter"] = [
+            kv_write_measure.measure_scatter(case, unique) for case in cases for unique in promises
+        ]
     if not on_cpu:
-        rows = [kv_write_measure.measure_copy(case) for case in cases]
-        tell("copy", "A plain copy of as many bytes", rows)
+        found["copy"] = [kv_write_measure.measure_copy(case) for case in cases]
     if _PEERS.value:
         with peers.Child() as run:
-            rows = [
+            found["peers"] = [
                 kv_write_measure.as_record(
                     case, kv_write_peers.NAMES[peer], run(kv_write_peers.measure, peer, case)
                 )
                 for case in cases
                 for peer in _PEERS.value
             ]
-        tell("peers", "Other libraries", rows)
     return found
 
 
 def _cases() -> list[WriteCase]:
     """The cases that the flags name; a token is written by itself, whatever the page size."""
-    report.require_known("generations", ts.GENERATIONS, _GENERATIONS.value)
-    report.require_known("ops", OPS, _OPS.value)
-    sizes = {}
-    for name, given in (("page_sizes", _PAGE_SIZES.value), ("tokens", _TOKENS.value)):
-        if not all(value.isdigit() and int(value) for value in given):
-            raise app.UsageError(f"--{name} has {','.join(given)!r}; wanted integers >= 1")
-        sizes[name] = sorted({int(value) for value in given})
+    report.require_choices("generations", ts.GENERATIONS, _GENERATIONS.value)
+    report.require_choices("ops", OPS, _OPS.value)
+    page_sizes = report.require_sizes("page_sizes", _PAGE_SIZES.value)
+    token_counts = report.require_sizes("tokens", _TOKENS.value)
     return [
         WriteCase(
             op,
@@ -163,9 +175,9 @@ def _cases() -> list[WriteCase]:
             is_flat=_FORM.value == "flat",
         )
         for generation in _GENERATIONS.value
-        for tokens in sizes["tokens"]
+        for tokens in token_counts
         for op in _OPS.value
-        for page in (sizes["page_sizes"][:1] if op == "token" else sizes["page_sizes"])
+        for page in (page_sizes[:1] if op == "token" else page_sizes)
         if tokens >= page or op == "token"
     ]
 

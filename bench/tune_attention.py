@@ -92,8 +92,8 @@ class Trial:
 def main(argv: Sequence[str]) -> None:
     """Tries, prints, writes."""
     report.start(argv, as_json=False, plot=None)
-    report.require_known("generations", ts.GENERATIONS, _GENERATIONS.value)
-    report.require_known("presets", PRESETS, _PRESETS.value)
+    report.require_choices("generations", ts.GENERATIONS, _GENERATIONS.value)
+    report.require_choices("presets", PRESETS, _PRESETS.value)
     if not all(value.isdigit() and int(value) for value in _PAGE_SIZES.value):
         raise app.UsageError(
             f"--page_sizes has {','.join(_PAGE_SIZES.value)!r}; wanted integers >= 1"

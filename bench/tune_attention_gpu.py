@@ -82,8 +82,8 @@ class Trial:
 def main(argv: Sequence[str]) -> None:
     """Searches, prints, writes."""
     report.start(argv, as_json=False, plot=None)
-    report.require_known("head_dims", tuple(map(str, _HEADS)), _HEAD_DIMS.value)
-    report.require_known("pool_dtypes", ("bfloat16", *SCALES), _POOL_DTYPES.value)
+    report.require_choices("head_dims", tuple(map(str, _HEADS)), _HEAD_DIMS.value)
+    report.require_choices("pool_dtypes", ("bfloat16", *SCALES), _POOL_DTYPES.value)
     if report.start_backends() != "gpu":
         raise app.UsageError(
             "the GPU's block sizes are measured on a GPU, and there is none; a TPU's: "

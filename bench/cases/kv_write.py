@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_paged
+from bench.cases.rounding import ceil_div
 from pallas_paged import layout
 
 # page_write, page_write with token_starts, slice_write of page-long slices, and token_write.
@@ -62,7 +63,7 @@ class WriteCase:
 
     @property
     def _pool_shape(self) -> tuple[int, int, int, int]:
-        pages = 2 * max(1, -(-self.num_tokens // self.page_size))
+        pages = 2 * max(1, ceil_div(self.num_tokens, self.page_size))
         return layout.pool_shape(
             pages, self.page_size, self.num_kv_heads, self.head_dim, self.dtype
         )
@@ -88,9 +89,13 @@ class WriteCase:
 
     def step(self, backend: str) -> Callable[..., jax.Array]:
         """The public call, as a function of `shapes()`."""
-        write = {"slice": pallas_paged.slice_write, "token": pallas_paged.token_write}.get(
-            self.op, pallas_paged.page_write
-        )
+        writes: dict[str, Callable[..., jax.Array]] = {
+            "page": pallas_paged.page_write,
+            "page_starts": pallas_paged.page_write,
+            "slice": pallas_paged.slice_write,
+            "token": pallas_paged.token_write,
+        }
+        write = writes[self.op]
 
         def call(kv_pages: jax.Array, *arrays: jax.Array) -> jax.Array:
             return write(kv_pages, *arrays, num_kv_heads=self.num_kv_heads, backend=backend)

@@ -15,6 +15,7 @@ import numpy as np
 
 from bench import clock, report
 from bench.cases.attention import SCALES, Call, Case, room_for
+from bench.cases.rounding import ceil_div
 from bench.peers import attention as attention_peers
 from bench.peers import child as peers
 
@@ -28,7 +29,7 @@ def random_inputs(case: Case, seed: int) -> tuple[jax.Array, ...]:
     q, pool, kv_lens, table, *_ = case.call.shapes()
     keys = jax.random.split(jax.random.key(seed), 2)
     lens = np.array(case.lens, np.int32)
-    used = -(-lens[:, 1] // case.call.page_size)
+    used = ceil_div(lens[:, 1], case.call.page_size)
     pages = rng.permutation(pool.shape[0])[: used.sum()].astype(np.int32)
     page_indices = np.full(table.shape, -(2**31) + 7, np.int32)
     for row, ids in enumerate(np.split(pages, np.cumsum(used)[:-1])):
@@ -71,7 +72,7 @@ def measure(case: Case, backend: str) -> dict[str, Any]:
         inputs = (q, pool, *metadata)
         timing = clock.time_kernels(step_on_gpu(attend), [jnp.zeros_like(q)], inputs)
     else:
-        copies = max(2, min(16, -(-_COLD_BYTES // pool.nbytes)))
+        copies = max(2, min(16, ceil_div(_COLD_BYTES, pool.nbytes)))
         states = [(pool, q), *((pool.copy(), q.copy()) for _ in range(copies - 1))]
 
         def step(state, *metadata):

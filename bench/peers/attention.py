@@ -14,6 +14,7 @@ from typing import Any
 
 from bench import clock
 from bench.cases.attention import SCALES, Case
+from bench.cases.rounding import ceil_div
 from bench.peers import child as peers
 
 _WORKSPACE_BYTES = 2**28  # FlashInfer's partial results
@@ -106,7 +107,7 @@ def _flashinfer_step(torch, case: Case, device: str):
     flashinfer: Any = importlib.import_module("flashinfer")
     call = case.call
     dtype = call.pool_dtype or call.dtype
-    pages = [-(-keys // call.page_size) for _, keys in case.lens]
+    pages = [ceil_div(keys, call.page_size) for _, keys in case.lens]
 
     def int32(values):
         return torch.as_tensor(values, dtype=torch.int32, device=device)

@@ -12,6 +12,7 @@ from typing import Any
 
 from bench import clock
 from bench.cases.kv_write import WriteCase
+from bench.cases.rounding import ceil_div
 from bench.peers import child as peers
 
 NAMES = {"torch": "torch index_put_", "flashinfer": "FlashInfer append"}
@@ -30,7 +31,7 @@ def _new(torch, case: WriteCase):
 
 def _torch_step(torch, case: WriteCase):
     """Two in-place scatters, K and V, into one [slots, 2, K, H] cache."""
-    num_slots = 2 * -(-case.num_tokens // case.page_size) * case.page_size
+    num_slots = 2 * ceil_div(case.num_tokens, case.page_size) * case.page_size
     k, v = _new(torch, case)
     cache = torch.zeros(
         (num_slots, 2, case.num_kv_heads, case.head_dim), dtype=k.dtype, device="cuda"
@@ -48,7 +49,7 @@ def _torch_step(torch, case: WriteCase):
 def _flashinfer_step(torch, case: WriteCase):
     """append_paged_kv_cache of one sequence, its pages in random order; no index conversion."""
     flashinfer: Any = importlib.import_module("flashinfer")
-    pages = -(-case.num_tokens // case.page_size)
+    pages = ceil_div(case.num_tokens, case.page_size)
     k, v = _new(torch, case)
     cache = torch.zeros(
         (2 * pages, 2, case.page_size, case.num_kv_heads, case.head_dim),

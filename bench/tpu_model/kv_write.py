@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.cases.kv_write import WriteCase
+from bench.cases.rounding import ceil_div
 from bench.tpu_model import schedule as ts
 from pallas_paged.kv_write.tpu import launch as mosaic_tpu
 
@@ -162,7 +163,7 @@ def _walk(case: WriteCase) -> tuple[_Walk, int, int]:
                 totals["plan_entries"] += size - 1
             tokens = size * length + (i * length) % align
             totals["groups"] += 1
-            totals["bodies"] += -(-tokens // (tiling.tile * tiling.unroll))
+            totals["bodies"] += ceil_div(tokens, tiling.tile * tiling.unroll)
             singles = size % unroll if unroll > 1 else size
             totals["chunks"] += (size - singles) // unroll
             totals["singles"] += singles

@@ -34,6 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from bench import report
+from bench.cases.rounding import ceil_div
 from bench.tpu_model.schedule import (
     GENERATIONS,
     Counts,
@@ -233,7 +234,7 @@ def _grid_loop(kernel: Kernel, slices_per_step: int) -> Node:
 
 
 def _num_steps(slices_per_step: int) -> int:
-    return -(-_NUM_SLICES // slices_per_step)
+    return ceil_div(_NUM_SLICES, slices_per_step)
 
 
 def main() -> None:

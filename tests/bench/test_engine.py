@@ -304,7 +304,7 @@ def main(*argv, **values):
 
 def test_the_study_prints_and_draws(capsys, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(cli._engine_cost, "predicted", lambda *args, **kwargs: COST)
+    monkeypatch.setattr(cli.engine_cost, "predicted", lambda *args, **kwargs: COST)
     values = {
         "requests": 25,
         "page_sizes": ["16", "64"],
@@ -312,7 +312,7 @@ def test_the_study_prints_and_draws(capsys, monkeypatch, tmp_path):
         "pool_tokens": 20_000,
         "processes": 1,
     }
-    main(parts=["study", "share"], plot=str(tmp_path / "study.png"), **values)
+    main(parts=["study", "share"], all=True, plot=str(tmp_path / "study.png"), **values)
     out = capsys.readouterr().out
     assert "Costs made up" in out and "generated: 25 requests" in out
     assert "PREDICTED share of the KV write" in out
