@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pallas_paged
 from pallas_paged import layout
 from pallas_paged.attention.gpu import launch as mosaic_gpu
+from pallas_paged.attention.options import AttentionOptions
 from pallas_paged.attention.tpu import launch as mosaic_tpu
 
 # Rows of q below which XLA may put it into VMEM before the kernel, which would be another kernel.
@@ -146,7 +147,9 @@ class Call:
     def unsupported(self, backend: str = "mosaic_tpu") -> str | None:
         """Why a backend's kernel cannot run the call, as a sentence; None if it can."""
         kernels = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}[backend]
-        return kernels.unsupported(*self.arrays(), self.num_kv_heads, self.config)
+        return kernels.plan(
+            *self.arrays(), AttentionOptions(self.num_kv_heads), self.config
+        ).refusal
 
     def arrays(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """q as `[T, N, H]`, pool and page_indices."""

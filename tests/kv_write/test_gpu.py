@@ -380,8 +380,8 @@ def test_other_gpus(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *_: [Device()])
     sentence = "compute capability 8.0, and the kernels are written for Hopper (9.0)"
     _refused(NotImplementedError, sentence)
-    reasons = {"oracle": None, "mosaic_gpu": dispatch.why_no_mosaic_gpu()}
-    assert dispatch.choose("token_write", "auto", reasons) == "oracle"
+    plan = dispatch.Plan(refusal=dispatch.why_no_mosaic_gpu())
+    assert dispatch.choose("token_write", "auto", lambda _: plan) == ("oracle", None)
 
 
 @needs_new_jax
