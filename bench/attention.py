@@ -106,6 +106,8 @@ _PLOT = flags.DEFINE_string(
     "plot", None, "Write a PNG of 64 decodes' time against their keys.", allow_override=True
 )
 
+# How a configuration is printed.
+_SIZES = "block_kv:block_q:stages:blocks per iteration"
 # Largest difference from the oracle in bfloat16 outputs of about 1: two steps of rounding.
 _TOLERANCE = 0.03
 _PLOTTED: dict[str, Runs] = {
@@ -392,7 +394,7 @@ def _writing_row(w: Writing) -> dict[str, str]:
         "cycles a new token": f"{w.extra_cycles:.0f}" if w.unit == "cycles_a_token" else "-",
         "cycles a new page": f"{w.extra_cycles:.0f}" if w.unit == "cycles_a_page" else "-",
         "core/HBM": f"{w.fused.core_cycles / w.fused.hbm_cycles:.2f}",
-        "keys:rows:buffers:body": _sizes(w.fused.config),
+        _SIZES: _sizes(w.fused.config),
     }
 
 
@@ -420,7 +422,7 @@ def _row(p: Prediction, others: Sequence[Prediction]) -> dict[str, str]:
         "masked": f"{p.spills['masked']:.2f}",
         "decode": f"{p.spills['decode']:.2f}",
         "VMEM MiB": f"{p.vmem_bytes / 2**20:.1f}",
-        "keys:rows:buffers:body": _sizes(p.config),
+        _SIZES: _sizes(p.config),
     }
 
 
