@@ -391,8 +391,8 @@ def _writing_row(w: Writing) -> dict[str, str]:
         "heads": f"{call.num_heads}/{call.num_kv_heads}/{call.head_dim}",
         "case": w.fused.case.name,
         "page": str(call.page_size),
-        "cycles a new token": f"{w.extra_cycles:.0f}" if w.unit == "cycles_a_token" else "-",
-        "cycles a new page": f"{w.extra_cycles:.0f}" if w.unit == "cycles_a_page" else "-",
+        "cycles per new token": f"{w.extra_cycles:.0f}" if w.unit == "cycles_a_token" else "-",
+        "cycles per new page": f"{w.extra_cycles:.0f}" if w.unit == "cycles_a_page" else "-",
         "core/HBM": f"{w.fused.core_cycles / w.fused.hbm_cycles:.2f}",
         _SIZES: _sizes(w.fused.config),
     }

@@ -178,8 +178,8 @@ def verdict_of(searches: Sequence[Search], kind: str) -> report.Verdict:
         f"block sizes of the attention on {kind}, {_SIZES}",
         list(rows.values()),
         [
-            f"These are measurements on {kind}, pages of {_PAGE_SIZE.value}: kernel time with a"
-            " cold L2.",
+            f"These are measurements on {kind}, pages of {searches[0].call.page_size}: kernel time"
+            " with a cold L2.",
             "In brackets: how the mean time of the search's cases changes against the sizes that"
             " the formula gives. --write puts the best into pallas_paged/tuned/.",
         ],

@@ -10,7 +10,7 @@ import pytest
 from absl import app, flags
 from absl.testing import flagsaver
 
-from bench import clock
+from bench import clock, report
 from bench import engine as cli
 from bench.engine_study import cost as cost_lib
 from bench.engine_study import real
@@ -317,11 +317,15 @@ def test_the_study_prints_and_draws(capsys, monkeypatch, tmp_path):
     assert "Costs made up" in out and "generated: 25 requests" in out
     assert "PREDICTED share of the KV write" in out
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
-    main(parts=["study"], json=True, **values)
+    main(parts=["study"], json=True, all=True, **values)
     out, err = capsys.readouterr()
     record = json.loads(out)
     assert len(record["study"]["cells"]) == 2 * 2 * 4 * 2 and "whole pages" in err
     assert {"commit", "jax"} <= record["environment"].keys()
+    assert err.startswith("VERDICT: ") and record["verdict"]["rows"][0]["of"] == "generated"
+    main(parts=["study", "share"], **values | {"budgets": ["512"], "kv_writes": ["pages"]})
+    out = capsys.readouterr().out
+    assert out.startswith("VERDICT: ") and len(out.splitlines()) <= report.MAX_VERDICT_LINES
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from bench import kv_write
+from bench import kv_write, report
 from bench.cases.kv_write import OPS, WriteCase
 from bench.tpu_model import kv_write as model
 from bench.tpu_model.compile import COMPILE_ENV
@@ -98,6 +98,7 @@ def _run(*flags):
 def test_json_is_all_that_json_prints():
     done = _run(
         "--json",
+        "--all",
         "--generations=v5e",
         "--ops=page,token",
         "--page_sizes=16",
@@ -111,7 +112,20 @@ def test_json_is_all_that_json_prints():
     assert record["scatter"][0]["median_us"] > 0
     assert record["environment"]["libtpu"]
     assert "learning/" not in done.stderr and "WARNING" not in done.stderr  # libtpu's own log
-    assert done.stderr.startswith("Predicted from compiled schedules")
+    verdict, tables = done.stderr.split("\n\n", 1)
+    assert verdict.startswith("VERDICT: how to write 256 new tokens")
+    assert record["verdict"]["rows"][0]["use"] == "page_write"
+    rows = [line.split()[:3] for line in tables.splitlines()]
+    assert ["page", "16", "256"] in rows and ["token", "-", "256"] in rows
+    assert "The plain-jax scatter, measured on this" in tables
+
+
+def test_the_default_output_is_a_verdict():
+    done = _run("--generations=v5e", "--page_sizes=16", "--tokens=256", "--nocheck_model")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("VERDICT: ") and len(lines) <= report.MAX_VERDICT_LINES
+    assert "These are predictions from schedules compiled for TPUs." in done.stdout
 
 
 @pytest.mark.parametrize(
