@@ -227,7 +227,13 @@ def _trials(
             progress.step(_sizes(config, name))
 
 
-def _try(call: Call, config, cases, inputs, wanted) -> Trial:
+def _try(
+    call: Call,
+    config: gpu_config.GpuAttentionConfig,
+    cases: Sequence[Case],
+    inputs: Sequence[tuple[jax.Array, ...]],
+    wanted: Sequence[jax.Array],
+) -> Trial:
     """Checks and times one candidate."""
     step = step_on_gpu(dataclasses.replace(call, config=config).step("mosaic_gpu"))
     run = jax.jit(step, donate_argnums=0)  # the program that is timed, compiled once

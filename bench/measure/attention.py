@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,7 +50,7 @@ def random_inputs(case: Case, seed: int) -> tuple[jax.Array, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _random_pool(key, call: Call, pool) -> jax.Array:
+def _random_pool(key: jax.Array, call: Call, pool: jax.ShapeDtypeStruct) -> jax.Array:
     """Values that are normal after the scale; drawn where they are used."""
     values = jax.random.normal(key, pool.shape, jnp.bfloat16)
     if call.pool_dtype in SCALES:
@@ -75,7 +75,7 @@ def measure(case: Case, backend: str) -> dict[str, Any]:
         copies = max(2, min(16, ceil_div(_COLD_BYTES, pool.nbytes)))
         states = [(pool, q), *((pool.copy(), q.copy()) for _ in range(copies - 1))]
 
-        def step(state, *metadata):
+        def step(state: tuple[Any, Any], *metadata: jax.Array) -> tuple[Any, Any]:
             pool, q = state
             return pool, attend(q, pool, *metadata)
 
@@ -83,11 +83,11 @@ def measure(case: Case, backend: str) -> dict[str, Any]:
     return as_record(case, timing)
 
 
-def step_on_gpu(attend):
+def step_on_gpu(attend: Callable[..., Any]) -> Callable[..., Any]:
     """The step of a GPU's timing, its state the last output alone: q and the pool are inputs, so
     that nothing can be copied, and q stays as it is, for zeros would cost less power and time."""
 
-    def step(last, *inputs):
+    def step(last: jax.Array, *inputs: jax.Array) -> Any:
         del last
         return attend(*inputs)
 

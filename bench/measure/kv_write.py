@@ -61,7 +61,7 @@ def measure_scatter(case: WriteCase, unique: bool) -> dict[str, Any]:
     """
     promise: dict[str, Any] = {"unique_indices": True, "mode": "promise_in_bounds"}
 
-    def scatter(kv_pages, k, v, slots):
+    def scatter(kv_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
         rows = jnp.stack([k, v], axis=2).reshape(case.num_tokens, -1, kv_pages.shape[-1])
         flat = kv_pages.reshape(-1, *kv_pages.shape[2:])
         rows = jnp.pad(rows, ((0, 0), (0, flat.shape[1] - rows.shape[1]), (0, 0)))
@@ -77,7 +77,7 @@ def measure_copy(case: WriteCase) -> dict[str, Any]:
         jax.random.key(0), (case.num_bytes // 2 // jnp.dtype(case.dtype).itemsize,), case.dtype
     )
 
-    def copy(halves, source):
+    def copy(halves: jax.Array, source: jax.Array) -> jax.Array:
         # Into half of an array, because XLA would hand on the source itself for a whole one.
         return jax.lax.dynamic_update_index_in_dim(halves, source, 0, 0)
 

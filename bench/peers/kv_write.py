@@ -7,7 +7,7 @@ See bench/peers/child.py for where they run.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from bench import clock
@@ -24,12 +24,12 @@ def measure(peer: str, case: WriteCase) -> clock.Timing:
     return peers.time_kernels(torch, _STEPS[peer](torch, case))
 
 
-def _new(torch, case: WriteCase):
+def _new(torch: Any, case: WriteCase) -> Iterator[Any]:
     shape = (case.num_tokens, case.num_kv_heads, case.head_dim)
     return (torch.randn(shape, device="cuda").to(getattr(torch, case.dtype)) for _ in "kv")
 
 
-def _torch_step(torch, case: WriteCase):
+def _torch_step(torch: Any, case: WriteCase) -> Callable[[], Any]:
     """Two in-place scatters, K and V, into one [slots, 2, K, H] cache."""
     num_slots = 2 * ceil_div(case.num_tokens, case.page_size) * case.page_size
     k, v = _new(torch, case)
@@ -39,14 +39,14 @@ def _torch_step(torch, case: WriteCase):
     slots = torch.randperm(num_slots, device="cuda")[: case.num_tokens]
     keys, values = cache[:, 0], cache[:, 1]
 
-    def step():
+    def step() -> None:
         keys.index_put_((slots,), k)
         values.index_put_((slots,), v)
 
     return step
 
 
-def _flashinfer_step(torch, case: WriteCase):
+def _flashinfer_step(torch: Any, case: WriteCase) -> Callable[[], Any]:
     """append_paged_kv_cache of one sequence, its pages in random order; no index conversion."""
     flashinfer: Any = importlib.import_module("flashinfer")
     pages = ceil_div(case.num_tokens, case.page_size)
@@ -57,7 +57,7 @@ def _flashinfer_step(torch, case: WriteCase):
         device="cuda",
     )
 
-    def int32(values):
+    def int32(values: Any) -> Any:
         return torch.as_tensor(values, dtype=torch.int32, device="cuda")
 
     arguments = (

@@ -2,7 +2,7 @@
 """Predict the TPU writes from their compiled schedules: which loop runs how often in which case.
 
 `predict` compiles each case for its generation, names the loops of the shipped kernel by what is in
-them (`_role`), counts their trips from the walk that the case makes (`_walk`) and adds up bundles.
+them (`_roles`), counts how often the case runs each of them (`_count_trips`) and adds up bundles.
 That the DMAs come out as many as the case has entries is checked at every prediction.
 """
 
@@ -22,7 +22,7 @@ from pallas_paged.kv_write.tpu import launch as mosaic_tpu
 DESCRIPTOR_NS = 18.0
 
 
-def compile_target(**fields: Any):
+def compile_target(**fields: Any) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """What `bench.tpu_model.compile.Job` compiles: a case, by its fields."""
     case = WriteCase(**fields)
     return case.step("mosaic_tpu"), case.shapes(), {"donate_argnums": 0}
@@ -125,7 +125,7 @@ def _entries(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Walk:
+class _Trips:
     """Trips that a case makes: totals over the call."""
 
     steps: int
@@ -139,8 +139,8 @@ class _Walk:
     one_by_one: int  # groups that the kernel plans entry by entry
 
 
-def _walk(case: WriteCase) -> tuple[_Walk, int, int]:
-    """The walk over a dense case, the unroll, and the entries: kernel.plan on paper."""
+def _count_trips(case: WriteCase) -> tuple[_Trips, int, int]:
+    """How often a dense case runs what the kernel plans, the unroll, and the number of entries."""
     entries, config, tiling = _entries(case)
     length, parts = entries.max_len, entries.parts
     num_entries = case.num_tokens if case.op == "token" else case.num_pages * parts
@@ -148,7 +148,7 @@ def _walk(case: WriteCase) -> tuple[_Walk, int, int]:
     unroll = mosaic_tpu.unroll(group, has_lengths=entries.has_lengths)
     align = tiling.tile if case.is_flat else 1
     step = min(num_entries, mosaic_tpu.ENTRIES_PER_STEP * parts)
-    totals = dict.fromkeys((f.name for f in dataclasses.fields(_Walk)), 0)
+    totals = dict.fromkeys((f.name for f in dataclasses.fields(_Trips)), 0)
     for first_of_step in range(0, num_entries, step):
         totals["steps"] += 1
         last_of_step = min(first_of_step + step, num_entries)
@@ -169,7 +169,7 @@ def _walk(case: WriteCase) -> tuple[_Walk, int, int]:
             totals["singles"] += singles
             totals["groups_with_singles"] += singles > 0
             i += size
-    return _Walk(**totals), unroll, num_entries
+    return _Trips(**totals), unroll, num_entries
 
 
 def _roles(tree: ts.Node, case: WriteCase, unroll: int) -> dict[tuple[int, ...], str]:
@@ -180,10 +180,10 @@ def _roles(tree: ts.Node, case: WriteCase, unroll: int) -> dict[tuple[int, ...],
     loops = [node for node in tree.walk() if node.kind == "loop"]
     one_chunk = case.op in ("page", "page_starts") and unroll > 1  # Walk.at_most_one_chunk
 
-    def stores(node):
+    def stores(node: ts.Node) -> float:
         return node.total.vector_stores
 
-    def sends(node):
+    def sends(node: ts.Node) -> float:
         return node.total.dmas.get("vmem_to_hbm", 0)
 
     names = {"page": ["checked"], "page_starts": ["unchecked", "checked"], "token": ["checked"]}
@@ -247,46 +247,46 @@ def _predict(case: WriteCase, schedule: ts.Schedule) -> WritePrediction:
     elsewhere = [o for o in tensors if o.space != "hbm"]
     if elsewhere:
         raise ValueError(f"{case}: XLA put {elsewhere} outside HBM; the model is of transfers")
-    walk, unroll, num_entries = _walk(case)
+    made, unroll, num_entries = _count_trips(case)
     roles = _roles(tree, case, unroll)
     fast = {"page": "checked", "token": "checked", "page_starts": "unchecked", "slice": "equal"}[
         case.op
     ]
-    per_group = 1.0 / walk.groups
+    per_group = 1.0 / made.groups
     trips = {
-        "step": walk.steps,
-        "group": walk.groups / walk.steps,
-        "body": walk.bodies * per_group,
+        "step": made.steps,
+        "group": made.groups / made.steps,
+        "body": made.bodies * per_group,
         **dict.fromkeys(("equal", "unchecked", "checked", "count"), 0.0),
-        "single": walk.singles / max(1, walk.groups_with_singles),
-        fast: walk.chunks * per_group,
-        "plan_chunks": walk.plan_chunks * per_group,
+        "single": made.singles / max(1, made.groups_with_singles),
+        fast: made.chunks * per_group,
+        "plan_chunks": made.plan_chunks * per_group,
         # Each step plans its first group before the loop; counted as an average one.
-        "open_chunks": walk.plan_chunks * per_group,
-        "plan_entries": walk.plan_entries / max(1, walk.one_by_one),
-        "open_entries": walk.plan_entries / max(1, walk.one_by_one),
+        "open_chunks": made.plan_chunks * per_group,
+        "plan_entries": made.plan_entries / max(1, made.one_by_one),
+        "open_entries": made.plan_entries / max(1, made.one_by_one),
     }
 
-    def roles_in(node):
+    def roles_in(node: ts.Node) -> set[str]:
         return {roles[n.path] for n in node.walk() if n.path in roles}
 
-    def is_single(node):
+    def is_single(node: ts.Node) -> bool:
         """Whether a region runs only where a group has entries that fill no chunk."""
         inside = roles_in(node)
         return "single" in inside and not inside & {"group", "step"}
 
-    def probability(node) -> float:
+    def probability(node: ts.Node) -> float:
         """How often a region that may be skipped runs, when it is reached, by what is in it."""
         if node.path in roles:
             return trips[roles[node.path]]
         inside = roles_in(node)
         if is_single(node):
             nested = any(_is_inside(node, other) and is_single(other) for other in branches)
-            return 1.0 if nested else walk.groups_with_singles * per_group
+            return 1.0 if nested else made.groups_with_singles * per_group
         if inside == {"count"}:
             return 0.0  # a chunk with an entry to skip; a dense case has none
         if inside in ({"plan_entries"}, {"open_entries"}) and not node.total.dma_issues:
-            return walk.one_by_one * per_group
+            return made.one_by_one * per_group
         return 1.0
 
     branches = [node for node in tree.walk() if node.kind == "branch"]
@@ -299,7 +299,7 @@ def _predict(case: WriteCase, schedule: ts.Schedule) -> WritePrediction:
     body = next((n for n in tree.walk() if roles.get(n.path) == fast), None)
     sent = counts.dmas["vmem_to_hbm"]
     if body is None:
-        sent -= unroll * (walk.groups - walk.chunks)  # predicated off
+        sent -= unroll * (made.groups - made.chunks)  # predicated off
         cycles_per_issue = _spacing(kernels[0], roles)
     else:
         rare = sum(n.total.bundles for n in body.children)

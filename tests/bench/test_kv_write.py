@@ -67,9 +67,9 @@ def test_tokens_are_bound_by_descriptors(predictions):
 
 def test_wrong_trip_counts_are_refused(monkeypatch, predictions):
     """A walk that does not make the case's DMAs gives an error and not a number."""
-    walk, unroll, entries = model._walk(_CASE)
-    wrong = dataclasses.replace(walk, chunks=walk.chunks - 1)
-    monkeypatch.setattr(model, "_walk", lambda case: (wrong, unroll, entries))
+    trips, unroll, entries = model._count_trips(_CASE)
+    wrong = dataclasses.replace(trips, chunks=trips.chunks - 1)
+    monkeypatch.setattr(model, "_count_trips", lambda case: (wrong, unroll, entries))
     with pytest.raises(ValueError, match="the weighted schedule sends"):
         model.predict([_CASE])
 
