@@ -8,9 +8,9 @@ For every generation, preset and page size it compiles the kernel with each cand
 the cases of `bench.attention`. The best has the least geometric mean of their times; of equals (to
 a hundredth) the one that keeps the core least busy, because what the model leaves out costs the
 core, and then the one that takes less VMEM. With --write it goes to `pallas_paged/tuned/`, with the
-figures that chose it; `mosaic_tpu.default_config` reads it there. A GPU's are measured on it, by
-`python -m bench.tune_attention_gpu`. The command prints a verdict, with --all also every candidate;
-what each search finds is told on stderr as soon as it ends.
+figures that chose it; `default_config` of pallas_paged/attention/tpu/config.py reads it there. A
+GPU's are measured on it, by `python -m bench.tune_attention_gpu`. The command prints a verdict,
+with --all also every candidate; what each search finds is told on stderr as soon as it ends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bench.cases.attention import CASES, PRESETS, Call, Case, room_for
 from bench.tpu_model import schedule as ts
 from bench.tpu_model.attention import Prediction, config_of, predict
 from bench.tpu_model.compile import DEVICES, as_if_on
-from pallas_paged.attention.tpu import launch as mosaic_tpu
+from pallas_paged.attention.tpu import config as tpu_config
 
 # `allow_override`: other commands have flags of these names, and a process may import several.
 _GENERATIONS = flags.DEFINE_list(
@@ -76,7 +76,7 @@ class Trial:
       refusal: first line of the compiler's or the model's sentence.
     """
 
-    config: mosaic_tpu.TpuAttentionConfig
+    config: tpu_config.TpuAttentionConfig
     predictions: tuple[Prediction, ...] = ()
     refusal: str = ""
 
@@ -112,7 +112,7 @@ class Search:
     preset: str
     page_size: int
     trials: tuple[Trial, ...]
-    shipped: mosaic_tpu.TpuAttentionConfig
+    shipped: tpu_config.TpuAttentionConfig
 
     @property
     def best(self) -> Trial:
@@ -186,8 +186,8 @@ def _search(generation: str, preset: str, page_size: int) -> Search:
 def _trials(generation: str, preset: str, call: Call) -> Iterator[Trial]:
     with as_if_on(generation):
         sizes = _GRID if _FULL.value else _likely(call.num_kv_heads)
-        configs = [mosaic_tpu.TpuAttentionConfig(*size) for size in sizes]
-        configs = [config for config in configs if mosaic_tpu.fits(call.heads, config)]
+        configs = [tpu_config.TpuAttentionConfig(*size) for size in sizes]
+        configs = [config for config in configs if tpu_config.fits(call.heads, config)]
     with report.Progress(len(configs), f"{generation} {preset} {call.page_size}:") as progress:
         for config in configs:
             cases = [
@@ -208,7 +208,7 @@ def _likely(num_kv_heads: int) -> list[tuple[int, int, int, int]]:
         (keys, 128, buffers, body)
         for keys in block_kv
         for buffers, body in ((8, 4), (16, 8))
-        if keys * body * num_kv_heads <= mosaic_tpu._MAX_BODY
+        if keys * body * num_kv_heads <= tpu_config._MAX_BODY
     ]
 
 
@@ -226,7 +226,7 @@ def choose(trials: Sequence[Trial]) -> Trial:
     return min(equals, key=lambda trial: (trial.core_us, trial.vmem_bytes))
 
 
-def _sizes(c: mosaic_tpu.TpuAttentionConfig) -> str:
+def _sizes(c: tpu_config.TpuAttentionConfig) -> str:
     return ":".join(map(str, dataclasses.astuple(c)))
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from bench.engine_study import cost as engine_cost
@@ -97,10 +96,6 @@ def capacity_rows(panels: dict[str, dict[str, list]]) -> list[dict[str, str]]:
 
 def share_row(share: engine_share.Share) -> dict[str, str]:
     """A row of the share; each cell without and with the bound on descriptors."""
-
-    def both(values: Callable[[bool], float]) -> str:
-        return " / ".join(f"{values(bound):.2f}" for bound in (False, True))
-
     row = {
         "": share.generation,
         "batch": share.batch,
@@ -108,10 +103,12 @@ def share_row(share: engine_share.Share) -> dict[str, str]:
         "step ms": f"{share.compute_us / 1e3:.2f}",
     }
     for form in (*engine_share.FORMS, "shipped"):
-        row[form] = both(lambda bound, form=form: share.percent(form, is_bound=bound))
+        row[form] = " / ".join(
+            f"{share.percent(form, is_bound=bound):.2f}" for bound in (False, True)
+        )
     for other in ("tokens", "shipped"):
-        row[f"{other} to pages"] = both(
-            lambda bound, other=other: share.gain_percent("pages", other, is_bound=bound)
+        row[f"{other} to pages"] = " / ".join(
+            f"{share.gain_percent('pages', other, is_bound=bound):.2f}" for bound in (False, True)
         )
     return row
 

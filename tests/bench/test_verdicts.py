@@ -2,8 +2,11 @@
 """The commands' verdicts: short, computed from the rows, and changed by them."""
 
 import dataclasses
+import json
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from bench import report, tune_attention, tune_attention_gpu
 from bench.cases.attention import CASES, PRESETS, Call, Case, room_for
@@ -241,6 +244,34 @@ def test_the_verdict_on_a_tpus_block_sizes():
     [row] = tune_attention.verdict_of(searches).rows
     assert row["pages of 16"] == "512:128:4:1 (-50.0%)"
     assert row["pages of 128"] == "512:128:4:1 (as shipped)"
+
+
+def test_the_command_that_tunes_for_tpus_prints_a_verdict(capsys, monkeypatch):
+    """For every preset and generation, with predictions that are made up."""
+
+    def predict(cases):
+        if cases[0].call.config.num_stages == 16:
+            raise ValueError("too large\nand more")
+        made = _attention()
+        return [dataclasses.replace(made, case=c, config=c.call.config) for c in cases]
+
+    def run(**values):
+        flags.FLAGS.mark_as_parsed()
+        with flagsaver.flagsaver(**values):
+            tune_attention.main(["tune"])
+        return capsys.readouterr()
+
+    monkeypatch.setattr(tune_attention, "predict", predict)
+    out, told = run()
+    assert out.startswith("VERDICT: ") and len(out.splitlines()) <= report.MAX_VERDICT_LINES
+    assert told.count("llama3-8b, pages of ") == 3 * 2
+    out, _ = run(presets=["llama3-8b"], generations=["v6e"], all=True)
+    trials = out.split("v6e, llama3-8b, pages of 16\n")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(trials) >= 2 and sum("too large" in line for line in trials) >= 1
+    assert "and more" not in out
+    record = json.loads(run(presets=["llama3-8b"], generations=["v6e"], json=True).out)
+    assert [len(s["trials"]) for s in record["searches"]] == [len(trials)] * 2
+    assert record["verdict"]["rows"][0]["model"] == "llama3-8b"
 
 
 def test_the_verdict_on_a_gpus_block_sizes():
