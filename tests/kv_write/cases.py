@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import threading
 import types
 import zlib
 from collections.abc import Callable, Iterator
@@ -582,13 +583,49 @@ def interpret(call: Any, mode: str, *, detect_races: bool = True) -> np.ndarray:
         pltpu.reset_tpu_interpret_mode_state()
 
 
+@contextlib.contextmanager
+def _faster_gpu_threads(options: dict[str, bool | str | int | float]) -> Iterator[None]:
+    """The GPU interpreter compiles a kernel once for each of its threads; once for all will do.
+
+    Its callbacks take numpy's numbers, too, if it is told how to read them.
+    """
+    from jax._src.pallas.mosaic.interpret import thread_map
+    from jax._src.pallas.mosaic_gpu.interpret import shared_memory
+
+    lock, compiled, to_int = threading.Lock(), {}, shared_memory._to_int
+
+    def numpy_to_int(x):
+        return int(x) if isinstance(x, np.ndarray) else to_int(x)
+
+    def run(jaxpr, consts, *args):
+        with lock:
+            if id(jaxpr) not in compiled:
+                traced = jax.jit(thread_map._run, static_argnums=0).trace(jaxpr, consts, *args)
+                compiled[id(jaxpr)] = jaxpr, traced.lower().compile(compiler_options=options)
+        compiled[id(jaxpr)][1](consts, *args)
+
+    with (
+        mock.patch.object(thread_map, "_run_jaxpr", run),
+        mock.patch.object(shared_memory, "_to_int", numpy_to_int),
+        _faster_callbacks(),
+    ):
+        yield
+
+
 def run_on_gpu(call: Any, *, detect_races: bool = True) -> np.ndarray:
     """As `run_all_on_gpu`, where `call()` returns one array."""
-    return run_all_on_gpu(lambda: (call(),), detect_races=detect_races)[0]
+    return run_all_on_gpu(lambda: (call(),), detect_races=detect_races, is_exact=True)[0]
 
 
-def run_all_on_gpu(call: Any, *, detect_races: bool = True) -> list[np.ndarray]:
+def run_all_on_gpu(
+    call: Any, *, detect_races: bool = True, is_exact: bool = False
+) -> list[np.ndarray]:
     """The results of `call()` on the GPU that jax runs on, or in GPU interpret mode on a CPU.
+
+    Args:
+      call: makes the arrays.
+      detect_races: whether the interpreter looks for races.
+      is_exact: whether results are compared bit for bit; see FAST_COMPILE.
 
     Raises:
       RaceFoundError: the interpreter's race detector found a race.
@@ -606,7 +643,12 @@ def run_all_on_gpu(call: Any, *, detect_races: bool = True) -> list[np.ndarray]:
     params = plgpu.InterpretGPUParams(detect_races=detect_races, **_ON_RACE)
     gpu_callbacks.reset_gpu_interpret_mode_state()
     try:
-        with _races_raise(was_found), plgpu.force_gpu_interpret_mode(params):
+        with (
+            _races_raise(was_found),
+            plgpu.force_gpu_interpret_mode(params),
+            _faster_gpu_threads({} if is_exact else FAST_COMPILE),
+            _faster_race_detector(),
+        ):
             return [np.asarray(x) for x in call()]
     finally:
         gpu_callbacks.reset_gpu_interpret_mode_state()
