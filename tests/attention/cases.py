@@ -629,7 +629,7 @@ def lengths(batch: Batch, page_size: int) -> tuple[int, list[tuple[int, int]]]:
     The numbers are around blocks of 128 keys, windows of 128 rows and row tiles of 16.
     """
     p = page_size
-    if batch == "mix":  # every kind of sequence between the others, behind rows that nobody has
+    if batch == "mix":  # every kind of sequence between the others, after rows without a sequence
         return 3, [
             (1, 129),
             (5, 5),
@@ -672,7 +672,7 @@ def lengths(batch: Batch, page_size: int) -> tuple[int, list[tuple[int, int]]]:
             (1, 9), (1, 128), (1, 129), (1, 1), (1, 300), (1, 17), (0, 4), (1, 256), (1, 0),
             (1, 40), (3, 5), (1, 77), (1, 257),
         ]  # fmt: skip
-    if batch == "spans":  # several windows, whose ends are no pages' ends
+    if batch == "spans":  # multiple q tiles, whose ends are not those of pages
         return 2, [(1, 129), (150, 333), (3, 40), (130, 130), (1, 128)]
     return 2, [(0, 5), (0, 0), (7, 0)]
 

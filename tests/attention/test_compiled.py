@@ -456,7 +456,7 @@ def test_refuses_a_page_table_that_int32_does_not_count():
     """Pages of 4,099 tokens, a prime, come token by token."""
     q, pool = Struct((64, 2, 128), jnp.bfloat16), _pool(1, 128, 4099, "bfloat16")
     message = _refusal("v6e", q, pool, _metadata(1000, 1024))
-    assert "page_indices [1000, 1024] has 4197376000 pieces of pages" in message
+    assert "page_indices [1000, 1024] has 4197376000 chunks of pages" in message
     assert "split the batch, or shorten the page table" in message
 
 

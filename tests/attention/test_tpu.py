@@ -231,7 +231,7 @@ def test_coverage():
         seen = {(getattr(s, name), m) for s, m in RUNS}
         assert len(seen) == 4, name
     assert len({s.config for s in SETUPS}) > 2
-    assert {len(s.config) for s in SETUPS} == {3, 4}  # several blocks to a body, too
+    assert {len(s.config) for s in SETUPS} == {3, 4}  # also multiple blocks per iteration
 
 
 # ---- The comparison can fail
@@ -323,7 +323,7 @@ def test_all_rows_of_a_pool_are_heads_where_nothing_else_is_said():
 
 @pytest.mark.parametrize("name", ABSURD)
 def test_absurd_metadata_ends_and_stays_in_bounds(name):
-    """The interpreter raises where the kernel leaves an array; the numbers are nobody's."""
+    """The interpreter raises where the kernel leaves an array; the numbers do not matter."""
     case = make_case(
         [(6, 6), (1, 11), (9, 20), (1, 3)], num_tokens=23, max_seqs=6, table_width=6, num_pages=12
     )
@@ -366,7 +366,7 @@ def test_sequences_around_absurd_ones_are_right():
     ],
 )
 def test_config_refuses(sizes, name):
-    """Among them the ring in which a body would wait for blocks that nobody has fetched."""
+    """Among them too few stages, in which an iteration would wait for blocks that nobody fetches."""
     with pytest.raises(ValueError, match=name):
         TpuAttentionConfig(*sizes)
 

@@ -211,7 +211,7 @@ def test_coverage():
     assert {s.scale for s in setups if s.pool_dtype == "int8"} == {"head"}
     assert {s.is_window_traced for s in setups if s.windows} == {True, False}
     assert any(s.page_size > s.config[0] for s in setups)  # a page in parts
-    assert sum(len(s.config) == 4 for s in setups) >= 2  # several blocks to a body
+    assert sum(len(s.config) == 4 for s in setups) >= 2  # multiple blocks per iteration
     modes = {(batch, c.mode) for c in CALLS for batch in c.setup.batches}
     assert set(itertools.product(("chunks", "spans", "crowd"), cases.MODES)) <= modes
 
@@ -435,7 +435,7 @@ STREAMED = [
 
 
 @pytest.mark.parametrize("writes", [False, True], ids=["read_only", "write"])
-@pytest.mark.parametrize(("setup", "mode"), STREAMED, ids=["chunks", "several_blocks"])
+@pytest.mark.parametrize(("setup", "mode"), STREAMED, ids=["chunks", "multiple_blocks"])
 def test_a_table_in_parts(monkeypatch, setup, mode, writes):
     """Numbers of tokens that no other test has: what is static is read when a call is traced."""
     monkeypatch.setattr(mosaic_tpu, "MAX_TABLE", 1)
