@@ -366,7 +366,7 @@ def test_sequences_around_absurd_ones_are_right():
     ],
 )
 def test_config_refuses(sizes, name):
-    """Among them too few stages, in which an iteration would wait for blocks that nobody fetches."""
+    """Also too few stages, in which an iteration would wait for blocks that nobody fetches."""
     with pytest.raises(ValueError, match=name):
         TpuAttentionConfig(*sizes)
 

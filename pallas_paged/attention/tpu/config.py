@@ -35,7 +35,7 @@ class TpuAttentionConfig:
     num_stages: int = 3
     kv_blocks_per_iteration: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, multiple in (
             ("block_kv", 128),
             ("block_q", 128),

@@ -7,6 +7,7 @@ tiles of them, and for heads of whole 128 lanes nothing is transposed, padded or
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +170,7 @@ def attend(
     kv_pages: jax.Array,
     batch: Batch,
     factors: Factors,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array | None, Any]:
     """Prepares the operands and launches the kernel.
 
     Args:
@@ -181,7 +182,8 @@ def attend(
       factors: the numbers of the call that may be traced.
 
     Returns:
-      the output [T, N, H], the log-sum-exp f32[T, N] or None, the pool or None.
+      the output [T, N, H]; the log-sum-exp f32[T, N], None if it is not wanted; and the pool, None
+      unless `spec.writes`.
     """
     heads = spec.heads
     num_tokens, num_heads, head_dim = q.shape
@@ -217,24 +219,24 @@ def attend(
     )
     out = out[:num_tokens].reshape(num_tokens, num_heads, heads.lanes)[..., :head_dim]
     lse = results.pop(0)[:num_tokens, :num_heads] if spec.options.return_lse else None
-    pool = results[0][:, :num_rows].reshape(kv_pages.shape) if spec.writes else None
-    return out, lse, pool
+    if not spec.writes:
+        return out, lse, None
+    return out, lse, results[0][:, :num_rows].reshape(kv_pages.shape)
 
 
 def _metadata(spec: KernelSpec, batch: Batch, factors: Factors) -> dict[str, jax.Array]:
     """All operands but the large tensors, by their names in `Refs`."""
     options, num_kv_heads = spec.options, spec.heads.num_kv_heads
     kv_lens, page_indices, cu_q_lens, num_seqs = batch
-    sm_scale, sliding_window, k_scale, v_scale, sinks = factors
     table = page_table.prepare(page_indices, spec.num_pages, spec.page_size, writes=spec.writes)
     # The entries of all chunks that a KV block has room for are read, though it may have fewer.
     padding = spec.chunks_per_block
     if spec.table_part:
         padding = -table.shape[0] % spec.table_part
     table = jnp.pad(table, (0, padding))
-    numbers = [jnp.asarray(sm_scale, jnp.float32).reshape(1)]
+    numbers = [jnp.asarray(factors.sm_scale, jnp.float32).reshape(1)]
     if options.has_scales:
-        for scale in (k_scale, v_scale):
+        for scale in (factors.k_scale, factors.v_scale):
             scale = jnp.asarray(1.0 if scale is None else scale, jnp.float32)
             numbers.append(jnp.broadcast_to(scale, (num_kv_heads,)))
     metadata = {
@@ -245,15 +247,16 @@ def _metadata(spec: KernelSpec, batch: Batch, factors: Factors) -> dict[str, jax
         "factors": jnp.concatenate(numbers),
     }
     if options.has_window:
-        metadata["sliding_window"] = jnp.asarray(sliding_window, jnp.int32).reshape(1)
+        metadata["sliding_window"] = jnp.asarray(factors.sliding_window, jnp.int32).reshape(1)
     if options.has_sinks:
-        num_heads = spec.heads.num_heads
+        num_heads, sinks = spec.heads.num_heads, jnp.asarray(factors.sinks)
         column = jnp.pad(sinks, (0, decode.decode_rows(num_heads) - num_heads))
         metadata["sinks"] = sinks
         metadata["sinks_vmem"] = jnp.broadcast_to(column[:, None], (column.shape[0], layout.LANES))
     if spec.writes and layout.is_quantized(spec.heads.pool_dtype):
-        scales = (write_oracle.inverse_scale(x, num_kv_heads) for x in (k_scale, v_scale))
-        metadata["inverse_scales"] = jnp.concatenate(list(scales))
+        scales = (factors.k_scale, factors.v_scale)
+        inverse_scales = [write_oracle.inverse_scale(x, num_kv_heads) for x in scales]
+        metadata["inverse_scales"] = jnp.concatenate(inverse_scales)
     return metadata
 
 

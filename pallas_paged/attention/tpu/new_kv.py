@@ -152,8 +152,8 @@ def plan_insert(
       is_last: whether it is the decode's last block.
     """
     source = row_of(spec, item.row - refs.state.q_tile_row)
-    is_wanted = is_last & (item.position < spec.capacity)
-    return Insert(index, source, item.position - first, is_wanted)
+    row = item.position - first
+    return Insert(index, source, row, is_last & (item.position < spec.capacity))
 
 
 def insert(spec: KernelSpec, refs: Refs, plan: Insert, block_row: Any, lane_tile_rows: Any) -> None:
@@ -186,10 +186,9 @@ def send_inserted(spec: KernelSpec, refs: Refs, plans: Sequence[Insert]) -> Iter
 
             @pl.when(plan.is_wanted)
             def _at_once(
-                item: WorkItem = item, page: Any = page, row: Any = row, plan=plan
+                item: Any = item, page: Any = page, row: Any = row, plan: Any = plan
             ) -> None:
-                is_wanted = jnp.bool_(True)
-                send = _plan_send(spec, refs, item.seq, page, row, plan.source, 1, is_wanted)
+                send = _plan_send(spec, refs, item.seq, page, row, plan.source, 1, jnp.bool_(True))
                 state.tokens_in_flight = state.tokens_in_flight + _start_send(spec, refs, send)
 
             continue
@@ -346,20 +345,13 @@ def _entry_of(spec: KernelSpec, refs: Refs, seq: Any, page: Any) -> Any:
 
 
 class _Send(NamedTuple):
-    """Slots to send to the pool.
+    """Slots to send to the pool."""
 
-    Attributes:
-      page_id, row: the page that they go to, and the row of it that the first one goes to.
-      source: the row of the first one in `Refs.kv_vmem`.
-      num_tokens: how many.
-      is_sent: whether they are sent.
-    """
-
-    page_id: Any
-    row: Any
-    source: Any
+    page_id: Any  # the page that they go to
+    row: Any  # the row of it that the first one goes to
+    source: Any  # the row of the first one in `Refs.kv_vmem`
     num_tokens: Any
-    is_sent: Any
+    is_sent: Any  # whether they are sent at all
 
 
 def _plan_send(
