@@ -228,7 +228,7 @@ def test_config_is_in_the_kernels_name():
 
 # ---- From projection to projection
 
-# So many tokens that q is as large as a VMEM and XLA cannot hide a copy of it there.
+# With this many tokens q is as large as a VMEM, and XLA cannot hide a copy of it there.
 CHAIN_TOKENS = 262144
 # The most that the fused form takes of one head, by far: k is smaller than a VMEM, but the kernel
 # has all of that to itself.
@@ -430,7 +430,7 @@ def _refusal(generation, q, pool, metadata, **options):
         with pytest.raises(NotImplementedError) as raised:
             jax.eval_shape(call, q, pool, metadata)
         auto = functools.partial(pallas_paged.ragged_paged_attention, **options)
-        jax.eval_shape(auto, q, pool, *metadata)  # which walks past, to the oracle
+        jax.eval_shape(auto, q, pool, *metadata)  # which goes on to the oracle
     return str(raised.value)
 
 
@@ -473,7 +473,7 @@ def test_refuses_a_mask_that_lets_hidden_keys_count():
     assert "pass None or a number below -1e+09" in message
 
 
-# Sequences and table width. A table of so many entries is streamed, or just not.
+# Sequences and table width. A table with this many entries is streamed, or only just not.
 LARGE_TABLES = [
     ("v4", 256, 1024, 128, "write"),  # 256 sequences of 131,072 tokens
     ("v5e", 256, 1024, 128, "read_only"),

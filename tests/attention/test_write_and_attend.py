@@ -1,9 +1,9 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """The fused TPU kernel, which writes a batch's new tokens and attends: interpreted.
 
-The output is held to the oracle's by the tolerances, the whole pool bit for bit. Where new tokens
-go there is NaN before, as everywhere else where nothing is. test_attention_planted.py shows that
-these checks find bugs.
+The output is compared with the oracle's by the tolerances, and the whole pool bit for bit. Before
+the call there is NaN where new tokens go, as everywhere else where nothing is. test_tpu_planted.py
+shows that these checks find bugs.
 """
 
 import dataclasses
@@ -234,7 +234,7 @@ def _kernels(jaxpr):
 
 
 def _traced_kernels(num_tokens, monkeypatch):
-    """The kernels of a call of so many tokens, and whether it is said to be fused."""
+    """The kernels of a call with a number of tokens, and whether its plan says that it is fused."""
     ids = jnp.int32
     q = jax.ShapeDtypeStruct((num_tokens, 4, 128), jnp.bfloat16)
     new = jax.ShapeDtypeStruct((num_tokens, 256), jnp.bfloat16)
@@ -273,10 +273,10 @@ def test_more_tokens_than_vmem_holds_are_written_before(monkeypatch):
 def test_each_new_token_is_sent_once_and_none_is_read_back():
     """Counts the DMAs from and to every slot of the pool, as the interpreter starts them.
 
-    Chunks have several windows, old tokens before them in the page where they begin, and scores so
-    far apart that a window's blocks are taken twice. No slot that a prefill writes is read; each is
-    written once; nobody else's is written. (A decode is not a prefill: the page of its new token is
-    fetched with the old tokens in it, once, and the new token put over the stale one in VMEM.)
+    Prefills have multiple q tiles, old tokens before them in the page where they begin, and scores
+    so far apart that KV blocks are taken twice. No slot that a prefill writes is read, each is
+    written once, and no other slot is written. (A decode is not a prefill: the page of its new
+    token is fetched once, with the old tokens in it, and the new token is inserted in VMEM.)
     """
     # Shapes that no other test has, so that the kernel is compiled inside.
     lens, page_size = [(1, 9), (290, 307), (1, 33), (20, 25), (3, 3)], 16
@@ -302,7 +302,7 @@ def test_each_new_token_is_sent_once_and_none_is_read_back():
 
 @pytest.mark.parametrize("batch", ["spans", "chunks"])
 def test_scores_far_apart(batch):
-    """A window's blocks are taken twice, those among the new tokens too."""
+    """A q tile's KV blocks are taken twice, those of new tokens too."""
     call = CALLS[0]
     options = call.setup.options() | {"sm_scale": 5.0}
     write = call.write(batch)

@@ -190,18 +190,18 @@ def test_empty_sequences_are_skipped_and_their_rows_zeroed():
 def test_the_walk_is_the_kernels(monkeypatch):
     """The interpreted kernel runs the bodies that the walk counts, and searches as often."""
     done = []
-    take_blocks, find_work_item = decode_iteration.take_blocks, kv_fetch.find_work_item
+    run_iteration, find_work_item = decode_iteration.run_iteration, kv_fetch.find_work_item
 
     def counted_blocks(static, refs, taken, **options):
         place = SINGLE if len(taken) == 1 else FULL if options["is_full"] else SEVERAL
         jax.debug.callback(lambda: done.append(place))
-        return take_blocks(static, refs, taken, **options)
+        return run_iteration(static, refs, taken, **options)
 
     def counted_search(static, refs):
         jax.debug.callback(lambda: done.append("find"))
         return find_work_item(static, refs)
 
-    monkeypatch.setattr(decode_iteration, "take_blocks", counted_blocks)
+    monkeypatch.setattr(decode_iteration, "run_iteration", counted_blocks)
     monkeypatch.setattr(kv_fetch, "find_work_item", counted_search)
     monkeypatch.setattr(kernel_spec, "LONG_ITERATION_KEYS", 256)  # full bodies are of two decodes
     runs = ((2, 1, 128), (1, 1, 256), (2, 1, 100), (1, 5, 200), (1, 1, 300))

@@ -24,8 +24,8 @@ from pallas_paged.attention.tpu.scores import (
     seen_keys,
 )
 
-# One softmax takes as many KV blocks as have this many keys times registers of query rows: so many
-# products stay in registers.
+# One softmax takes KV blocks with at most this many keys, times registers of query rows. Their
+# products fit the registers.
 _JOINT_KEYS = 4096
 
 

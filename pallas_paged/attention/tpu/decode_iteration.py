@@ -42,7 +42,7 @@ def run(spec: KernelSpec, refs: Refs, index: Any, item: WorkItem, block: Any) ->
     """
     pl.when(block == 0)(lambda: q_tiles.open_for_decode(spec, refs, item.row))
     first = _Block(index, item, block)
-    single = functools.partial(take_blocks, spec, refs, [first], is_full=False)
+    single = functools.partial(run_iteration, spec, refs, [first], is_full=False)
     if spec.kv_blocks_per_iteration == 1:
         return single()
 
@@ -59,7 +59,7 @@ def run(spec: KernelSpec, refs: Refs, index: Any, item: WorkItem, block: Any) ->
             index, block, _ = at
             item = load_work_item(spec, refs, index)
             taken, _ = _full_iteration(spec, refs, _Block(index, item, block))
-            index, block = take_blocks(
+            index, block = run_iteration(
                 spec, refs, taken, is_full=is_full, blocks_per_decode=per_decode
             )
             following = _Block(index, load_work_item(spec, refs, index), block)
@@ -70,14 +70,14 @@ def run(spec: KernelSpec, refs: Refs, index: Any, item: WorkItem, block: Any) ->
         return tuple(at)
 
     def mixed() -> tuple[Any, Any]:
-        """A mixed iteration if there are so many blocks, else a single one."""
+        """A mixed iteration if enough blocks are there, else a single one."""
         many = spec.kv_blocks_per_iteration
         taken, is_there = [first], refs.state.num_taken + many <= refs.state.num_fetched
         for _ in range(1, many):
             taken.append(_next_block(spec, refs, taken[-1]))
             is_there &= _is_near(spec, refs, taken[-1])
         return lax.cond(
-            is_there, functools.partial(take_blocks, spec, refs, taken, is_full=False), single
+            is_there, functools.partial(run_iteration, spec, refs, taken, is_full=False), single
         )
 
     return lax.cond(_full_iteration(spec, refs, first)[1], full, mixed)
@@ -130,7 +130,7 @@ def _following(at: _Block) -> tuple[Any, Any]:
 # ---- Taking them
 
 
-def take_blocks(
+def run_iteration(
     spec: KernelSpec,
     refs: Refs,
     taken: list[_Block],
@@ -144,7 +144,7 @@ def take_blocks(
       spec, refs: the kernel's.
       taken: the blocks, in order.
       is_full: whether all are full and no mask hides a key.
-      blocks_per_decode: of every group of so many blocks all are of one decode.
+      blocks_per_decode: every group of this many blocks is of one decode.
 
     Returns:
       the number of the next work item and of its next KV block.
