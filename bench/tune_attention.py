@@ -27,6 +27,7 @@ from bench.tpu_model import schedule as ts
 from bench.tpu_model.attention import Prediction, predict
 from bench.tpu_model.compile import DEVICES, as_if_on
 from pallas_paged.attention.tpu import launch as mosaic_tpu
+from pallas_paged.attention.tpu.config import MAX_ITERATION_KEYS
 
 # `allow_override`: other commands have flags of these names, and a process may import several.
 _GENERATIONS = flags.DEFINE_list(
@@ -136,7 +137,7 @@ def _likely(num_kv_heads: int) -> list[tuple[int, int, int, int]]:
         (keys, 128, buffers, body)
         for keys in block_kv
         for buffers, body in ((8, 4), (16, 8))
-        if keys * body * num_kv_heads <= mosaic_tpu._MAX_BODY
+        if keys * body * num_kv_heads <= MAX_ITERATION_KEYS
     ]
 
 

@@ -68,6 +68,7 @@ _ON_ANY_JAX = {
     "engine/test_chat_template.py",
     "engine/test_generation_config.py",
     "kv_write/test_tpu_planted.py",
+    "package/test_hash_seed.py",
     "package/test_wheel.py",
     "engine/test_page_pool.py",
     "test_planted.py",

@@ -13,9 +13,10 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from pallas_paged.attention.tpu import kv_blocks, new_kv, refs
+from pallas_paged.attention.tpu import kv_blocks, new_kv
 from pallas_paged.attention.tpu import launch as mosaic_tpu
-from pallas_paged.attention.tpu.refs import ROW_TILE
+from pallas_paged.attention.tpu import spec as kernel_spec
+from pallas_paged.attention.tpu.spec import ROW_TILE
 
 # The bodies: many full blocks of a decode (or of two), many blocks of any decodes, one block of a
 # decode, one block of a prefill.
@@ -31,7 +32,7 @@ class Blocks:
     Attributes:
       block, window, ring, kv_blocks_per_iteration: see TpuAttentionConfig: keys of a block, rows of
         a window, blocks in VMEM and of a decode's long bodies.
-      full_parts: decodes that a body of full blocks is of: see refs.Walk.
+      full_parts: decodes that a body of full blocks is of: see spec.KernelSpec.
       page_size: tokens of a page.
       piece: tokens that one DMA brings.
     """
@@ -52,16 +53,16 @@ class Blocks:
 
 def blocks_of(config: mosaic_tpu.TpuAttentionConfig, page_size: int) -> Blocks:
     """The sizes that a config gives with pages of a size."""
-    many = config.kv_blocks_per_iteration
-    is_long = many * config.block_kv >= refs._LONG_BODY and many % 2 == 0
     return Blocks(
         block=config.block_kv,
         window=config.block_q,
         ring=config.num_stages,
         kv_blocks_per_iteration=config.kv_blocks_per_iteration,
         page_size=page_size,
-        piece=mosaic_tpu._piece(page_size, config.block_kv),
-        full_parts=2 if is_long else 1,
+        piece=kernel_spec.chunk_tokens(page_size, config.block_kv),
+        full_parts=kernel_spec.decodes_per_full_iteration(
+            config.block_kv, config.kv_blocks_per_iteration
+        ),
     )
 
 
@@ -228,9 +229,9 @@ class _Walk:
         self.count(PREFILL, form)
         if form == "masked":
             first, end = self.block_of(unit, block)
-            cleared = -(end - first) % kv_blocks._RUN
+            cleared = -(end - first) % kv_blocks.STRIP
             self.count(PREFILL, "masked_clear", cleared > 0)
-            self.count(PREFILL, "masked_clear_trips", _cdiv(cleared, kv_blocks._CLEARED))
+            self.count(PREFILL, "masked_clear_trips", _cdiv(cleared, kv_blocks.CLEARED_PER_TRIP))
         self.count(PREFILL, f"{form}_fetch", num_pieces > 0)
         self.count(PREFILL, f"{form}_pieces", num_pieces)
         self.count(PREFILL, "last", block + 1 == unit.num_blocks(self.blocks.pieces))
@@ -258,7 +259,7 @@ class _Walk:
         if first < end:
             num_whole = max(0, end // piece - first // piece - 1)
             self.count(PREFILL, "send", num_whole > 0)
-            self.count(PREFILL, "send_trips", _cdiv(num_whole, new_kv._PIECES_TOGETHER))
+            self.count(PREFILL, "send_trips", _cdiv(num_whole, new_kv.CHUNKS_PER_TRIP))
 
     def decode(self, index: int, block: int) -> tuple[int, int]:
         """Takes a decode's next block, or blocks; returns the unit and the block behind them."""

@@ -31,8 +31,9 @@ from bench.tpu_model.attention_trips import DECODE, END, FILL, FULL, PREFILL, SE
 from bench.tpu_model.compile import COMPILE_ENV, DEVICES, TOPOLOGIES, as_if_on, mesh_of
 from pallas_paged import dispatch, tuned
 from pallas_paged.attention import oracle
-from pallas_paged.attention.tpu import kernel, kv_blocks, refs
+from pallas_paged.attention.tpu import decode_iteration, kv_fetch
 from pallas_paged.attention.tpu import launch as mosaic_tpu
+from pallas_paged.attention.tpu import spec as kernel_spec
 from tests.kv_write.cases import FAST_COMPILE
 
 _ONE = walk.Blocks(block=128, window=128, ring=3, kv_blocks_per_iteration=1, page_size=16, piece=16)
@@ -132,15 +133,15 @@ def test_each_part_of_a_body_is_fetched_at_once():
 
 def test_long_bodies_are_of_two_decodes():
     """As the kernel's own static side has it."""
-    nothing = dict.fromkeys(field.name for field in dataclasses.fields(mosaic_tpu.Walk))
+    nothing = dict.fromkeys(field.name for field in dataclasses.fields(mosaic_tpu.KernelSpec))
     for sizes, wanted in (((1024, 128, 16, 8), 2), ((512, 128, 8, 4), 1), ((4096, 128, 6, 3), 1)):
         config = mosaic_tpu.TpuAttentionConfig(*sizes)
         fields = nothing | {
-            "block": config.block_kv,
+            "block_kv": config.block_kv,
             "kv_blocks_per_iteration": config.kv_blocks_per_iteration,
         }
-        static = mosaic_tpu.Walk(**fields)
-        assert walk.blocks_of(config, 128).full_parts == static.full_parts == wanted
+        static = mosaic_tpu.KernelSpec(**fields)
+        assert walk.blocks_of(config, 128).full_parts == static.decodes_per_full_iteration == wanted
 
 
 def test_the_fetches_of_a_body_cross_sequences():
@@ -188,20 +189,21 @@ def test_empty_sequences_are_skipped_and_their_rows_zeroed():
 
 def test_the_walk_is_the_kernels(monkeypatch):
     """The interpreted kernel runs the bodies that the walk counts, and searches as often."""
-    done, decode_blocks, find_unit = [], kernel._decode_blocks, kv_blocks.find_unit
+    done = []
+    run_iteration, find_work_item = decode_iteration.run_iteration, kv_fetch.find_work_item
 
     def counted_blocks(static, refs, taken, **options):
         place = SINGLE if len(taken) == 1 else FULL if options["is_full"] else SEVERAL
         jax.debug.callback(lambda: done.append(place))
-        return decode_blocks(static, refs, taken, **options)
+        return run_iteration(static, refs, taken, **options)
 
     def counted_search(static, refs):
         jax.debug.callback(lambda: done.append("find"))
-        return find_unit(static, refs)
+        return find_work_item(static, refs)
 
-    monkeypatch.setattr(kernel, "_decode_blocks", counted_blocks)
-    monkeypatch.setattr(kv_blocks, "find_unit", counted_search)
-    monkeypatch.setattr(refs, "_LONG_BODY", 256)  # full bodies are of two decodes
+    monkeypatch.setattr(decode_iteration, "run_iteration", counted_blocks)
+    monkeypatch.setattr(kv_fetch, "find_work_item", counted_search)
+    monkeypatch.setattr(kernel_spec, "LONG_ITERATION_KEYS", 256)  # full bodies are of two decodes
     runs = ((2, 1, 128), (1, 1, 256), (2, 1, 100), (1, 5, 200), (1, 1, 300))
     # A cap that no other call has, so that jit traces what counts.
     call = Call(
