@@ -1,12 +1,13 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """What is special to the decode kernel: the keys of all sequences in one line, split evenly.
 
-The line is of work items: one KV block of one KV head of one sequence. Each pipeline of each thread
-block takes an equal partition of the line, whatever the lengths of the sequences are (the split of
-Stream-K, Osama et al., 2023). In its partition a pipeline goes through work tiles: all items of one
-head. The query heads of a KV head and the new tokens of a short sequence share the 64 rows of the
-matrix unit. Where a partition begins or ends inside a head, the result of its tile is partial, and
-the next kernel combines the partial results by their log-sum-exps.
+A work item is one KV block of one KV head of a sequence. All work items stand in one line, of which
+each pipeline of each thread block takes an equal partition, whatever the lengths of the sequences
+are (the split of Stream-K, Osama et al., 2023). A pipeline goes through its partition in work
+tiles, which are the items of one head. The query heads of a KV head and the new tokens of a short
+sequence share the 64 rows of the matrix unit. Where a partition begins or ends inside a head, the
+result of its tile is partial, and the prefill kernel combines the partial results by their
+log-sum-exps.
 """
 
 import dataclasses
@@ -197,7 +198,7 @@ def load_queries(
         values, unit = _as_float16(values)
         scale *= unit
     if queries is not None:
-        # Nobody reads those of the last tile any more: its products have been waited for.
+        # The queries of the last tile may be overwritten: its products have been waited for.
         queries[...] = values
         plgpu.commit_smem()
         values = queries

@@ -72,8 +72,8 @@ def decode_kernel(
     stages, raw_stages = stages_of(kv_scratch, spec.decode_kv, pipeline)
     if queries is not None:
         queries = queries.at[pipeline]
-    # The first pipelines of all multiprocessors come first, so that little work is spread over
-    # the multiprocessors before two partitions meet on one.
+    # The first pipelines of all multiprocessors come first, so that little work is spread over the
+    # multiprocessors before two partitions meet on one.
     num_thread_blocks = lax.axis_size("block")
     index = pipeline * num_thread_blocks + lax.axis_index("block")
     partition = decode.Partition(index, num_thread_blocks * spec.config.decode_pipelines)

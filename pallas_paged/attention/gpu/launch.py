@@ -106,7 +106,7 @@ def _refusal(
         return f"q is {q.dtype} and the matrix unit takes bfloat16 and float16: cast q"
     if kv_pages.dtype not in (q.dtype, jnp.float8_e4m3fn, jnp.float8_e5m2):
         return (
-            f"the pool is {kv_pages.dtype} and q {q.dtype}; the kernels take a pool of q's dtype, "
+            f"the pool is {kv_pages.dtype} and q is {q.dtype}; the kernels take a pool of q's dtype, "
             "float8_e4m3fn or float8_e5m2"
         )
     if head_dim not in _HEAD_DIMS:
@@ -116,12 +116,12 @@ def _refusal(
         )
     if page_size % ROW_TILE:
         return (
-            f"page_size is {page_size}, and a page must be whole tiles of the matrix unit, "
-            f"multiples of {ROW_TILE} tokens"
+            f"page_size is {page_size}, and a page must be whole tiles of the matrix unit: take a "
+            f"multiple of {ROW_TILE} tokens"
         )
     if head_dim > layout.HALF_LANES and num_rows % 2:
         return (
-            f"the pool has R = {num_rows} rows a slot and K and V of a head are a pair of rows; "
+            f"the pool has R = {num_rows} rows per slot, and K and V of a head are a pair of rows; "
             "make it with make_kv_pages"
         )
     group = num_heads // num_kv_heads
@@ -133,7 +133,7 @@ def _refusal(
     max_seqs, table_width = page_indices.shape
     if max_seqs * num_kv_heads * -(-table_width * page_size // 64) >= 2**31:
         return (
-            f"page_indices [{max_seqs}, {table_width}] has room for 2**31 blocks of keys or more, "
+            f"page_indices [{max_seqs}, {table_width}] has room for 2**31 KV blocks or more, "
             "and blocks are counted in int32"
         )
     return None

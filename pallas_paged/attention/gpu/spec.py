@@ -22,7 +22,7 @@ WARPGROUP_ROWS = 64
 ROW_TILE = 8
 # The threads of a warpgroup, which loads whole multiples of them.
 WARPGROUP = 128
-# The most tokens in a tensor copy that swizzles: a KV block arrives sooner in several copies.
+# The most tokens in a tensor copy that swizzles: a KV block arrives sooner in multiple copies.
 _MAX_CHUNK = 32
 
 
