@@ -106,8 +106,8 @@ def _refusal(
         return f"q is {q.dtype} and the matrix unit takes bfloat16 and float16: cast q"
     if kv_pages.dtype not in (q.dtype, jnp.float8_e4m3fn, jnp.float8_e5m2):
         return (
-            f"the pool is {kv_pages.dtype} and q is {q.dtype}; the kernels take a pool of q's dtype, "
-            "float8_e4m3fn or float8_e5m2"
+            f"the pool is {kv_pages.dtype} and q is {q.dtype}; the kernels take a pool of q's "
+            "dtype, float8_e4m3fn or float8_e5m2"
         )
     if head_dim not in _HEAD_DIMS:
         return (

@@ -113,8 +113,8 @@ def for_each_tile(
         tile = QTile(seq, head, row, begin, end, length - end + row, length)
         return item + lax.axis_size("block"), seq, body(tile, step)
 
-    # The decodes before the first tile may be too many to go through one by one. Later there are few
-    # at a time.
+    # The decodes before the first tile may be too many to go through one by one. Between later
+    # tiles there are few.
     block = lax.axis_index("block")
     # Where there is no tile, as in most steps of an engine, nobody waits for the search.
     first_seq = lax.cond(
