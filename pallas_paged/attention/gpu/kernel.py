@@ -58,8 +58,8 @@ def decode_kernel(
     """Attends to the sequences whose new tokens fit the rows of one warpgroup.
 
     There is one thread block per multiprocessor, with one or two pipelines in it. Each pipeline has
-    a consumer, a producer and, with a quantised pool, a converter. Two pipelines know nothing of
-    each other: one works while the other waits.
+    a consumer, a producer and, with a quantised pool, a converter. Two pipelines are independent:
+    one works while the other waits.
 
     Args:
       spec: the static parameters.
@@ -78,13 +78,13 @@ def decode_kernel(
     index = pipeline * num_thread_blocks + lax.axis_index("block")
     partition = decode.Partition(index, num_thread_blocks * spec.config.decode_pipelines)
     # A lone pipeline without a converter has all the registers that it can use from the start.
-    is_lone = not spec.is_quantized and spec.config.decode_pipelines == 1
-    registers = None if is_lone else _DECODE_REGISTERS[spec.is_quantized]
+    shares_registers = spec.is_quantized or spec.config.decode_pipelines > 1
+    registers = _DECODE_REGISTERS[spec.is_quantized]
     window = None if inputs.window is None else clip_window(inputs.window[0])
 
     @pl.when(role == 0)
     def _consume() -> None:
-        if registers:
+        if shares_registers:
             plgpu.set_max_registers(registers.consumer, action="increase")
         stages.release_all()
 
@@ -109,7 +109,7 @@ def decode_kernel(
 
     @pl.when(role == 1)
     def _produce() -> None:
-        if registers:
+        if shares_registers:
             plgpu.set_max_registers(registers.producer, action="decrease")
         target = stages if raw_stages is None else raw_stages
 
@@ -123,7 +123,7 @@ def decode_kernel(
 
         @pl.when(role == 2)
         def _convert() -> None:
-            plgpu.set_max_registers(_DECODE_REGISTERS[True].converter, action="decrease")
+            plgpu.set_max_registers(registers.converter, action="decrease")
             raw_stages.release_all()
 
             def convert(tile: decode.WorkTile, step: Scalar) -> Scalar:
