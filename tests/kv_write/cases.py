@@ -23,6 +23,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 import pallas_paged
+from pallas_paged.kv_write.options import WriteOptions, WriteScales
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 MODES = ("on_wait", "eager")  # each finds bugs that the other misses
@@ -55,8 +56,8 @@ class Case:
       num_rows: R of a caller's own pool; None takes what `make_kv_pages` gives.
       scale: what k_scale and v_scale are, for 8-bit pools.
       extreme: k and v hold infinities, NaN, subnormals, ties, and values beyond the pool's range.
-      block_tokens, turn_packed, fetch_first: the kernel's Config; small, so that a small case has
-        several windows or blocks.
+      block_tokens, transpose_packed, fetch_first: the kernel's Config. The blocks are small, so
+        that a small case has more than one.
     """
 
     op: Op
@@ -72,7 +73,7 @@ class Case:
     extreme: bool = False
     num_rows: int | None = None
     block_tokens: int = 16
-    turn_packed: bool = False
+    transpose_packed: bool = False
     fetch_first: bool = True
 
     @property
@@ -92,7 +93,7 @@ class Case:
         parts += [f"R{self.num_rows}"] if self.num_rows else []
         parts += [f"scale_{self.scale}"] if self.scale != "none" else []
         parts += ["extreme"] if self.extreme else []
-        parts += ["packed"] if self.turn_packed else []
+        parts += ["packed"] if self.transpose_packed else []
         parts += [] if self.fetch_first else ["fetch_late"]
         return "-".join(parts)
 
@@ -134,12 +135,17 @@ class Call:
 
     def config(self, backend: str) -> Any:
         """The Config of this case for a backend's kernel."""
-        from pallas_paged.kv_write.gpu import launch as mosaic_gpu
-        from pallas_paged.kv_write.tpu import launch as mosaic_tpu
-
         if backend == "mosaic_gpu":
-            return mosaic_gpu.GpuWriteConfig(self.case.block_tokens, self.case.fetch_first)
-        return mosaic_tpu.TpuWriteConfig(self.case.block_tokens, self.case.turn_packed)
+            return pallas_paged.GpuWriteConfig(self.case.block_tokens, self.case.fetch_first)
+        return pallas_paged.TpuWriteConfig(self.case.block_tokens, self.case.transpose_packed)
+
+    def backend_arguments(self, backend: str) -> tuple[list[Any], WriteOptions]:
+        """Fresh arrays, scales among them, and options for the op in a backend's own module."""
+        arrays, keywords = self.arguments()
+        if self.k is not None:
+            arrays.append(WriteScales(keywords.get("k_scale"), keywords.get("v_scale")))
+        config = self.config(backend)
+        return arrays, WriteOptions(backend, False, config, self.case.num_kv_heads)
 
     def run(self, backend: str) -> jax.Array:
         """Calls the public op, with the TPU kernel, which is interpreted, in a quick jit."""
