@@ -36,7 +36,7 @@ Entries = Literal[
     "live",  # ascending, all good
     "equal",  # slices: ascending, all good, of one length
     "beyond",  # pages: ascending, what is to be skipped has an id past the pool, none is negative
-    "step_back",  # pages: one step back, right behind a start that overflows int32
+    "step_back",  # pages: one step back, right after a start that overflows int32
     "implicit",  # pages: no token_starts, with holes
     "none",  # all are to be skipped
 ]
@@ -280,9 +280,9 @@ def _page_entries(case, rng):
         where = rng.integers(0, n + 1, wild.size)
         ids = np.insert(ids, where, spare[: wild.size])
         starts = np.insert(starts, where, wild)
-    # What write_indices puts behind the pages of a batch; one number of entries for all kinds.
-    behind = num_tokens // page_size + 12 - ids.size
-    ids, starts = np.append(ids, [-1] * behind), np.append(starts, [-1] * behind)
+    # What write_indices puts after the pages of a batch; one number of entries for all kinds.
+    num_unused = num_tokens // page_size + 12 - ids.size
+    ids, starts = np.append(ids, [-1] * num_unused), np.append(starts, [-1] * num_unused)
     return num_pages, _int32(ids, starts)
 
 
@@ -324,14 +324,14 @@ def _slice_entries(case, rng):
         where = rng.integers(0, rows.shape[1] + 1, wild.shape[1])
         rows = np.insert(rows, where, wild, axis=1)
     num_slices = rows.shape[1]
-    # Behind num_slices: slices that would be good ones, and absurd ones.
-    behind = np.array([(spare[6], 0, 1), (spare[7], 0, 1), (INT_MIN, INT_MAX, INT_MIN)]).T
-    rows = np.concatenate([rows, np.tile(behind, num_tokens + 16)], axis=1)[:, : num_tokens + 16]
+    # After num_slices: slices that would be good ones, and absurd ones.
+    unused = np.array([(spare[6], 0, 1), (spare[7], 0, 1), (INT_MIN, INT_MAX, INT_MIN)]).T
+    rows = np.concatenate([rows, np.tile(unused, num_tokens + 16)], axis=1)[:, : num_tokens + 16]
     return num_pages, (*_int32(rows), *_int32([num_slices]))
 
 
 def _slice_lengths(case, rng):
-    """About two tokens a slice, so that whole chunks of 16 come up; in "any" also long ones."""
+    """About two tokens per slice, so that whole iterations of 16 come up; "any" has longer ones."""
     lengths, free = [], case.num_tokens
     while free > 0:
         is_long = case.entries == "any" and rng.random() < 0.3

@@ -57,7 +57,7 @@ def _with_kinds():
 
 
 def _every_kind():
-    """What the kernel does by the order of its entries, whole unrolled chunks and what is left."""
+    """What the kernel does by the order of its entries, whole unrolled iterations and the rest."""
     for case, mode in (
         (Case("page_write", 70, 1, 2, 128, block_tokens=32), "on_wait"),
         (Case("page_write", 70, 2, 1, 128, is_flat=False, block_tokens=32), "eager"),
@@ -72,7 +72,7 @@ def _every_kind():
 SPECIAL = [
     (Case("page_write", 61, 4, 3, 64, "int8", "implicit", scale="head"), "on_wait"),
     (Case("page_write", 33, 1, 2, 128, entries="implicit"), "eager"),
-    # bf16 turned as pairs of tokens.
+    # bf16 transposed as pairs of tokens.
     (Case("page_write", 61, 4, 3, 128, transpose_packed=True, extreme=True), "eager"),
     (Case("slice_write", 33, 16, 2, 256, transpose_packed=True, extreme=True), "on_wait"),
     # Fewer tokens than a page, than a DMA's row tile, or than anything.
@@ -95,14 +95,14 @@ SPECIAL = [
         "on_wait",
     ),
     (Case("slice_write", 33, 16, 1, 96, "int8", "any", "int8", scale="tensor"), "eager"),
-    # A page longer than a window that has no divisor but 1.
+    # A page longer than a token block that has no divisor but 1.
     (Case("page_write", 61, 29, 1, 64, "float32", "live"), "on_wait"),
-    # Pages that leave too much of a window empty, and so go out in two parts.
+    # Pages that leave too much of a token block empty, and so go out in two chunks.
     (Case("page_write", 70, 32, 1, 128, entries="holes", block_tokens=48), "eager"),
     (Case("page_write", 70, 32, 1, 128, entries="implicit", block_tokens=48), "on_wait"),
-    # Slices longer than a window: two equal parts.
+    # Slices longer than a token block: two equal chunks.
     (Case("slice_write", 70, 64, 1, 128, entries="any", block_tokens=48), "eager"),
-    # A window of nine tiles, interleaved as two bodies of five.
+    # A token block of nine tiles, interleaved as two iterations of five.
     (Case("page_write", 160, 16, 1, 128, entries="live", block_tokens=128), "eager"),
 ]
 COPIES = [
