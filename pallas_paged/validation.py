@@ -285,7 +285,7 @@ class _Writes(NamedTuple):
     """What an argument's live entries write: each of them consecutive slots inside one page."""
 
     argument: str
-    index: np.ndarray  # the index of each entry in the argument
+    entry: np.ndarray  # the index of each entry in the argument
     first: np.ndarray  # its first slot
     length: np.ndarray  # its slots
 
@@ -374,7 +374,7 @@ def _check_written_once(writes: list[_Writes], page_size: int) -> None:
         return
     index, first, length = (
         np.concatenate([getattr(w, field) for w in writes])
-        for field in ("index", "first", "length")
+        for field in ("entry", "first", "length")
     )
     order = np.argsort(first, kind="stable")
     is_hit = first[order][1:] < (first + length)[order][:-1]
@@ -393,7 +393,7 @@ def _check_written_once(writes: list[_Writes], page_size: int) -> None:
     at = np.flatnonzero(is_again)[owner[is_again].argmin()]
     again = int(owner[at])
     earlier = int(owner[np.searchsorted(slot, slot[at])])
-    argument = np.repeat([w.argument for w in writes], [w.index.size for w in writes])
+    argument = np.repeat([w.argument for w in writes], [w.entry.size for w in writes])
     page, row = divmod(int(slot[at]), page_size)
     value = page if argument[again] == "page_ids" else first[again]
     checks.require(
