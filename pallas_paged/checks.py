@@ -321,7 +321,7 @@ def require_window(op: str, sliding_window: Any) -> Any:
     is_scalar = scalars.shape_of(sliding_window) in ((), (1,))
     is_good = scalars.is_integer(sliding_window) and is_scalar
     if is_good:
-        values = scalars.known_values(sliding_window)
+        values = scalars.host_values(sliding_window)
         is_good = values is None or bool((values >= 1).all())
     if not is_good:
         hint = "None turns it off; a query always sees its own key, so the smallest window is 1"
@@ -348,7 +348,7 @@ def _require_floats(
     is_number = came == () or (came == (1,) and shape != (1,))
     if not (scalars.is_real(x) and (is_number or came == shape and not scalars.is_integer(x))):
         _refuse(op, argument, x, wanted, hint)
-    values = scalars.known_values(x)
+    values = scalars.host_values(x)
     if values is not None:
         is_bad = ~np.asarray(is_good(scalars.to_float32(values)))
         if is_bad.any():
@@ -365,7 +365,7 @@ def _refuse(
     got = scalars.show(x) if scalars.is_real(x) else describe(x)
     if isinstance(x, jax.core.Tracer):
         got += ", traced"
-    elif is_array and scalars.is_real(x) and (values := scalars.known_values(x)) is not None:
+    elif is_array and scalars.is_real(x) and (values := scalars.host_values(x)) is not None:
         if values.ndim == 0:
             got += f" {values}"
         elif is_bad is not None:

@@ -50,7 +50,7 @@ def read_real(x: Any) -> float | None:
     """
     if not is_real(x) or isinstance(x, jax.core.Tracer) or shape_of(x) not in ((), (1,)):
         return None
-    values = np.asarray(x) if isinstance(x, jax.Array) else known_values(x)
+    values = np.asarray(x) if isinstance(x, jax.Array) else host_values(x)
     return None if values is None else float(values.reshape(()))
 
 
@@ -74,7 +74,7 @@ def shape_of(x: Any) -> tuple[int, ...]:
     return tuple(x.shape) if is_array(x) else ()
 
 
-def known_values(x: Any) -> np.ndarray | None:
+def host_values(x: Any) -> np.ndarray | None:
     """The values of a number or an array of them, if they can be read without a wait; else None.
 
     They cannot if the array is traced or lies on an accelerator. A Python int that is too large for
@@ -110,7 +110,7 @@ def as_float32(x: Any) -> Any:
     """
     if isinstance(x, jax.Array):
         return x if x.dtype == jnp.float32 else x.astype(jnp.float32)
-    values = known_values(x)
+    values = host_values(x)
     return x if values is None else to_float32(values)[()]
 
 

@@ -18,7 +18,7 @@ ANY_ORDER, ASCENDING, ALL_LIVE, EQUAL_LENGTHS = 0, 1, 2, 3
 
 
 class Group(NamedTuple):
-    """A run of chunks whose tokens lie in one token block. All int32[]."""
+    """Consecutive chunks whose tokens lie in one token block. All int32[]."""
 
     first: Any  # the first chunk
     block_start: Any  # the first token of the token block

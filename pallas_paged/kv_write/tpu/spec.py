@@ -4,7 +4,7 @@
 - A *chunk* is what one DMA sends to the pool: consecutive tokens of the batch that go to
   consecutive slots. It is a page, an equal part of a page, a slice, a part of a slice, or a token.
 - A *token block* is a range of the batch that fits one pipeline stage in VMEM.
-- A *group* is a run of chunks whose tokens all lie in one token block. The kernel works group by
+- A *group* is consecutive chunks whose tokens all lie in one token block. The kernel works group by
   group, and the two pipeline stages hold two groups.
 """
 
