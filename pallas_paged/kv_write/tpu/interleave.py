@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_paged import layout
+from pallas_paged.kv_write.tpu.quantize import quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +285,7 @@ def row_words(
         x = (load_k, load_v)[which](first_lane, num_lanes, head)
         if scales is not None:
             x = x * scales(which, head)
-        return encode(x, slots.pool_dtype)
+        return quantize(x, slots.pool_dtype)
 
     def row(r: int, lane_tile: int) -> jax.Array | None:
         """Pool row r, one tile of 128 lanes, as codes in 32 bits; None is a row of zeros."""
@@ -324,47 +325,3 @@ def _pack(rows: list[jax.Array | None], dtype: jnp.dtype) -> jax.Array | None:
         row = row << (bits * i) if i else row
         word = row if word is None else word | row
     return word
-
-
-def encode(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """float32 values as the pool's bit patterns in the low bits of uint32 (oracle.quantize)."""
-    if dtype == jnp.float32:
-        return lax.bitcast_convert_type(x, jnp.uint32)
-    if dtype == jnp.bfloat16:
-        rounded = x.astype(jnp.bfloat16).astype(jnp.float32)
-        return lax.bitcast_convert_type(rounded, jnp.uint32) >> 16
-    if dtype == jnp.int8:
-        return _encode_int8(x)
-    return _encode_fp8(x, dtype)
-
-
-def _encode_int8(x: jax.Array) -> jax.Array:
-    y = jnp.where(x != x, 0.0, jnp.clip(x, -128.0, 127.0))
-    # Adding 1.5 * 2**23 leaves the integer, rounded half to even, in the low mantissa bits.
-    magic = jnp.float32(3 << 22)
-    return lax.bitcast_convert_type(y + magic, jnp.uint32) & 0xFF
-
-
-def _encode_fp8(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rounds to nearest even in integers: the same bits on every generation and on a CPU."""
-    info = jnp.finfo(dtype)
-    num_mantissa, min_exponent = info.nmant, int(info.minexp)
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    sign = (bits >> 24) & 0x80
-    magnitude = bits & 0x7FFFFFFF
-    largest = lax.bitcast_convert_type(jnp.float32(info.max), jnp.uint32)
-    clipped = jnp.minimum(magnitude, largest)  # infinities too; NaN is put back below
-    # Normal range: rebias the exponent, then round away the surplus mantissa bits.
-    shift = 23 - num_mantissa
-    rebias = (127 + min_exponent - 1) << 23
-    odd = (clipped >> shift) & 1
-    normal = (clipped - rebias + ((1 << (shift - 1)) - 1) + odd) >> shift
-    # Subnormals: adding this power of two makes the float32 adder round at their spacing.
-    magic = jnp.float32(2.0 ** (min_exponent - num_mantissa + 23))
-    magic_bits = lax.bitcast_convert_type(magic, jnp.uint32)
-    value = lax.bitcast_convert_type(clipped, jnp.float32)
-    subnormal = lax.bitcast_convert_type(value + magic, jnp.uint32) - magic_bits
-    smallest_normal = (127 + min_exponent) << 23
-    code = jnp.where(clipped < smallest_normal, subnormal, normal)
-    nan_code = 0x7F if dtype == jnp.float8_e4m3fn else 0x7E
-    return sign | jnp.where(magnitude > 0x7F800000, nan_code, code)
