@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import pallas_paged
 from bench.tpu_model import schedule as ts
 from pallas_paged import layout
+from pallas_paged.kv_write.options import WriteOptions
 from pallas_paged.kv_write.tpu import launch as mosaic_tpu
+from pallas_paged.kv_write.tpu.spec import KernelSpec
 
 OPS = ("page", "page_starts", "slice", "token")
 
@@ -98,25 +100,19 @@ class Case:
 
         return call
 
-    def entries(self) -> tuple[mosaic_tpu.Entries, mosaic_tpu.TpuWriteConfig, mosaic_tpu.Tiling]:
-        """The shipped block sizes for the case, and what the op makes of it (mosaic_tpu)."""
+    def spec(self) -> KernelSpec:
+        """The kernel's static parameters for the case, with the shipped block sizes."""
         pool, k = self.shapes()[:2]
-        config = mosaic_tpu.default_config(pool, k, self.num_kv_heads)
-        length = mosaic_tpu.page_part(self.page_size, config.block_tokens)
-        parts = self.page_size // length
-        if self.op == "slice":
-            parts, length = mosaic_tpu.slice_parts(self.page_size, config.block_tokens)
-        elif self.op == "token":
-            parts, length = 1, 1
-        entries = mosaic_tpu.Entries(
-            self.op,
-            length,
-            parts,
-            has_sources=self.op in ("page_starts", "slice"),
-            has_lengths=self.op == "slice",
+        options = WriteOptions("mosaic_tpu", False, config=None, num_kv_heads=self.num_kv_heads)
+        op = {"slice": "slice_write", "token": "token_write"}.get(self.op, "page_write")
+        return mosaic_tpu.plan(
+            op,
+            pool,
+            k,
+            options,
+            num_entries=self.num_tokens if self.op == "token" else self.num_pages,
+            has_token_starts=self.op in ("page_starts", "slice"),
         )
-        slots = mosaic_tpu.slots_of(pool, k, self.num_kv_heads)
-        return entries, config, mosaic_tpu.group_tiling(slots, entries, config, k)
 
 
 def compile_target(**fields: Any):
@@ -191,7 +187,7 @@ def predict(
 
 def _representative(case: Case) -> Case:
     """The case whose kernel has the same body: one with full groups, in one step or several."""
-    step = mosaic_tpu.ENTRIES_PER_STEP * (1 if case.op == "token" else case.page_size)
+    step = mosaic_tpu.ELEMENTS_PER_STEP * (1 if case.op == "token" else case.page_size)
     # So many that XLA cannot prefetch k and v to VMEM, which would time another kernel.
     tokens = 2 * step if case.num_tokens > step else 65536
     page_size = 1 if case.op == "token" else case.page_size
@@ -214,14 +210,11 @@ class _Walk:
 
 
 def _walk(case: Case) -> tuple[_Walk, int, int]:
-    """The walk over a dense case, the unroll, and the entries: kernel.plan on paper."""
-    entries, config, tiling = case.entries()
-    length, parts = entries.max_len, entries.parts
-    num_entries = case.num_tokens if case.op == "token" else case.num_pages * parts
-    group = mosaic_tpu.group_entries(entries, config)
-    unroll = mosaic_tpu.unroll(group, has_lengths=entries.has_lengths)
-    align = tiling.tile if case.is_flat else 1
-    step = min(num_entries, mosaic_tpu.ENTRIES_PER_STEP * parts)
+    """The walk over a dense case, the unroll, and the chunks: grouping.find_group on paper."""
+    spec = case.spec()
+    num_entries = spec.num_elements * spec.chunks_per_element
+    group, unroll = spec.chunks_per_group, spec.chunks_per_iteration
+    step = spec.chunks_per_step
     totals = dict.fromkeys((f.name for f in dataclasses.fields(_Walk)), 0)
     for first_of_step in range(0, num_entries, step):
         totals["steps"] += 1
@@ -229,15 +222,15 @@ def _walk(case: Case) -> tuple[_Walk, int, int]:
         i = first_of_step
         while i < last_of_step:
             size = min(group, last_of_step - i)
-            if entries.has_sources and size >= unroll:
+            if spec.has_token_starts and size >= unroll:
                 size -= size % unroll
                 totals["plan_chunks"] += size // unroll
-            elif entries.has_sources:
+            elif spec.has_token_starts:
                 totals["one_by_one"] += 1
                 totals["plan_entries"] += size - 1
-            tokens = size * length + (i * length) % align
+            tokens = size * spec.chunk_tokens + (i * spec.chunk_tokens) % spec.row_align
             totals["groups"] += 1
-            totals["bodies"] += -(-tokens // (tiling.tile * tiling.unroll))
+            totals["bodies"] += -(-tokens // (spec.tiling.tile * spec.tiling.tiles_per_iteration))
             singles = size % unroll if unroll > 1 else size
             totals["chunks"] += (size - singles) // unroll
             totals["singles"] += singles
@@ -252,7 +245,7 @@ def _roles(tree: ts.Node, case: Case, unroll: int) -> dict[tuple[int, ...], str]
     The fast form of a chunk has no role where the compiler has predicated it into the group's loop.
     """
     loops = [node for node in tree.walk() if node.kind == "loop"]
-    one_chunk = case.op in ("page", "page_starts") and unroll > 1  # Walk.at_most_one_chunk
+    one_chunk = case.op in ("page", "page_starts") and unroll > 1  # spec.is_one_iteration
 
     def stores(node):
         return node.total.vector_stores
