@@ -3,10 +3,12 @@
 
     python -m bench.attention [--generations=v5e,v6e,tpu7x] [--cases=decode,prefill] [--presets=...]
                               [--pool_dtype=float8_e4m3fn] [--peers=torch,flashinfer]
+                              [--all] [--json]
 
 Without an accelerator it compiles the shipped TPU kernel for real TPU generations, reads its final
 schedule and predicts whole calls; with one it measures the same calls there, on a GPU beside other
-libraries if asked. Either way nothing is printed before the op agrees with the oracle.
+libraries if asked. Either way nothing is printed before the op agrees with the oracle. It prints a
+verdict, with --all also every row.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from bench.tpu_model.attention import (
     writing_pairs,
 )
 from bench.tpu_model.compile import as_if_on
+from bench.verdicts import attention as verdicts
 from pallas_paged.attention.tpu import launch as mosaic_tpu
 
 # `allow_override`: other commands have flags of these names, and a process may import several.
@@ -95,11 +98,16 @@ _FUSED = flags.DEFINE_bool(
     "fused", True, "Predict what write_and_attend adds to the calls, too; compiles as many again."
 )
 _PARTS = flags.DEFINE_bool("parts", False, "Print where in the kernel a call's bundles are, too.")
-_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.", allow_override=True)
+_ALL = flags.DEFINE_bool("all", False, "Print every row after the verdict.", allow_override=True)
+_JSON = flags.DEFINE_bool(
+    "json", False, "Print every row and the verdict as JSON on stdout.", allow_override=True
+)
 _PLOT = flags.DEFINE_string(
     "plot", None, "Write a PNG of 64 decodes' time against their keys.", allow_override=True
 )
 
+# How a configuration is printed.
+_SIZES = "block_kv:block_q:stages:blocks per iteration"
 # Largest difference from the oracle in bfloat16 outputs of about 1: two steps of rounding.
 _TOLERANCE = 0.03
 _PLOTTED: dict[str, Runs] = {
@@ -135,42 +143,78 @@ def main(argv: Sequence[str]) -> None:
     plotted = _cases(_PLOTTED) if _PLOT.value else []
     _require_supported([*cases, *plotted])
     check_against_oracle(list(_shapes().values()))
-    record: dict[str, Any] = {"environment": report.environment()}
-    if on_cpu:
-        pairs = writing_pairs(cases) if _FUSED.value else []
-        wanted = [*cases, *(case for pair in pairs for case in pair), *plotted]
-        found = iter(_predict(wanted))
-        predictions = list(itertools.islice(found, len(cases)))
-        writing = [Writing(next(found), next(found)) for _ in pairs]
-        points = _points([(p.case, p.microseconds) for p in found])
-        record["predictions"] = [_as_record(p) for p in predictions]
-        record["writing"] = [_as_record(w.fused) | {w.unit: w.extra_cycles} for w in writing]
-        say(_prediction_text(predictions))
-        if writing:
-            say(f"\n{_WRITING}\n{report.table([_writing_row(w) for w in writing], indent=2)}")
-    else:
-        kind = jax.devices()[0].device_kind
-        first = [case for case in cases if case.generation == cases[0].generation]
-        measured = [measure(case, _backend()) for case in first]
-        record["measured"] = measured
-        say(measured_text(measured, kind))
-        plotted = [case for case in plotted if case.generation == cases[0].generation]
-        times = [(case, measure(case, _backend())["median_us"]) for case in plotted]
-        points = _points(times, kind)
-        if _PEERS.value:
-            record["peers"] = measure_peers(first, measured, _PEERS.value)
-            say(peers_text(record["peers"]))
+    found = _predict(cases, plotted) if on_cpu else _measure(cases, plotted)
+    record = {"environment": report.environment()} | found.record
+    record["verdict"] = found.verdict.record()
+    say(found.verdict.text())
+    if _ALL.value:
+        say(f"\n{found.details}")
     if _PLOT.value:
         how = "predicted" if on_cpu else "measured"
         report.save_plot(
             _PLOT.value,
-            points,
+            found.points,
             xlabel="keys of each of 64 decodes",
             ylabel="microseconds",
             title=f"Attention, {how}",
         )
     if _JSON.value:
         report.write_json(record)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Findings:
+    """What a run found.
+
+    Attributes:
+      verdict: of the rows.
+      record: the rows, for the JSON.
+      details: the rows, as tables.
+      points: for the plot.
+    """
+
+    verdict: report.Verdict
+    record: dict[str, Any]
+    details: str
+    points: dict[str, dict]
+
+
+def _predict(cases: Sequence[Case], plotted: Sequence[Case]) -> _Findings:
+    pairs = writing_pairs(cases) if _FUSED.value else []
+    wanted = [*cases, *(case for pair in pairs for case in pair), *plotted]
+    total = len(set(compiles(wanted).values()))
+    with report.Progress(total, "compiling") as progress:
+        found = iter(predict(wanted, on_done=lambda job, _: progress.step(job.name)))
+    predictions = list(itertools.islice(found, len(cases)))
+    writing = [Writing(next(found), next(found)) for _ in pairs]
+    details = _prediction_text(predictions)
+    if writing:
+        details += f"\n\n{_WRITING}\n"
+        details += report.table([_writing_row(w) for w in writing], indent=2)
+    return _Findings(
+        verdicts.predicted(_shapes(), predictions, writing),
+        {
+            "predictions": [_as_record(p) for p in predictions],
+            "writing": [_as_record(w.fused) | {w.unit: w.extra_cycles} for w in writing],
+        },
+        details,
+        _points([(p.case, p.microseconds) for p in found]),
+    )
+
+
+def _measure(cases: Sequence[Case], plotted: Sequence[Case]) -> _Findings:
+    """The cases on this accelerator; of those for several generations the first's."""
+    kind = jax.devices()[0].device_kind
+    first = [case for case in cases if case.generation == cases[0].generation]
+    record: dict[str, Any] = {"measured": [measure(case, _backend()) for case in first]}
+    details = measured_text(record["measured"], kind)
+    plotted = [case for case in plotted if case.generation == cases[0].generation]
+    times = [(case, measure(case, _backend())["median_us"]) for case in plotted]
+    if _PEERS.value:
+        record["peers"] = measure_peers(first, record["measured"], _PEERS.value)
+        details += "\n" + peers_text(record["peers"])
+    verdict = verdicts.measured(record["measured"], record.get("peers", ()), kind)
+    return _Findings(verdict, record, details, _points(times, kind))
 
 
 # --- cases ------------------------------------------------------------------------------------
@@ -180,7 +224,7 @@ def _runs() -> dict[str, Runs]:
     """Case name -> its sequences, as the flags say."""
     known = CASES | GPU_CASES
     names = _CASES.value or list(GPU_CASES if jax.default_backend() == "gpu" else CASES)
-    report.require_known("cases", known, names)
+    report.require_choices("cases", known, names)
     chosen = {name: known[name] for name in names}
     if _LENS.value is None:
         return chosen
@@ -198,7 +242,7 @@ def _runs() -> dict[str, Runs]:
 
 def _shapes() -> dict[str, dict[str, Any]]:
     """Name -> heads and options, as the flags say."""
-    report.require_known("presets", PRESETS, _PRESETS.value)
+    report.require_choices("presets", PRESETS, _PRESETS.value)
     given: dict[str, Any] = {
         "num_heads": _NUM_HEADS.value,
         "num_kv_heads": _KV_HEADS.value,
@@ -226,11 +270,8 @@ def _shapes() -> dict[str, dict[str, Any]]:
 
 def _cases(runs: dict[str, Runs]) -> list[Case]:
     """Such sequences for every generation, page size and shape that the flags name."""
-    report.require_known("generations", tuple(ts.GENERATIONS), _GENERATIONS.value)
-    if not all(value.isdigit() and int(value) for value in _PAGE_SIZES.value):
-        raise app.UsageError(
-            f"--page_sizes has {','.join(_PAGE_SIZES.value)!r}; wanted integers >= 1"
-        )
+    report.require_choices("generations", tuple(ts.GENERATIONS), _GENERATIONS.value)
+    page_sizes = report.require_sizes("page_sizes", _PAGE_SIZES.value)
     # Room for what is plotted, too, so that all share their compiles.
     room = [*_runs().values(), *(_PLOTTED.values() if _PLOT.value else ())]
     return [
@@ -238,7 +279,7 @@ def _cases(runs: dict[str, Runs]) -> list[Case]:
         for generation in _GENERATIONS.value
         for shape in _shapes().values()
         for name, lens in runs.items()
-        for page in sorted({int(value) for value in _PAGE_SIZES.value})
+        for page in page_sizes
     ]
 
 
@@ -299,12 +340,6 @@ def check_against_oracle(shapes: Sequence[dict[str, Any]]) -> None:
 # --- prediction -------------------------------------------------------------------------------
 
 
-def _predict(cases: Sequence[Case]) -> list[Prediction]:
-    number = len(set(compiles(cases).values()))
-    with report.Progress(number, "compiling") as progress:
-        return predict(cases, on_done=lambda job, _: progress.step(job.name))
-
-
 def _as_record(p: Prediction) -> dict[str, Any]:
     return {
         **dataclasses.asdict(p),
@@ -356,10 +391,10 @@ def _writing_row(w: Writing) -> dict[str, str]:
         "heads": f"{call.num_heads}/{call.num_kv_heads}/{call.head_dim}",
         "case": w.fused.case.name,
         "page": str(call.page_size),
-        "cycles a new token": f"{w.extra_cycles:.0f}" if w.unit == "cycles_a_token" else "-",
-        "cycles a new page": f"{w.extra_cycles:.0f}" if w.unit == "cycles_a_page" else "-",
+        "cycles per new token": f"{w.extra_cycles:.0f}" if w.unit == "cycles_a_token" else "-",
+        "cycles per new page": f"{w.extra_cycles:.0f}" if w.unit == "cycles_a_page" else "-",
         "core/HBM": f"{w.fused.core_cycles / w.fused.hbm_cycles:.2f}",
-        "keys:rows:buffers:body": _sizes(w.fused.config),
+        _SIZES: _sizes(w.fused.config),
     }
 
 
@@ -387,7 +422,7 @@ def _row(p: Prediction, others: Sequence[Prediction]) -> dict[str, str]:
         "masked": f"{p.spills['masked']:.2f}",
         "decode": f"{p.spills['decode']:.2f}",
         "VMEM MiB": f"{p.vmem_bytes / 2**20:.1f}",
-        "keys:rows:buffers:body": _sizes(p.config),
+        _SIZES: _sizes(p.config),
     }
 
 

@@ -151,7 +151,7 @@ def time_loop(
     _check_positive(repeats=repeats, iterations=iterations, states=len(states))
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def rounds(n, states, inputs):
+    def rounds(n: int, states: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return jax.lax.fori_loop(0, n, lambda _, s: tuple(step(x, *inputs) for x in s), states)
 
     carried, inputs = tuple(states), tuple(inputs)
@@ -273,7 +273,7 @@ def summarise_kernels(
     return summarise(samples, KERNEL_TIME)
 
 
-def _evict_l2(filler):
+def _evict_l2(filler: jax.Array) -> jax.Array:
     return jnp.max(filler)
 
 

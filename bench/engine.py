@@ -1,14 +1,14 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """What page-aligned scheduling and page-granular writes are worth to a serving engine.
 
-    python -m bench.engine --traces=code.csv,conv.csv [--plot=study.png] [--json]
+    python -m bench.engine --traces=code.csv,conv.csv [--plot=study.png] [--all] [--json]
     python -m bench.engine --parts=real --json > costs.json      # on a machine with an accelerator
 
 Three parts. `study` replays traces and generated traffic through the engine's scheduler in
 simulated time, with alignment on and off, in every form of write, at several page sizes and
 budgets. `share` predicts how much of a step of Llama 3 8B the KV write is on TPU generations.
 `real` runs the model itself on this device and times its steps. Without an accelerator the first
-two are run, with one the third.
+two are run, with one the third. It prints a verdict, with --all also every row.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from bench.engine_study import cost as engine_cost
 from bench.engine_study import real as engine_real
 from bench.engine_study import share as engine_share
 from bench.engine_study import simulate as study
+from bench.engine_study import tables
 from bench.tpu_model import kv_write as write_model
 from bench.tpu_model import schedule as ts
+from bench.verdicts import engine as verdicts
 from reference_engine import traffic
 from reference_engine.config import BACKENDS, KV_WRITES
 
@@ -97,8 +99,28 @@ _WRITE_BACKEND = flags.DEFINE_enum(
     "real_write_backend", "auto", list(BACKENDS), "Its writes' backend."
 )
 _PROCESSES = flags.DEFINE_integer("processes", os.cpu_count() or 1, "Of the study.", lower_bound=1)
-_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.", allow_override=True)
+_ALL = flags.DEFINE_bool("all", False, "Print every row after the verdict.", allow_override=True)
+_JSON = flags.DEFINE_bool(
+    "json", False, "Print every row and the verdict as JSON on stdout.", allow_override=True
+)
 _PLOT = flags.DEFINE_string("plot", None, "Write a PNG to this file.", allow_override=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What a part found.
+
+    Attributes:
+      record: its rows, for the JSON.
+      rows: of the verdict.
+      note: a sentence for the verdict: how the numbers came about.
+      details: its rows, as tables.
+    """
+
+    record: Any
+    rows: Sequence[dict[str, str]]
+    note: str
+    details: str
 
 
 def main(argv: Sequence[str]) -> None:
@@ -107,19 +129,27 @@ def main(argv: Sequence[str]) -> None:
     traces = _traces()
     on_cpu = report.start_backends() == "cpu"
     parts = _PARTS.value or (["study", "share"] if on_cpu else ["real"])
-    report.require_known("parts", PARTS, parts)
+    report.require_choices("parts", PARTS, parts)
     if _PLOT.value and "study" not in parts:
         raise app.UsageError("--plot draws the study; wanted study among --parts")
-    report.require_known("kv_writes", KV_WRITES, _KV_WRITES.value)
-    report.require_known("generations", tuple(ts.GENERATIONS), _GENERATIONS.value)
-    record: dict[str, Any] = {"environment": report.environment()}
+    report.require_choices("kv_writes", KV_WRITES, _KV_WRITES.value)
+    report.require_choices("generations", tuple(ts.GENERATIONS), _GENERATIONS.value)
+    found: dict[str, _Part] = {}
     panels: dict[str, dict[str, list]] = {}
     if "study" in parts:
-        record["study"], panels = _study(traces, say)
+        found["study"], panels = _study(traces)
     if "share" in parts:
-        record["share"] = _share(say)
+        found["share"] = _share()
     if "real" in parts:
-        record["real"] = _real(on_cpu, say)
+        found["real"] = _real(on_cpu)
+    verdict = report.Verdict(
+        "what page-aligned scheduling and page-granular writes are worth to an engine",
+        [row for part in found.values() for row in part.rows],
+        [part.note for part in found.values()],
+    )
+    say(verdict.text())
+    if _ALL.value:
+        say("\n" + "\n\n".join(part.details for part in found.values()))
     if _PLOT.value and panels:
         report.save_plot(
             _PLOT.value,
@@ -130,15 +160,9 @@ def main(argv: Sequence[str]) -> None:
             title=f"Page-aligned scheduling, every request there from the start ({_DEVICE.value})",
         )
     if _JSON.value:
-        report.write_json(record)
-
-
-def _sizes(name: str, given: Sequence[str], known: Sequence[int] | None = None) -> list[int]:
-    for value in given:
-        if not value.isdigit() or not int(value) or known and int(value) not in known:
-            wanted = f"some of {', '.join(map(str, known))}" if known else "integers >= 1"
-            raise app.UsageError(f"--{name} has {value!r}; wanted {wanted}")
-    return sorted({int(value) for value in given})
+        records = {name: part.record for name, part in found.items()}
+        where = {"environment": report.environment()}
+        report.write_json(where | records | {"verdict": verdict.record()})
 
 
 def _page_sizes_or_16() -> list[str]:
@@ -164,9 +188,9 @@ def _traces() -> dict[str, list[traffic.Arrival]]:
 # --- the study --------------------------------------------------------------------------------
 
 
-def _study(traces: dict[str, list[traffic.Arrival]], say) -> tuple[dict[str, Any], dict[str, Any]]:
-    page_sizes = _sizes("page_sizes", _PAGE_SIZES.value, engine_cost.PAGE_SIZES)
-    budgets = _sizes("budgets", _BUDGETS.value)
+def _study(traces: dict[str, list[traffic.Arrival]]) -> tuple[_Part, dict[str, dict[str, list]]]:
+    page_sizes = report.require_sizes("page_sizes", _PAGE_SIZES.value, engine_cost.PAGE_SIZES)
+    budgets = report.require_sizes("budgets", _BUDGETS.value)
     cost = _cost()
     options: dict[str, Any] = {
         "pool_tokens": _POOL_TOKENS.value,
@@ -192,7 +216,7 @@ def _study(traces: dict[str, list[traffic.Arrival]], say) -> tuple[dict[str, Any
     full = [cell for cell in cells if cell.kv_write == _KV_WRITES.value[-1]]
     with report.Progress(len(cells) + len(full), "simulating") as progress:
 
-        def done(cell):
+        def done(cell: study.Cell) -> None:
             progress.step(f"{cell.trace} page {cell.page_size} budget {cell.budget}")
 
         outcomes = study.sweep(
@@ -202,21 +226,33 @@ def _study(traces: dict[str, list[traffic.Arrival]], say) -> tuple[dict[str, Any
             at_once, full, cost, num_processes=_PROCESSES.value, on_done=done, **options
         )
     by_cell = dict(zip(cells, outcomes, strict=True))
-    say(_study_text(by_cell, loaded, cost))
-    panels = _panels(dict(zip(full, capacity, strict=True)))
-    say(
-        "\nChange of throughput with alignment, percent, all requests there from the start\n"
-        + report.table(_capacity_rows(panels), indent=2)
+    by_full_cell = dict(zip(full, capacity, strict=True))
+    panels = _panels(by_full_cell)
+    details = _study_text(by_cell, loaded, cost)
+    details += (
+        "\n\nChange of throughput with alignment, percent, all requests there from the start\n"
+        + report.table(tables.capacity_rows(panels), indent=2)
     )
-    return {
+    record = {
         "cost": engine_cost.as_record(cost),
         "load": _LOAD.value,
         "cells": [dataclasses.asdict(c) | dataclasses.asdict(o) for c, o in by_cell.items()],
         "capacity": [
             dataclasses.asdict(c) | {"throughput": o.throughput, "seconds": o.seconds}
-            for c, o in zip(full, capacity, strict=True)
+            for c, o in by_full_cell.items()
         ],
-    }, panels
+    }
+    note = (
+        "study: simulated time, the engine's own scheduler; the costs of a step of Llama 3 8B are"
+        f" {cost.source}."
+    )
+    rows = verdicts.study_rows(by_cell, by_full_cell, _told_form())
+    return _Part(record, rows, note, details), panels
+
+
+def _told_form() -> str:
+    """The form of write that the study's tables are of."""
+    return "pages" if "pages" in _KV_WRITES.value else _KV_WRITES.value[0]
 
 
 def _cost() -> engine_cost.Cost:
@@ -241,15 +277,19 @@ def _cost() -> engine_cost.Cost:
         )
 
 
-def _study_text(by_cell: dict[study.Cell, study.Outcome], loaded, cost) -> str:
+def _study_text(
+    by_cell: dict[study.Cell, study.Outcome],
+    loaded: dict[str, list[traffic.Arrival]],
+    cost: engine_cost.Cost,
+) -> str:
     text = [
         f"Scheduling of Llama 3 8B in simulated time. Costs {cost.source}, microseconds a step:",
-        report.table(_cost_rows(cost), indent=2),
+        report.table(tables.cost_rows(cost), indent=2),
         f"At most {study.MAX_NUM_SEQS} requests at a time, {_POOL_TOKENS.value:,} tokens in the"
         f" pool, batches padded to the engine's buckets, load {_LOAD.value:g}; good requests have"
         f" their first token in {_TTFT_MS.value:g} ms and the others every {_TPOT_MS.value:g} ms.",
     ]
-    form = "pages" if "pages" in _KV_WRITES.value else _KV_WRITES.value[0]
+    form = _told_form()
     for trace, arrivals in loaded.items():
         span = arrivals[-1].seconds
         text += [
@@ -261,82 +301,16 @@ def _study_text(by_cell: dict[study.Cell, study.Outcome], loaded, cost) -> str:
         rows = []
         for cell, off in by_cell.items():
             if cell.trace == trace and cell.kv_write == form and not cell.aligned:
-                rows.append(_pair_row(cell, off, by_cell[dataclasses.replace(cell, aligned=True)]))
+                rows.append(
+                    tables.pair_row(cell, off, by_cell[dataclasses.replace(cell, aligned=True)])
+                )
         text += [report.table(rows, indent=2)]
     text += [
         "\nForms of write, page 16, budget 2,048 (or the nearest that was run); descriptors a"
         " step, the writes' share of the time, requests a second; alignment off / on",
-        report.table(_form_rows(by_cell), indent=2),
+        report.table(tables.form_rows(by_cell), indent=2),
     ]
     return "\n".join(text)
-
-
-def _cost_rows(cost: engine_cost.Cost) -> list[dict[str, str]]:
-    return [
-        {
-            "host": f"{cost.host_us:.0f}",
-            "weights": f"{cost.weights_us:.0f}",
-            "row": f"{cost.row_us:.2f}",
-            "decode": f"{cost.decode_us:.2f}",
-            "key": f"{cost.decode_key_us:.4f}",
-            "prefilled": f"{cost.prefilled_us:.3f}",
-            "pair": f"{cost.pair_us:.6f}",
-            "token's bytes": f"{cost.written_us:.3f}",
-            "page of 16": f"{cost.page_us[16]:.3f}",
-            "slice of 16": f"{cost.slice_us[16]:.3f}",
-            "token": f"{cost.token_us:.3f}",
-            "descriptor": f"{cost.descriptor_us:.3f}",
-        }
-    ]
-
-
-def _pair_row(cell: study.Cell, off: study.Outcome, on: study.Outcome) -> dict[str, str]:
-    def pair(form, *values):
-        return " / ".join(format(value, form) for value in values)
-
-    return {
-        "page": str(cell.page_size),
-        "budget": f"{cell.budget:,}",
-        "steps": pair(",", off.steps, on.steps),
-        "whole pages": pair(",", off.pages, on.pages),
-        "partial": pair(",", off.partials, on.partials),
-        "padding %": pair(".1f", *(100 * o.padding / (o.padding + o.tokens) for o in (off, on))),
-        "deferrals": f"{on.deferrals:,}",
-        "decode skips": pair(",", off.skips, on.skips),
-        "preempted": pair(",", off.preemptions, on.preemptions),
-        "TTFT p50 ms": pair(",.0f", off.ttft_ms[0], on.ttft_ms[0]),
-        "p99": pair(",.0f", off.ttft_ms[1], on.ttft_ms[1]),
-        "TPOT p50": pair(".1f", off.tpot_ms[0], on.tpot_ms[0]),
-        "p99 ": pair(".1f", off.tpot_ms[1], on.tpot_ms[1]),
-        "ITL p50": pair(".1f", off.itl_ms[0], on.itl_ms[0]),
-        "p99  ": pair(".1f", off.itl_ms[1], on.itl_ms[1]),
-        "goodput": pair(".2f", off.goodput, on.goodput),
-    }
-
-
-def _form_rows(by_cell: dict[study.Cell, study.Outcome]) -> list[dict[str, str]]:
-    page = min(cell.page_size for cell in by_cell)
-    budget = min(
-        (cell.budget for cell in by_cell if cell.page_size == page), key=lambda b: abs(b - 2048)
-    )
-    rows = []
-    for cell, off in by_cell.items():
-        if (cell.page_size, cell.budget, cell.aligned) != (page, budget, False):
-            continue
-        on = by_cell[dataclasses.replace(cell, aligned=True)]
-        rows.append(
-            {
-                "trace": cell.trace,
-                "form": cell.kv_write,
-                "descriptors a step": " / ".join(
-                    f"{o.descriptors / o.steps:.0f}" for o in (off, on)
-                ),
-                "share %": " / ".join(f"{100 * o.write_share:.2f}" for o in (off, on)),
-                "requests/s": " / ".join(f"{o.throughput:.3f}" for o in (off, on)),
-                "TTFT p50 ms": " / ".join(f"{o.ttft_ms[0]:,.0f}" for o in (off, on)),
-            }
-        )
-    return rows
 
 
 def _panels(capacity: dict[study.Cell, study.Outcome]) -> dict[str, dict[str, list]]:
@@ -350,20 +324,10 @@ def _panels(capacity: dict[study.Cell, study.Outcome]) -> dict[str, dict[str, li
     return panels
 
 
-def _capacity_rows(panels: dict[str, dict[str, list]]) -> list[dict[str, str]]:
-    budgets = sorted({x for lines in panels.values() for line in lines.values() for x, _ in line})
-    return [
-        {"trace": trace, "page": name.removeprefix("page ")}
-        | {f"budget {b:,}": next((f"{y:+.1f}" for x, y in line if x == b), "-") for b in budgets}
-        for trace, lines in panels.items()
-        for name, line in lines.items()
-    ]
-
-
 # --- the share --------------------------------------------------------------------------------
 
 
-def _share(say) -> list[dict[str, Any]]:
+def _share() -> _Part:
     with report.Progress(12 * len(_GENERATIONS.value), "compiling") as progress:
         costs = [
             engine_cost.predicted(
@@ -375,41 +339,20 @@ def _share(say) -> list[dict[str, Any]]:
             for name in _GENERATIONS.value
         ]
     descriptor_us = engine_cost.LLAMA3_8B.num_layers * write_model.DESCRIPTOR_NS * 1e-3
-    page_sizes = _sizes("page_sizes", _page_sizes_or_16(), engine_cost.PAGE_SIZES)
+    page_sizes = report.require_sizes("page_sizes", _page_sizes_or_16(), engine_cost.PAGE_SIZES)
     shares = engine_share.shares(costs, engine_share.BATCHES, page_sizes, descriptor_us)
     forms = (*engine_share.FORMS, "shipped")
-    rows = []
-    for share in shares:
-        row = {
-            "": share.generation,
-            "batch": share.batch,
-            "page": str(share.page_size),
-            "step ms": f"{share.compute_us / 1e3:.2f}",
-        }
-        for form in forms:
-            row[form] = " / ".join(
-                f"{share.percent(form, is_bound=bound):.2f}" for bound in (False, True)
-            )
-        row["tokens to pages"] = " / ".join(
-            f"{share.gain_percent('pages', 'tokens', is_bound=bound):.2f}"
-            for bound in (False, True)
-        )
-        row["shipped to pages"] = " / ".join(
-            f"{share.gain_percent('pages', 'shipped', is_bound=bound):.2f}"
-            for bound in (False, True)
-        )
-        rows.append(row)
-    say(
-        "\nPREDICTED share of the KV write in a step of Llama 3 8B, percent, by form; and by how"
+    details = (
+        "PREDICTED share of the KV write in a step of Llama 3 8B, percent, by form; and by how"
         " much\nof a step whole pages are faster. Issue alone / at one descriptor in"
         f" {write_model.DESCRIPTOR_NS:.0f} ns. Products at peak,\nweights at peak bandwidth,"
         " attention and writes from compiled schedules, no host: a real step is\nlonger and its"
         " share smaller. `shipped`: one slice of"
         f" {engine_share.SHIPPED_SLICE_CYCLES} cycles a token. `fused`: what the writing adds to\n"
         "the attention, none of it hidden. The weights alone fill a v5e.\n"
-        + report.table(rows, indent=2)
+        + report.table([tables.share_row(share) for share in shares], indent=2)
     )
-    return [
+    record = [
         dataclasses.asdict(share)
         | {
             "percent": {form: share.percent(form, is_bound=False) for form in forms},
@@ -417,12 +360,18 @@ def _share(say) -> list[dict[str, Any]]:
         }
         for share in shares
     ]
+    note = (
+        "share: predicted from schedules compiled for TPUs, a step of Llama 3 8B; nothing here ran"
+        f" on a TPU. Both bounds count: the core's issue alone, and {write_model.DESCRIPTOR_NS:.0f}"
+        " ns per descriptor."
+    )
+    return _Part(record, verdicts.share_rows(shares), note, details)
 
 
 # --- the real thing ---------------------------------------------------------------------------
 
 
-def _real(on_cpu: bool, say) -> dict[str, Any]:
+def _real(on_cpu: bool) -> _Part:
     name = _MODEL.value or ("tiny" if on_cpu else "llama3-8b")
     setup = engine_real.Setup(
         engine_real.MODELS[name],
@@ -430,14 +379,14 @@ def _real(on_cpu: bool, say) -> dict[str, Any]:
         attention=_ATTENTION.value,
         write_backend=_WRITE_BACKEND.value,
     )
-    page_sizes = _sizes("page_sizes", _page_sizes_or_16())
+    page_sizes = report.require_sizes("page_sizes", _page_sizes_or_16())
     forms = _KV_WRITES.value
-    report.require_known("batches", ("prefill", "mixed", "decode"), _BATCHES.value)
+    report.require_choices("batches", ("prefill", "mixed", "decode"), _BATCHES.value)
     batches = [b for b in engine_real.ALL_BATCHES if b.name.startswith(tuple(_BATCHES.value))]
     total = len(batches) * len(forms) * len(page_sizes)
     device = jax.devices()[0].device_kind
     host = engine_real.host_work(setup)
-    say(
+    details = (
         f"The engine on {host['batch']}: {host['step_us'] / 1e3:.2f} ms a step, of which the host"
         f" works {host['host_us'] / 1e3:.3f} ms ({host['host_percent']:.1f}%) while no program is"
         " dispatched;"
@@ -446,37 +395,23 @@ def _real(on_cpu: bool, say) -> dict[str, Any]:
     rows = []
     for row in engine_real.measure(setup, batches, forms, page_sizes):
         rows.append(row)  # told at once: a run of minutes may be cut short
-        cells = _real_row(row)
+        cells = tables.real_row(row)
         print(
             f"{len(rows)}/{total} {cells['batch']}, page {cells['page']}, {cells['form']}:"
             f" {cells['step ms']} ms, writes {cells['writes ms']}",
             file=sys.stderr,
             flush=True,
         )
-    say(
-        f"\nMeasured on {device}: {name}, random weights, {setup.model.dtype}, attention by"
+    how = (
+        f"Measured on {device}: {name}, random weights, {setup.model.dtype}, attention by"
         f" {setup.attention}, writes by {setup.write_backend}"
         + (f"; batches and lengths divided by {setup.shrink}" if setup.shrink > 1 else "")
     )
-    say(report.table([_real_row(row) for row in rows], indent=2))
+    table = report.table([tables.real_row(row) for row in rows], indent=2)
     fit = engine_real.fit(rows, host["host_us"], device) if setup.shrink == 1 else None
-    return {"model": name, "shrink": setup.shrink, "rows": rows, "host": host, "fit": fit}
-
-
-def _real_row(row: dict[str, Any]) -> dict[str, str]:
-    write = row["write_us"]
-    return {
-        "batch": row["batch"],
-        "page": str(row["page_size"]),
-        "form": row["kv_write"],
-        "tokens": f"{row['tokens']:,}",
-        "step ms": f"{row['step_us'] / 1e3:.3f}",
-        "p20": f"{row['p20_us'] / 1e3:.3f}",
-        "p80": f"{row['p80_us'] / 1e3:.3f}",
-        "kernels ms": "-" if row["kernels_us"] is None else f"{row['kernels_us'] / 1e3:.3f}",
-        "writes ms": "-" if write is None else f"{write / 1e3:.3f}",
-        "share %": "-" if write is None else f"{100 * write / row['step_us']:.2f}",
-    }
+    record = {"model": name, "shrink": setup.shrink, "rows": rows, "host": host, "fit": fit}
+    note = f"real: {how[0].lower()}{how[1:]}."
+    return _Part(record, verdicts.real_rows(rows), note, f"{details}\n\n{how}\n{table}")
 
 
 if __name__ == "__main__":

@@ -2,18 +2,18 @@
 """What page-granular KV writes are worth: page against slice against token.
 
     python -m bench.kv_write [--generations=v5e,v6e,tpu7x] [--page_sizes=16,64] [--tokens=64,4096]
-                             [--peers=torch,flashinfer]
+                             [--peers=torch,flashinfer] [--all] [--json]
 
 Without an accelerator it compiles the shipped TPU kernels for real TPU generations, reads their
 final schedules and predicts; with one it measures the same calls there, on a GPU beside a plain
 copy of as many bytes and, if asked, beside other libraries. Either way nothing is printed before
-the ops agree with the oracle bit for bit.
+the ops agree with the oracle bit for bit. It prints a verdict, with --all also every row.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,24 +22,29 @@ from absl import app, flags
 from jax.experimental.pallas import tpu as pltpu
 
 from bench import report
+from bench.cases import kv_write as write_cases
+from bench.cases.kv_write import OPS, WriteCase
 from bench.measure import kv_write as kv_write_measure
 from bench.measure.kv_write import random_inputs
 from bench.peers import child as peers
 from bench.peers import kv_write as kv_write_peers
 from bench.tpu_model import published as model_check
 from bench.tpu_model import schedule as ts
-from bench.tpu_model.kv_write import DESCRIPTOR_NS, OPS, Case, Prediction, predict
+from bench.tpu_model.kv_write import DESCRIPTOR_NS, WritePrediction, predict
+from bench.verdicts import kv_write as verdicts
 
 _GENERATIONS = flags.DEFINE_list(
-    "generations", ["v5e", "v6e", "tpu7x"], "TPU generations to predict for."
+    "generations", list(write_cases.GENERATIONS), "TPU generations to predict for."
 )
 _OPS = flags.DEFINE_list(
     "ops", list(OPS), "page, page_starts (page_write with token_starts), slice (page-long), token."
 )
-_PAGE_SIZES = flags.DEFINE_list("page_sizes", ["16", "32", "64", "128", "256"], "Tokens in a page.")
-_TOKENS = flags.DEFINE_list("tokens", ["64", "1024", "8192", "65536"], "New tokens in a call.")
-_KV_HEADS = flags.DEFINE_integer("kv_heads", 8, "KV heads.", lower_bound=1)
-_HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "Head dimension.", lower_bound=1)
+_PAGE_SIZES = flags.DEFINE_list(
+    "page_sizes", list(map(str, write_cases.PAGE_SIZES)), "Tokens in a page."
+)
+_TOKENS = flags.DEFINE_list("tokens", list(map(str, write_cases.TOKENS)), "New tokens in a call.")
+_KV_HEADS = flags.DEFINE_integer("kv_heads", write_cases.NUM_KV_HEADS, "KV heads.", lower_bound=1)
+_HEAD_DIM = flags.DEFINE_integer("head_dim", write_cases.HEAD_DIM, "Head dimension.", lower_bound=1)
 _FORM = flags.DEFINE_enum("form", "flat", ["flat", "heads"], "k and v as [T, K*H] or [T, K, H].")
 _PEERS = flags.DEFINE_list(
     "peers",
@@ -50,11 +55,16 @@ _SCATTER = flags.DEFINE_bool("scatter", True, "Measure the plain-jax scatter bes
 _CHECK_MODEL = flags.DEFINE_bool(
     "check_model", True, "Repeat the check of the model against published timings."
 )
-_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
+_ALL = flags.DEFINE_bool("all", False, "Print every row after the verdict.")
+_JSON = flags.DEFINE_bool("json", False, "Print every row and the verdict as JSON on stdout.")
 _PLOT = flags.DEFINE_string("plot", None, "Write a PNG of time against tokens to this file.")
 
-_DTYPE = "bfloat16"
-
+# What moves as many bytes in other ways: a key of the JSON -> its title.
+_BASELINES = {
+    "scatter": "The plain-jax scatter",
+    "copy": "A plain copy of as many bytes",
+    "peers": "Other libraries",
+}
 _ASSUMPTIONS = f"""\
 The numbers for TPUs are predictions. They rest on
 - the clock and the peak HBM bandwidth of one core (sources: bench/tpu_model/schedule.py):
@@ -76,20 +86,30 @@ def main(argv: Sequence[str]) -> None:
     peers.require(_PEERS.value, on_gpu=jax.default_backend() == "gpu")
     check_against_oracle()
     record: dict[str, Any] = {"environment": report.environment()}
+    device = jax.devices()[0].device_kind
     if on_cpu:
         predictions = _predict(cases)
         record["predictions"] = [_as_record(p) for p in predictions]
-        say(_prediction_text(predictions))
+        checks = _check_model() if _CHECK_MODEL.value else []
+        record |= {"model_check": [dataclasses.asdict(check) for check in checks]}
+        verdict = verdicts.predicted(predictions, checks)
+        details = [_prediction_text(predictions)]
+        details += ["", model_check.format_check(checks)] if checks else []
         points = _points(predictions)
-        if _CHECK_MODEL.value:
-            with report.Progress(len(model_check.PUBLISHED_US), "checking the model") as progress:
-                checks = model_check.check_model(on_done=lambda job, _: progress.step(job.name))
-            record["model_check"] = [dataclasses.asdict(check) for check in checks]
-            say("\n" + model_check.format_check(checks))
     else:
-        record["measured"] = _measure(cases, say)
-        points = {jax.devices()[0].device_kind: kv_write_measure.lines(record["measured"])}
-    record |= _baselines(say, on_cpu=on_cpu)
+        record["measured"] = _measure(cases)
+        details = [kv_write_measure.text(record["measured"], device)]
+        points = {device: kv_write_measure.lines(record["measured"])}
+    baselines = _baselines(on_cpu=on_cpu)
+    if not on_cpu:
+        verdict = verdicts.measured(record["measured"], baselines, device)
+    for name, rows in baselines.items():
+        details += [f"\n{_BASELINES[name]}, measured on this {device}:"]
+        details += [kv_write_measure.baseline_table(rows)]
+    record |= baselines | {"verdict": verdict.record()}
+    say(verdict.text())
+    if _ALL.value:
+        say("\n" + "\n".join(details))
     if _PLOT.value:
         report.save_plot(
             _PLOT.value, points, xlabel="new tokens", ylabel="microseconds", title=_plot_title()
@@ -98,7 +118,12 @@ def main(argv: Sequence[str]) -> None:
         report.write_json(record)
 
 
-def _measure(cases: Sequence[Case], say: Callable[[str], None]) -> list[dict[str, Any]]:
+def _check_model() -> list[model_check.Check]:
+    with report.Progress(len(model_check.PUBLISHED_US), "checking the model") as progress:
+        return model_check.check_model(on_done=lambda job, _: progress.step(job.name))
+
+
+def _measure(cases: Sequence[WriteCase]) -> list[dict[str, Any]]:
     """The ops on this accelerator; of the cases for several generations those for the first."""
     mine = [case for case in cases if case.generation == cases[0].generation]
     measured = []
@@ -106,79 +131,68 @@ def _measure(cases: Sequence[Case], say: Callable[[str], None]) -> list[dict[str
         for case in mine:
             measured.append(kv_write_measure.measure_op(case))
             progress.step(case.op)
-    say(kv_write_measure.text(measured, jax.devices()[0].device_kind))
     return measured
 
 
-def _baselines(say: Callable[[str], None], *, on_cpu: bool) -> dict[str, Any]:
-    """What moves as many bytes otherwise, measured wherever this runs."""
+def _baselines(*, on_cpu: bool) -> dict[str, list[dict[str, Any]]]:
+    """What moves as many bytes in other ways, measured wherever this runs: name -> rows."""
     cases = [_token_case(int(tokens)) for tokens in _TOKENS.value]
-    found = {}
-
-    def tell(name: str, title: str, rows: list[dict[str, Any]]) -> None:
-        found[name] = rows
-        say(f"\n{title}, measured on this {jax.devices()[0].device_kind}:")
-        say(kv_write_measure.baseline_table(rows))
-
+    found: dict[str, list[dict[str, Any]]] = {}
     if _SCATTER.value:
         promises = [False] if on_cpu else [False, True]
-        rows = [kv_write_measure.measure_scatter(case, x) for case in cases for x in promises]
-        tell("scatter", "The plain-jax scatter", rows)
+        found["scatter"] = [
+            kv_write_measure.measure_scatter(case, unique) for case in cases for unique in promises
+        ]
     if not on_cpu:
-        rows = [kv_write_measure.measure_copy(case) for case in cases]
-        tell("copy", "A plain copy of as many bytes", rows)
+        found["copy"] = [kv_write_measure.measure_copy(case) for case in cases]
     if _PEERS.value:
         with peers.Child() as run:
-            rows = [
+            found["peers"] = [
                 kv_write_measure.as_record(
                     case, kv_write_peers.NAMES[peer], run(kv_write_peers.measure, peer, case)
                 )
                 for case in cases
                 for peer in _PEERS.value
             ]
-        tell("peers", "Other libraries", rows)
     return found
 
 
-def _cases() -> list[Case]:
+def _cases() -> list[WriteCase]:
     """The cases that the flags name; a token is written by itself, whatever the page size."""
-    report.require_known("generations", ts.GENERATIONS, _GENERATIONS.value)
-    report.require_known("ops", OPS, _OPS.value)
-    sizes = {}
-    for name, given in (("page_sizes", _PAGE_SIZES.value), ("tokens", _TOKENS.value)):
-        if not all(value.isdigit() and int(value) for value in given):
-            raise app.UsageError(f"--{name} has {','.join(given)!r}; wanted integers >= 1")
-        sizes[name] = sorted({int(value) for value in given})
+    report.require_choices("generations", ts.GENERATIONS, _GENERATIONS.value)
+    report.require_choices("ops", OPS, _OPS.value)
+    page_sizes = report.require_sizes("page_sizes", _PAGE_SIZES.value)
+    token_counts = report.require_sizes("tokens", _TOKENS.value)
     return [
-        Case(
+        WriteCase(
             op,
             generation,
             page,
             tokens,
             _KV_HEADS.value,
             _HEAD_DIM.value,
-            _DTYPE,
+            write_cases.DTYPE,
             is_flat=_FORM.value == "flat",
         )
         for generation in _GENERATIONS.value
-        for tokens in sizes["tokens"]
+        for tokens in token_counts
         for op in _OPS.value
-        for page in (sizes["page_sizes"][:1] if op == "token" else sizes["page_sizes"])
+        for page in (page_sizes[:1] if op == "token" else page_sizes)
         if tokens >= page or op == "token"
     ]
 
 
-def _token_case(num_tokens: int) -> Case:
+def _token_case(num_tokens: int) -> WriteCase:
     """Tokens one by one, [T, K, H], as the baselines take them."""
     page_size = min(map(int, _PAGE_SIZES.value))
-    return Case(
+    return WriteCase(
         "token",
         "v6e",
         page_size,
         num_tokens,
         _KV_HEADS.value,
         _HEAD_DIM.value,
-        _DTYPE,
+        write_cases.DTYPE,
         is_flat=False,
     )
 
@@ -196,7 +210,7 @@ def check_against_oracle() -> None:
     backend = "mosaic_tpu" if on_cpu else "auto"
     tokens, page_size = (37, 4) if on_cpu else (4097, 16)
     for op in OPS:
-        case = Case(op, "v6e", page_size, tokens, 2, 128, _DTYPE)
+        case = WriteCase(op, "v6e", page_size, tokens, 2, 128, write_cases.DTYPE)
         arrays = random_inputs(case, seed=1)
         want = _bytes(jax.jit(case.step("oracle"))(*arrays))
         if on_cpu:
@@ -215,12 +229,12 @@ def _bytes(x: jax.Array) -> np.ndarray:
 # --- prediction -------------------------------------------------------------------------------
 
 
-def _predict(cases: Sequence[Case]) -> list[Prediction]:
+def _predict(cases: Sequence[WriteCase]) -> list[WritePrediction]:
     with report.Progress(len(cases), "compiling") as progress:
         return predict(cases, on_done=lambda job, _: progress.step(job.name))
 
 
-def _as_record(p: Prediction) -> dict[str, Any]:
+def _as_record(p: WritePrediction) -> dict[str, Any]:
     return {
         **dataclasses.asdict(p),
         "bytes": p.case.num_bytes,
@@ -229,8 +243,8 @@ def _as_record(p: Prediction) -> dict[str, Any]:
     }
 
 
-def _prediction_text(predictions: Sequence[Prediction]) -> str:
-    shape = f"{_KV_HEADS.value} KV heads, head_dim {_HEAD_DIM.value}, {_DTYPE}"
+def _prediction_text(predictions: Sequence[WritePrediction]) -> str:
+    shape = f"{_KV_HEADS.value} KV heads, head_dim {_HEAD_DIM.value}, {write_cases.DTYPE}"
     generations = ", ".join(
         f"{name} {ts.GENERATIONS[name].clock_ghz:g} GHz {ts.GENERATIONS[name].hbm_gb_per_s:g} GB/s"
         for name in _GENERATIONS.value
@@ -246,7 +260,7 @@ def _prediction_text(predictions: Sequence[Prediction]) -> str:
     return "\n".join(parts)
 
 
-def _row(p: Prediction) -> dict[str, str]:
+def _row(p: WritePrediction) -> dict[str, str]:
     issue, descriptor = p.microseconds(False), p.microseconds(True)
     return {
         "op": p.case.op,
@@ -266,17 +280,17 @@ def _row(p: Prediction) -> dict[str, str]:
     }
 
 
-def _by_size(predictions: Sequence[Prediction]) -> dict[tuple, dict[str, Prediction]]:
+def _by_size(predictions: Sequence[WritePrediction]) -> dict[tuple, dict[str, WritePrediction]]:
     """(generation, tokens, page size) -> op -> prediction; tokens stand with every page size."""
     sizes = sorted({p.case.page_size for p in predictions if p.case.op != "token"})
-    found: dict[tuple, dict[str, Prediction]] = {}
+    found: dict[tuple, dict[str, WritePrediction]] = {}
     for p in predictions:
         for size in sizes if p.case.op == "token" else [p.case.page_size]:
             found.setdefault((p.case.generation, p.case.num_tokens, size), {})[p.case.op] = p
     return found
 
 
-def _ratio_rows(predictions: Sequence[Prediction]) -> list[dict[str, str]]:
+def _ratio_rows(predictions: Sequence[WritePrediction]) -> list[dict[str, str]]:
     rows = []
     for (generation, tokens, page_size), ops in _by_size(predictions).items():
         if not {"page", "slice", "token"} <= set(ops):
@@ -292,7 +306,7 @@ def _ratio_rows(predictions: Sequence[Prediction]) -> list[dict[str, str]]:
     return rows
 
 
-def _token_sentences(predictions: Sequence[Prediction]) -> list[str]:
+def _token_sentences(predictions: Sequence[WritePrediction]) -> list[str]:
     """Where writing by token stops being bound by HBM, and by how much, under both bounds."""
     lines = []
     for generation in _GENERATIONS.value:
@@ -311,7 +325,7 @@ def _token_sentences(predictions: Sequence[Prediction]) -> list[str]:
     return lines
 
 
-def _points(predictions: Sequence[Prediction]) -> dict[str, dict[str, list]]:
+def _points(predictions: Sequence[WritePrediction]) -> dict[str, dict[str, list]]:
     """generation -> line -> points, for the largest page size that all counts of tokens allow."""
     panels: dict[str, dict[str, list]] = {}
     page_size = min(p.case.page_size for p in predictions)

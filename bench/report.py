@@ -1,8 +1,9 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""What a benchmark prints: a table, JSON, a plot, its progress, and where it ran."""
+"""What a benchmark prints: its verdict, tables, JSON, a plot, its progress, and where it ran."""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -14,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -37,19 +39,77 @@ def start(argv: Sequence[str], *, as_json: bool, plot: str | None) -> Callable[[
     return functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
-def require_known(name: str, known: Iterable[str], given: Iterable[str]) -> None:
-    """Ends the program with a sentence if a flag's list has an unknown value.
+def require_choices(name: str, choices: Iterable[str], given: Iterable[str]) -> None:
+    """Ends the program with a sentence if a flag's list has a value that is no choice.
 
     Raises:
       app.UsageError: with the sentence.
     """
     for value in given:
-        if value not in known:
-            raise app.UsageError(f"--{name} has {value!r}; wanted some of {', '.join(known)}")
+        if value not in choices:
+            raise app.UsageError(f"--{name} has {value!r}; wanted some of {', '.join(choices)}")
+
+
+def require_sizes(
+    name: str, given: Sequence[str], choices: Sequence[int] | None = None
+) -> list[int]:
+    """The numbers of a flag's list, each once and in order.
+
+    Args:
+      name: of the flag.
+      given: its values.
+      choices: what they may be; every integer >= 1 when left out.
+
+    Raises:
+      app.UsageError: with a sentence, if a value is something else.
+    """
+    for value in given:
+        if not value.isdigit() or not int(value) or choices and int(value) not in choices:
+            wanted = f"some of {', '.join(map(str, choices))}" if choices else "integers >= 1"
+            raise app.UsageError(f"--{name} has {value!r}; wanted {wanted}")
+    return sorted({int(value) for value in given})
+
+
+MAX_VERDICT_LINES = 25
+_VERDICT_WIDTH = 100
+_MORE = "All rows, and what they rest on: --all. All rows and this verdict as JSON: --json."
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a reader of a benchmark wants to know first, computed from its rows.
+
+    Attributes:
+      title: one line: what was compared, and whether it was predicted or measured.
+      rows: a table, as `table` takes it.
+      notes: sentences after the table.
+    """
+
+    title: str
+    rows: Sequence[Mapping[str, str]]
+    notes: Sequence[str] = ()
+
+    def text(self) -> str:
+        """At most `MAX_VERDICT_LINES` lines; what that leaves out of the table is counted."""
+        notes = [line for note in [*self.notes, _MORE] for line in _wrap(note)]
+        lines = table(self.rows, indent=2).splitlines()
+        room = MAX_VERDICT_LINES - 1 - len(notes)
+        if len(lines) > room:
+            left_out = len(lines) - room + 1
+            lines = [*lines[: room - 1], f"  ... and {left_out} more rows, which --all prints"]
+        return "\n".join([f"VERDICT: {self.title}", *lines, *notes])
+
+    def record(self) -> dict[str, Any]:
+        """The verdict as it goes into the JSON record."""
+        return {"title": self.title, "rows": list(map(dict, self.rows)), "notes": list(self.notes)}
+
+
+def _wrap(sentence: str) -> list[str]:
+    return textwrap.wrap(sentence, _VERDICT_WIDTH, break_on_hyphens=False)
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, indent: int = 0) -> str:
-    """Rows as fixed-width text: a header, a rule, a line a row.
+    """Rows as fixed-width text: a header, a rule, one line per row.
 
     Args:
       rows: column name -> cell, formatted by the caller (`str` is applied). All rows have the

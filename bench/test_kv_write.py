@@ -4,14 +4,14 @@
 import jax
 import pytest
 
-from bench.kv_write import random_inputs
-from bench.tpu_model.kv_write import OPS, Case
+from bench.cases.kv_write import OPS, WriteCase
+from bench.measure.kv_write import random_inputs
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_write(benchmark, op):
     """One call of the platform's backend, pool donated, 1,024 tokens in pages of 16."""
-    case = Case(op, "v6e", 16, 1024, 8, 128, "bfloat16")
+    case = WriteCase(op, "v6e", 16, 1024, 8, 128, "bfloat16")
     pool, *inputs = random_inputs(case, seed=0)
     step = jax.jit(case.step("auto"), donate_argnums=0)
     pool = step(pool, *inputs)

@@ -2,13 +2,16 @@
 """Find the GPU attention's block sizes: measure the likely ones on this GPU and keep the best.
 
     python -m bench.tune_attention_gpu [--head_dims=128,64,256] [--max_minutes=4] [--write]
+                                       [--all] [--json]
 
 For each head dimension, with a pool of q's dtype and with a quantised one, it searches the prefill
 kernel's sizes, the decode kernel's for few sequences and those for many: at most eight candidates
 each, first what the formula gives. Each candidate must agree with the oracle. The best has the
 least geometric mean of its cases' times; the formula's stays where nothing is faster by more than a
 hundredth. With --write the best go to `pallas_paged/tuned/`, with the times that chose them;
-`gpu_config.default_config` reads them there. When the time is over no other search begins.
+`gpu_config.default_config` reads them there. When the time is over no other search
+begins. It prints a verdict, with --all also every candidate; what each search finds is told on
+stderr as soon as it ends.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -40,6 +44,10 @@ _MAX_MINUTES = flags.DEFINE_float("max_minutes", 4.0, "No search begins after th
 _WRITE = flags.DEFINE_bool(
     "write", False, "Write the best to pallas_paged/tuned/.", allow_override=True
 )
+_ALL = flags.DEFINE_bool("all", False, "Print every row after the verdict.", allow_override=True)
+_JSON = flags.DEFINE_bool(
+    "json", False, "Print every row and the verdict as JSON on stdout.", allow_override=True
+)
 
 _OP = "ragged_paged_attention"
 _SHAPE = ("head_dim", "is_quantized", "has_few_seqs", "page_size")
@@ -48,6 +56,8 @@ _EQUAL = 1.01
 _TOLERANCE = 0.03  # see bench.attention
 _REPEATS = 10
 
+# How a kernel's sizes are printed.
+_SIZES = "block_kv:stages:raw_stages:pipelines"
 # What each search measures; all cases of one have equally many new tokens, so that they share a
 # program.
 SEARCHES: dict[str, dict[str, Runs]] = {
@@ -79,11 +89,56 @@ class Trial:
         return statistics.geometric_mean(self.times_us.values())
 
 
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What was tried for one head dimension, kind of pool and kernel.
+
+    Attributes:
+      call: the call.
+      name: a key of `SEARCHES`.
+      trials: the candidates, first the formula's; empty where the time was over.
+      prefill: the best of the prefill's search, for the searches of decodes.
+    """
+
+    call: Call
+    name: str
+    trials: tuple[Trial, ...]
+    prefill: Trial | None
+
+    @property
+    def title(self) -> str:
+        """Which search it is."""
+        pool_dtype = self.call.pool_dtype or self.call.dtype
+        return f"head_dim {self.call.head_dim}, pool {pool_dtype}, {self.name}"
+
+    @property
+    def finding(self) -> str:
+        """The best sizes, and by how much they change the mean time against the formula's."""
+        if not self.trials:
+            return "not tried, --max_minutes are over"
+        best, formula = choose(self.trials), self.trials[0]
+        sizes = _sizes(best.config, self.name)
+        if best is formula:
+            return f"{sizes} (formula)"
+        if not formula.times_us:
+            return f"{sizes} (the formula's did not run)"
+        return f"{sizes} ({best.mean_us / formula.mean_us - 1:+.1%})"
+
+    @property
+    def entry(self) -> dict[str, Any] | None:
+        """What `pallas_paged/tuned/` gets; None for a prefill's search, and where none was made."""
+        if self.name == "prefill" or not self.trials:
+            return None
+        best = choose(self.trials)
+        times = (self.prefill.times_us if self.prefill else {}) | best.times_us
+        return entry_of(self.call, self.name == "decode, few", best.config, times)
+
+
 def main(argv: Sequence[str]) -> None:
-    """Searches, prints, writes."""
-    report.start(argv, as_json=False, plot=None)
-    report.require_known("head_dims", tuple(map(str, _HEADS)), _HEAD_DIMS.value)
-    report.require_known("pool_dtypes", ("bfloat16", *SCALES), _POOL_DTYPES.value)
+    """Searches, writes, prints."""
+    say = report.start(argv, as_json=_JSON.value, plot=None)
+    report.require_choices("head_dims", tuple(map(str, _HEADS)), _HEAD_DIMS.value)
+    report.require_choices("pool_dtypes", ("bfloat16", *SCALES), _POOL_DTYPES.value)
     if report.start_backends() != "gpu":
         raise app.UsageError(
             "the GPU's block sizes are measured on a GPU, and there is none; a TPU's: "
@@ -91,11 +146,44 @@ def main(argv: Sequence[str]) -> None:
         )
     end = time.monotonic() + 60 * _MAX_MINUTES.value
     kind = jax.devices()[0].device_kind
-    print(f"Measured on {kind}, pages of {_PAGE_SIZE.value}; kernel time, cold L2, microseconds.")
+    searches = []
     for head_dim, pool_dtype in itertools.product(map(int, _HEAD_DIMS.value), _POOL_DTYPES.value):
-        for entry in _tune(call_of(head_dim, pool_dtype), end):
-            if _WRITE.value:
+        for search in _tune(call_of(head_dim, pool_dtype), end):
+            searches.append(search)
+            print(f"{search.title}: {search.finding}", file=sys.stderr, flush=True)
+            if _WRITE.value and (entry := search.entry):
                 tuning.write(kind, _OP, entry, _SHAPE)
+    verdict = verdict_of(searches, kind)
+    say(verdict.text())
+    if _ALL.value:
+        say("\nKernel time, cold L2, microseconds.")
+        for search in searches:
+            say(f"\n{search.title}{'' if search.trials else ': ' + search.finding}")
+            say(report.table(_rows(search), indent=2))
+    if _JSON.value:
+        record = {"environment": report.environment(), "verdict": verdict.record()}
+        report.write_json(record | {"searches": list(map(_as_record, searches))})
+
+
+def verdict_of(searches: Sequence[Search], kind: str) -> report.Verdict:
+    """The best block sizes, a row per head dimension and pool, a column per search."""
+    rows: dict[tuple[int, str], dict[str, str]] = {}
+    for search in searches:
+        head_dim, pool_dtype = search.call.head_dim, search.call.pool_dtype or search.call.dtype
+        row = rows.setdefault(
+            (head_dim, pool_dtype), {"head_dim": str(head_dim), "pool": pool_dtype}
+        )
+        row[search.name] = search.finding if search.trials else "not tried"
+    return report.Verdict(
+        f"block sizes of the attention on {kind}, {_SIZES}",
+        list(rows.values()),
+        [
+            f"These are measurements on {kind}, pages of {searches[0].call.page_size}: kernel time"
+            " with a cold L2.",
+            "In brackets: how the mean time of the search's cases changes against the sizes that"
+            " the formula gives. --write puts the best into pallas_paged/tuned/.",
+        ],
+    )
 
 
 def call_of(head_dim: int, pool_dtype: str) -> Call:
@@ -110,23 +198,17 @@ def call_of(head_dim: int, pool_dtype: str) -> Call:
     )
 
 
-def _tune(call: Call, end: float) -> Iterator[dict[str, Any]]:
-    """The entries of a head dimension and kind of pool: for few sequences, and for many."""
+def _tune(call: Call, end: float) -> Iterator[Search]:
+    """The searches of a head dimension and kind of pool."""
     prefill: Trial | None = None
     for name, cases in SEARCHES.items():
-        title = f"head_dim {call.head_dim}, pool {call.pool_dtype or call.dtype}, {name}"
         if time.monotonic() > end:
-            print(f"\n{title}: not tried, --max_minutes are over")
+            yield Search(call, name, (), prefill)
             continue
-        trials = list(_trials(call, name, cases, prefill.config if prefill else None))
-        best = choose(trials)
-        print(f"\n{title}")
-        print(report.table([_row(trial, cases, trial is best) for trial in trials], indent=2))
+        trials = tuple(_trials(call, name, cases, prefill.config if prefill else None))
+        yield Search(call, name, trials, prefill)
         if name == "prefill":
-            prefill = best
-        else:
-            times = (prefill.times_us if prefill else {}) | best.times_us
-            yield entry_of(call, name == "decode, few", best.config, times)
+            prefill = choose(trials)
 
 
 def _trials(
@@ -145,7 +227,13 @@ def _trials(
             progress.step(_sizes(config, name))
 
 
-def _try(call: Call, config, cases, inputs, wanted) -> Trial:
+def _try(
+    call: Call,
+    config: gpu_config.GpuAttentionConfig,
+    cases: Sequence[Case],
+    inputs: Sequence[tuple[jax.Array, ...]],
+    wanted: Sequence[jax.Array],
+) -> Trial:
     """Checks and times one candidate."""
     step = step_on_gpu(dataclasses.replace(call, config=config).step("mosaic_gpu"))
     run = jax.jit(step, donate_argnums=0)  # the program that is timed, compiled once
@@ -254,12 +342,26 @@ def entry_of(
     }
 
 
-def _row(trial: Trial, cases: dict[str, Runs], is_best: bool) -> dict[str, str]:
-    name = "prefill" if "prefill" in cases else "decode"
-    row = {"keys:slots:raw:pipelines": _sizes(trial.config, name), **dict.fromkeys(cases, "-")}
-    row |= {case: f"{time:.1f}" for case, time in trial.times_us.items()}
-    row["mean"] = f"{trial.mean_us:.1f}" if trial.times_us else "-"
-    return row | {"": "best" if is_best else trial.refusal}
+def _as_record(search: Search) -> dict[str, Any]:
+    return {
+        "head_dim": search.call.head_dim,
+        "pool_dtype": search.call.pool_dtype or search.call.dtype,
+        "search": search.name,
+        "best": dataclasses.asdict(choose(search.trials).config) if search.trials else None,
+        "trials": [dataclasses.asdict(trial) for trial in search.trials],
+    }
+
+
+def _rows(search: Search) -> list[dict[str, str]]:
+    best = choose(search.trials) if search.trials else None
+    rows = []
+    for trial in search.trials:
+        row = {_SIZES: _sizes(trial.config, search.name)}
+        for case in SEARCHES[search.name]:
+            row[case] = f"{trial.times_us[case]:.1f}" if case in trial.times_us else "-"
+        row["mean"] = f"{trial.mean_us:.1f}" if trial.times_us else "-"
+        rows.append(row | {"": "best" if trial is best else trial.refusal})
+    return rows
 
 
 def _sizes(config: gpu_config.GpuAttentionConfig, name: str) -> str:

@@ -23,7 +23,7 @@ def write(device_kind: str, op: str, entry: Mapping[str, Any], shape: Sequence[s
     path = pathlib.Path(tuned.__file__).parent / tuned.file_name(device_kind)
     table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    def key(entry):
+    def key(entry: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(entry[name] for name in shape)
 
     others = [old for old in table.get(op, []) if key(old) != key(entry)]

@@ -16,8 +16,11 @@ from pallas_paged.attention.gpu import launch as mosaic_gpu
 from pallas_paged.attention.options import AttentionOptions
 from pallas_paged.attention.tpu import launch as mosaic_tpu
 
-# Rows of q below which XLA may put it into VMEM before the kernel, which would be another kernel.
-_MIN_TOKENS = 2048
+# Bytes of q below which XLA may put it into VMEM before the kernel, which would be another kernel.
+MIN_Q_BYTES = 2**24
+# The rows that these are with 32 heads of 128 in bfloat16. Calls with narrower rows get more rows
+# when they are compiled for a TPU.
+_MIN_TOKENS = MIN_Q_BYTES // (32 * 128 * 2)
 # Heads of models as one chip sees them, and what else is theirs.
 PRESETS: dict[str, dict[str, Any]] = {
     "llama3-8b": {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128},

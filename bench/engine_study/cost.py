@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from bench.cases.attention import PRESETS, Call, room_for
 from bench.cases.attention import Case as AttentionCase
+from bench.cases.kv_write import WriteCase
 from bench.tpu_model import attention as attention_model
 from bench.tpu_model import kv_write as write_model
 from bench.tpu_model import schedule as ts
@@ -250,8 +251,8 @@ def _write_ops() -> Sequence[tuple[str, int]]:
     return [*((op, size) for op in ("page_starts", "slice") for size in PAGE_SIZES), ("token", 1)]
 
 
-def _write_case(op: str, generation: str, page_size: int) -> write_model.Case:
-    return write_model.Case(
+def _write_case(op: str, generation: str, page_size: int) -> WriteCase:
+    return WriteCase(
         op,
         generation,
         page_size,

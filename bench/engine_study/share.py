@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from bench.cases.rounding import ceil_div
 from bench.engine_study.cost import LLAMA3_8B, Cost, Work, visible_pairs
 from bench.tpu_model import schedule as ts
 
@@ -43,8 +44,8 @@ BATCHES = (
 
 def work_of(batch: Batch, page_size: int) -> Work:
     """What the batch does, its padding left out."""
-    pages = sum(end // page_size - -(-start // page_size) for start, end in batch.chunks)
-    pieces = sum(-(-end // page_size) - start // page_size for start, end in batch.chunks)
+    pages = sum(end // page_size - ceil_div(start, page_size) for start, end in batch.chunks)
+    pieces = sum(ceil_div(end, page_size) - start // page_size for start, end in batch.chunks)
     tokens = sum(end - start for start, end in batch.chunks)
     return Work(
         rows=batch.decodes + tokens,

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.cases.rounding import ceil_div
 from bench.engine_study.cost import Cost, Work, visible_pairs
 from reference_engine.batch import choose_shape
 from reference_engine.config import EngineConfig
@@ -161,9 +162,9 @@ def _work(plan: StepPlan, decoding: set[int], config: EngineConfig) -> Work:
             keys += start + 1
             continue
         end = start + len(token_ids)
-        whole = max(0, end // page_size - -(-start // page_size))
+        whole = max(0, end // page_size - ceil_div(start, page_size))
         pages += whole
-        partials += -(-end // page_size) - start // page_size - whole
+        partials += ceil_div(end, page_size) - start // page_size - whole
         prefilled += end - start
         pairs += visible_pairs(start, end)
     shape = choose_shape(decodes + prefilled, len(plan.segments), config)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 
 from bench import clock, report
 from bench.cases.attention import SCALES, Call, Case, room_for
+from bench.cases.rounding import ceil_div
 from bench.peers import attention as attention_peers
 from bench.peers import child as peers
 
@@ -28,7 +29,7 @@ def random_inputs(case: Case, seed: int) -> tuple[jax.Array, ...]:
     q, pool, kv_lens, table, *_ = case.call.shapes()
     keys = jax.random.split(jax.random.key(seed), 2)
     lens = np.array(case.lens, np.int32)
-    used = -(-lens[:, 1] // case.call.page_size)
+    used = ceil_div(lens[:, 1], case.call.page_size)
     pages = rng.permutation(pool.shape[0])[: used.sum()].astype(np.int32)
     page_indices = np.full(table.shape, -(2**31) + 7, np.int32)
     for row, ids in enumerate(np.split(pages, np.cumsum(used)[:-1])):
@@ -49,7 +50,7 @@ def random_inputs(case: Case, seed: int) -> tuple[jax.Array, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _random_pool(key, call: Call, pool) -> jax.Array:
+def _random_pool(key: jax.Array, call: Call, pool: jax.ShapeDtypeStruct) -> jax.Array:
     """Values that are normal after the scale; drawn where they are used."""
     values = jax.random.normal(key, pool.shape, jnp.bfloat16)
     if call.pool_dtype in SCALES:
@@ -71,10 +72,10 @@ def measure(case: Case, backend: str) -> dict[str, Any]:
         inputs = (q, pool, *metadata)
         timing = clock.time_kernels(step_on_gpu(attend), [jnp.zeros_like(q)], inputs)
     else:
-        copies = max(2, min(16, -(-_COLD_BYTES // pool.nbytes)))
+        copies = max(2, min(16, ceil_div(_COLD_BYTES, pool.nbytes)))
         states = [(pool, q), *((pool.copy(), q.copy()) for _ in range(copies - 1))]
 
-        def step(state, *metadata):
+        def step(state: tuple[Any, Any], *metadata: jax.Array) -> tuple[Any, Any]:
             pool, q = state
             return pool, attend(q, pool, *metadata)
 
@@ -82,11 +83,11 @@ def measure(case: Case, backend: str) -> dict[str, Any]:
     return as_record(case, timing)
 
 
-def step_on_gpu(attend):
+def step_on_gpu(attend: Callable[..., Any]) -> Callable[..., Any]:
     """The step of a GPU's timing, its state the last output alone: q and the pool are inputs, so
     that nothing can be copied, and q stays as it is, for zeros would cost less power and time."""
 
-    def step(last, *inputs):
+    def step(last: jax.Array, *inputs: jax.Array) -> Any:
         del last
         return attend(*inputs)
 

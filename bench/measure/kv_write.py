@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import clock, report
-from bench.tpu_model.kv_write import Case
+from bench.cases.kv_write import WriteCase
 
 
-def random_inputs(case: Case, seed: int) -> tuple[jax.Array, ...]:
+def random_inputs(case: WriteCase, seed: int) -> tuple[jax.Array, ...]:
     """Arrays for `case.step`: a pool that is never zero, pages in random order."""
     rng = np.random.default_rng(seed)
     pool, k, v, *_ = case.shapes()
@@ -40,19 +40,19 @@ def random_inputs(case: Case, seed: int) -> tuple[jax.Array, ...]:
     return (*tensors, *(jnp.asarray(x) for x in index))
 
 
-def time_write(step: Any, case: Case) -> clock.Timing:
+def time_write(step: Any, case: WriteCase) -> clock.Timing:
     """Times a step over pools that rotate, so that no cache holds the one that is written."""
     first, k, v, *index = random_inputs(case, seed=0)
     pools = [first, first + 1] if jax.default_backend() != "cpu" else [first]
     return clock.time_step(step, pools, (k, v, *index))
 
 
-def measure_op(case: Case) -> dict[str, Any]:
+def measure_op(case: WriteCase) -> dict[str, Any]:
     """The platform's backend on a case."""
     return as_record(case, case.op, time_write(case.step("auto"), case))
 
 
-def measure_scatter(case: Case, unique: bool) -> dict[str, Any]:
+def measure_scatter(case: WriteCase, unique: bool) -> dict[str, Any]:
     """What people write: k and v interleaved, then one scatter by slot.
 
     Args:
@@ -61,7 +61,7 @@ def measure_scatter(case: Case, unique: bool) -> dict[str, Any]:
     """
     promise: dict[str, Any] = {"unique_indices": True, "mode": "promise_in_bounds"}
 
-    def scatter(kv_pages, k, v, slots):
+    def scatter(kv_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
         rows = jnp.stack([k, v], axis=2).reshape(case.num_tokens, -1, kv_pages.shape[-1])
         flat = kv_pages.reshape(-1, *kv_pages.shape[2:])
         rows = jnp.pad(rows, ((0, 0), (0, flat.shape[1] - rows.shape[1]), (0, 0)))
@@ -71,13 +71,13 @@ def measure_scatter(case: Case, unique: bool) -> dict[str, Any]:
     return as_record(case, name, time_write(scatter, case))
 
 
-def measure_copy(case: Case) -> dict[str, Any]:
+def measure_copy(case: WriteCase) -> dict[str, Any]:
     """A copy that reads and writes as many bytes as the case."""
     source = jax.random.normal(
         jax.random.key(0), (case.num_bytes // 2 // jnp.dtype(case.dtype).itemsize,), case.dtype
     )
 
-    def copy(halves, source):
+    def copy(halves: jax.Array, source: jax.Array) -> jax.Array:
         # Into half of an array, because XLA would hand on the source itself for a whole one.
         return jax.lax.dynamic_update_index_in_dim(halves, source, 0, 0)
 
@@ -85,7 +85,7 @@ def measure_copy(case: Case) -> dict[str, Any]:
     return as_record(case, "copy", clock.time_step(copy, states, (source,)))
 
 
-def as_record(case: Case, name: str, timing: clock.Timing) -> dict[str, Any]:
+def as_record(case: WriteCase, name: str, timing: clock.Timing) -> dict[str, Any]:
     """What goes into the JSON of a measured case."""
     return {
         "op": name,

@@ -14,6 +14,7 @@ from typing import Any
 
 from bench import clock
 from bench.cases.attention import SCALES, Case
+from bench.cases.rounding import ceil_div
 from bench.peers import child as peers
 
 _WORKSPACE_BYTES = 2**28  # FlashInfer's partial results
@@ -52,7 +53,7 @@ def measure(name: str, case: Case) -> clock.Timing | str:
 def _torch_step(backend: str) -> Callable[[Any, Case, str], Callable[[], Any]]:
     """scaled_dot_product_attention by a member of SDPBackend; tokens before heads in memory."""
 
-    def make_step(torch, case: Case, device: str):
+    def make_step(torch: Any, case: Case, device: str) -> Callable[[], Any]:
         attention: Any = importlib.import_module("torch.nn.attention")
         call = case.call
         if len(case.runs) > 1:
@@ -84,7 +85,7 @@ def _torch_step(backend: str) -> Callable[[Any, Case, str], Callable[[], Any]]:
             )
         )
 
-        def step():
+        def step() -> Any:
             with attention.sdpa_kernel(getattr(attention.SDPBackend, backend)):
                 out = torch.nn.functional.scaled_dot_product_attention(
                     q,
@@ -101,17 +102,17 @@ def _torch_step(backend: str) -> Callable[[Any, Case, str], Callable[[], Any]]:
     return make_step
 
 
-def _flashinfer_step(torch, case: Case, device: str):
+def _flashinfer_step(torch: Any, case: Case, device: str) -> Callable[[], Any]:
     """The decode wrapper where all sequences are decodes, else the one for prefills."""
     flashinfer: Any = importlib.import_module("flashinfer")
     call = case.call
     dtype = call.pool_dtype or call.dtype
-    pages = [-(-keys // call.page_size) for _, keys in case.lens]
+    pages = [ceil_div(keys, call.page_size) for _, keys in case.lens]
 
-    def int32(values):
+    def int32(values: Any) -> Any:
         return torch.as_tensor(values, dtype=torch.int32, device=device)
 
-    def sums(values):
+    def sums(values: Any) -> Any:
         return int32([0, *torch.tensor(values).cumsum(0).tolist()])
 
     cache = _normal(
@@ -149,7 +150,7 @@ def _flashinfer_step(torch, case: Case, device: str):
     return lambda: wrapper.run(q, cache, **scales)
 
 
-def _normal(torch, shape, dtype: str, device: str):
+def _normal(torch: Any, shape: tuple[int, ...], dtype: str, device: str) -> Any:
     """Normal values; of a torch dtype of jax's name."""
     return torch.randn(shape, device=device, dtype=torch.bfloat16).to(getattr(torch, dtype))
 

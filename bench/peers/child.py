@@ -31,7 +31,7 @@ def require(names: Sequence[str], *, on_gpu: bool) -> None:
     Raises:
       app.UsageError: with the sentence.
     """
-    report.require_known("peers", MODULES, names)
+    report.require_choices("peers", MODULES, names)
     if names and not on_gpu:
         raise app.UsageError("--peers are measured on a GPU, and there is none")
     for name in names:

@@ -7,30 +7,31 @@ See bench/peers/child.py for where they run.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from bench import clock
+from bench.cases.kv_write import WriteCase
+from bench.cases.rounding import ceil_div
 from bench.peers import child as peers
-from bench.tpu_model.kv_write import Case
 
 NAMES = {"torch": "torch index_put_", "flashinfer": "FlashInfer append"}
 
 
-def measure(peer: str, case: Case) -> clock.Timing:
+def measure(peer: str, case: WriteCase) -> clock.Timing:
     """A peer's kernel time from a cold L2. Runs in a process that has no jax backend."""
     torch = peers.import_torch()
     return peers.time_kernels(torch, _STEPS[peer](torch, case))
 
 
-def _new(torch, case: Case):
+def _new(torch: Any, case: WriteCase) -> Iterator[Any]:
     shape = (case.num_tokens, case.num_kv_heads, case.head_dim)
     return (torch.randn(shape, device="cuda").to(getattr(torch, case.dtype)) for _ in "kv")
 
 
-def _torch_step(torch, case: Case):
+def _torch_step(torch: Any, case: WriteCase) -> Callable[[], Any]:
     """Two in-place scatters, K and V, into one [slots, 2, K, H] cache."""
-    num_slots = 2 * -(-case.num_tokens // case.page_size) * case.page_size
+    num_slots = 2 * ceil_div(case.num_tokens, case.page_size) * case.page_size
     k, v = _new(torch, case)
     cache = torch.zeros(
         (num_slots, 2, case.num_kv_heads, case.head_dim), dtype=k.dtype, device="cuda"
@@ -38,17 +39,17 @@ def _torch_step(torch, case: Case):
     slots = torch.randperm(num_slots, device="cuda")[: case.num_tokens]
     keys, values = cache[:, 0], cache[:, 1]
 
-    def step():
+    def step() -> None:
         keys.index_put_((slots,), k)
         values.index_put_((slots,), v)
 
     return step
 
 
-def _flashinfer_step(torch, case: Case):
+def _flashinfer_step(torch: Any, case: WriteCase) -> Callable[[], Any]:
     """append_paged_kv_cache of one sequence, its pages in random order; no index conversion."""
     flashinfer: Any = importlib.import_module("flashinfer")
-    pages = -(-case.num_tokens // case.page_size)
+    pages = ceil_div(case.num_tokens, case.page_size)
     k, v = _new(torch, case)
     cache = torch.zeros(
         (2 * pages, 2, case.page_size, case.num_kv_heads, case.head_dim),
@@ -56,7 +57,7 @@ def _flashinfer_step(torch, case: Case):
         device="cuda",
     )
 
-    def int32(values):
+    def int32(values: Any) -> Any:
         return torch.as_tensor(values, dtype=torch.int32, device="cuda")
 
     arguments = (
@@ -70,7 +71,7 @@ def _flashinfer_step(torch, case: Case):
     return lambda: flashinfer.append_paged_kv_cache(k, v, *arguments)
 
 
-_STEPS: dict[str, Callable[[Any, Case], Callable[[], Any]]] = {
+_STEPS: dict[str, Callable[[Any, WriteCase], Callable[[], Any]]] = {
     "torch": _torch_step,
     "flashinfer": _flashinfer_step,
 }

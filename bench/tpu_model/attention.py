@@ -23,7 +23,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from bench.cases.attention import Call, Case
+from bench.cases.attention import MIN_Q_BYTES, Call, Case
 from bench.tpu_model import attention_roles as parts
 from bench.tpu_model import attention_trips as walk
 from bench.tpu_model import schedule as ts
@@ -35,16 +35,12 @@ from pallas_paged.attention.tpu import launch as mosaic_tpu
 FLOP_PER_CYCLE = {"v4": 131072, "v5e": 131072, "v5p": 131072, "v6e": 524288, "tpu7x": 524288}
 
 
-# Of q, below which XLA may put it into VMEM before the kernel, which would be another kernel.
-_MIN_Q_BYTES = 2**24
-
-
 def compile_target(**fields: Any):
     """What `bench.tpu_model.compile.Job` compiles: a call, by its fields; `config` by its own."""
     config = fields.pop("config", None)
     call = Call(**fields, config=mosaic_tpu.TpuAttentionConfig(**config) if config else None)
     row_bytes = call.num_heads * call.head_dim * jnp.dtype(call.dtype).itemsize
-    call = dataclasses.replace(call, num_tokens=max(call.num_tokens, _MIN_Q_BYTES // row_bytes))
+    call = dataclasses.replace(call, num_tokens=max(call.num_tokens, MIN_Q_BYTES // row_bytes))
     return call.step("mosaic_tpu"), call.shapes(), {"donate_argnums": (1,)} if call.writes else {}
 
 

@@ -70,7 +70,7 @@ class Job:
     generation: str
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_generation(self.generation)
         if self.target.count(":") != 1:
             raise ValueError(f"Job: target is {self.target!r}; it must be 'module:function'")
@@ -236,9 +236,15 @@ def compile_jobs(
     return dumps
 
 
-def _collect(process, jobs, root, on_done) -> list[Dump]:
+def _collect(
+    process: subprocess.Popen[str],
+    jobs: Sequence[Job],
+    root: pathlib.Path,
+    on_done: Callable[[Job, float], None] | None,
+) -> list[Dump]:
     """Reads the child's line of JSON per job; its end without one is an error."""
     dumps = []
+    assert process.stdout is not None
     for index, job in enumerate(jobs):
         line = process.stdout.readline()
         died = {"error": "the compiling process died", "seconds": 0.0}

@@ -2,127 +2,50 @@
 """Predict the TPU writes from their compiled schedules: which loop runs how often in which case.
 
 `predict` compiles each case for its generation, names the loops of the shipped kernel by what is in
-them (`_role`), counts their trips from the walk that the case makes (`_walk`) and adds up bundles.
+them (`_roles`), counts how often the case runs each of them (`_count_trips`) and adds up bundles.
 That the DMAs come out as many as the case has entries is checked at every prediction.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-import pallas_paged
+from bench.cases.kv_write import WriteCase
+from bench.cases.rounding import ceil_div
 from bench.tpu_model import schedule as ts
-from pallas_paged import layout
 from pallas_paged.kv_write.options import WriteOptions
 from pallas_paged.kv_write.tpu import launch as mosaic_tpu
 from pallas_paged.kv_write.tpu.spec import KernelSpec
-
-OPS = ("page", "page_starts", "slice", "token")
 
 # What published data prove of the DMA engine: 640 slices, two DMAs each, in 22.8 us on a v6e
 # (vLLM PR 20415, 128 slices a step, where latency vanishes); see bench.tpu_model.published.
 DESCRIPTOR_NS = 18.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One write: `num_tokens` new tokens to `page_size` pages, all of them dense and in order.
-
-    Attributes:
-      op: "page" (page_write, tokens from 0 on), "page_starts" (page_write with token_starts),
-        "slice" (slice_write of page-long slices) or "token" (token_write).
-      generation: a key of `bench.tpu_model.schedule.GENERATIONS`.
-      is_flat: k and v are [T, K*H] rather than [T, K, H].
-    """
-
-    op: str
-    generation: str
-    page_size: int
-    num_tokens: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: str
-    is_flat: bool = True
-
-    @property
-    def num_pages(self) -> int:
-        """Whole pages written; what is left of the tokens is not part of the case."""
-        return self.num_tokens // self.page_size
-
-    @property
-    def num_bytes(self) -> int:
-        """HBM bytes: the k and v that are read and the slots that are written."""
-        tokens = self.num_tokens if self.op == "token" else self.num_pages * self.page_size
-        itemsize = jnp.dtype(self.dtype).itemsize
-        _, _, rows, lanes = self._pool_shape
-        return tokens * itemsize * (2 * self.num_kv_heads * self.head_dim + rows * lanes)
-
-    @property
-    def _pool_shape(self) -> tuple[int, int, int, int]:
-        pages = 2 * max(1, -(-self.num_tokens // self.page_size))
-        return layout.pool_shape(
-            pages, self.page_size, self.num_kv_heads, self.head_dim, self.dtype
-        )
-
-    def shapes(self) -> tuple[Any, ...]:
-        """What `step` takes: the pool, k, v and the op's indices, as shapes."""
-        heads: tuple[int, ...] = (self.num_kv_heads, self.head_dim)
-        if self.is_flat:
-            heads = (math.prod(heads),)
-        new = (self.num_tokens, *heads)
-        indices: dict[str, list[tuple[int, ...]]] = {
-            "page": [(self.num_pages,)],
-            "page_starts": [(self.num_pages,), (self.num_pages,)],
-            "slice": [(3, self.num_pages), (1,)],
-            "token": [(self.num_tokens,)],
-        }
-        dtype = jnp.dtype(self.dtype)
-        return (
-            jax.ShapeDtypeStruct(self._pool_shape, dtype),
-            *(jax.ShapeDtypeStruct(new, dtype) for _ in "kv"),
-            *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in indices[self.op]),
-        )
-
-    def step(self, backend: str) -> Callable[..., jax.Array]:
-        """The public call, as a function of `shapes()`."""
-        write = {"slice": pallas_paged.slice_write, "token": pallas_paged.token_write}.get(
-            self.op, pallas_paged.page_write
-        )
-
-        def call(kv_pages, *arrays):
-            return write(kv_pages, *arrays, num_kv_heads=self.num_kv_heads, backend=backend)
-
-        return call
-
-    def spec(self) -> KernelSpec:
-        """The kernel's static parameters for the case, with the shipped block sizes."""
-        pool, k = self.shapes()[:2]
-        options = WriteOptions("mosaic_tpu", False, config=None, num_kv_heads=self.num_kv_heads)
-        op = {"slice": "slice_write", "token": "token_write"}.get(self.op, "page_write")
-        return mosaic_tpu.plan(
-            op,
-            pool,
-            k,
-            options,
-            num_entries=self.num_tokens if self.op == "token" else self.num_pages,
-            has_token_starts=self.op in ("page_starts", "slice"),
-        )
+def spec_of(case: WriteCase) -> KernelSpec:
+    """The kernel's static parameters for a case, with the shipped block sizes."""
+    pool, k = case.shapes()[:2]
+    options = WriteOptions("mosaic_tpu", False, config=None, num_kv_heads=case.num_kv_heads)
+    return mosaic_tpu.plan(
+        {"slice": "slice_write", "token": "token_write"}.get(case.op, "page_write"),
+        pool,
+        k,
+        options,
+        num_entries=case.num_tokens if case.op == "token" else case.num_pages,
+        has_token_starts=case.op in ("page_starts", "slice"),
+    )
 
 
-def compile_target(**fields: Any):
+def compile_target(**fields: Any) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """What `bench.tpu_model.compile.Job` compiles: a case, by its fields."""
-    case = Case(**fields)
+    case = WriteCase(**fields)
     return case.step("mosaic_tpu"), case.shapes(), {"donate_argnums": 0}
 
 
 @dataclasses.dataclass(frozen=True)
-class Prediction:
+class WritePrediction:
     """What a compiled schedule says of a case. A prediction, not a measurement.
 
     Attributes:
@@ -136,7 +59,7 @@ class Prediction:
       num_xla_passes: launches of XLA's own before the kernel (metadata); not in the cycles.
     """
 
-    case: Case
+    case: WriteCase
     num_dmas: int
     cycles_per_issue: float
     schedule_cycles: float
@@ -161,8 +84,8 @@ class Prediction:
 
 
 def predict(
-    cases: Sequence[Case], *, on_done: Callable[[ts.Job, float], None] | None = None
-) -> list[Prediction]:
+    cases: Sequence[WriteCase], *, on_done: Callable[[ts.Job, float], None] | None = None
+) -> list[WritePrediction]:
     """Compiles the cases and predicts each from its schedule.
 
     Cases whose kernels differ in nothing but trip counts share a compile.
@@ -171,7 +94,7 @@ def predict(
       RuntimeError: libtpu is missing or failed.
       ValueError: the schedule does not have the loops that the kernel is written with.
     """
-    representatives = list(dict.fromkeys(map(_representative, cases)))
+    representatives = list(dict.fromkeys(map(representative, cases)))
     jobs = [
         ts.Job(
             f"{c.generation} {c.op} page {c.page_size} tokens {c.num_tokens} flat {c.is_flat}",
@@ -182,10 +105,10 @@ def predict(
         for c in representatives
     ]
     compiled = dict(zip(representatives, ts.schedules(jobs, on_done=on_done), strict=True))
-    return [_predict(case, compiled[_representative(case)]) for case in cases]
+    return [_predict(case, compiled[representative(case)]) for case in cases]
 
 
-def _representative(case: Case) -> Case:
+def representative(case: WriteCase) -> WriteCase:
     """The case whose kernel has the same body: one with full groups, in one step or several."""
     step = mosaic_tpu.ELEMENTS_PER_STEP * (1 if case.op == "token" else case.page_size)
     # So many that XLA cannot prefetch k and v to VMEM, which would time another kernel.
@@ -195,7 +118,7 @@ def _representative(case: Case) -> Case:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Walk:
+class _Trips:
     """Trips that a case makes: totals over the call."""
 
     steps: int
@@ -209,13 +132,16 @@ class _Walk:
     one_by_one: int  # groups that the kernel plans entry by entry
 
 
-def _walk(case: Case) -> tuple[_Walk, int, int]:
-    """The walk over a dense case, the unroll, and the chunks: grouping.find_group on paper."""
-    spec = case.spec()
+def _count_trips(case: WriteCase) -> tuple[_Trips, int, int]:
+    """How often a dense case runs what the kernel plans, the unroll, and the number of chunks.
+
+    The kernel's own grouping (`grouping.find_group`) on paper.
+    """
+    spec = spec_of(case)
     num_entries = spec.num_elements * spec.chunks_per_element
     group, unroll = spec.chunks_per_group, spec.chunks_per_iteration
     step = spec.chunks_per_step
-    totals = dict.fromkeys((f.name for f in dataclasses.fields(_Walk)), 0)
+    totals = dict.fromkeys((f.name for f in dataclasses.fields(_Trips)), 0)
     for first_of_step in range(0, num_entries, step):
         totals["steps"] += 1
         last_of_step = min(first_of_step + step, num_entries)
@@ -230,16 +156,16 @@ def _walk(case: Case) -> tuple[_Walk, int, int]:
                 totals["plan_entries"] += size - 1
             tokens = size * spec.chunk_tokens + (i * spec.chunk_tokens) % spec.row_align
             totals["groups"] += 1
-            totals["bodies"] += -(-tokens // (spec.tiling.tile * spec.tiling.tiles_per_iteration))
+            totals["bodies"] += ceil_div(tokens, spec.tiling.tile * spec.tiling.tiles_per_iteration)
             singles = size % unroll if unroll > 1 else size
             totals["chunks"] += (size - singles) // unroll
             totals["singles"] += singles
             totals["groups_with_singles"] += singles > 0
             i += size
-    return _Walk(**totals), unroll, num_entries
+    return _Trips(**totals), unroll, num_entries
 
 
-def _roles(tree: ts.Node, case: Case, unroll: int) -> dict[tuple[int, ...], str]:
+def _roles(tree: ts.Node, case: WriteCase, unroll: int) -> dict[tuple[int, ...], str]:
     """Path -> role of every loop of the kernel and of the regions that issue, by what is in them.
 
     The fast form of a chunk has no role where the compiler has predicated it into the group's loop.
@@ -247,10 +173,10 @@ def _roles(tree: ts.Node, case: Case, unroll: int) -> dict[tuple[int, ...], str]
     loops = [node for node in tree.walk() if node.kind == "loop"]
     one_chunk = case.op in ("page", "page_starts") and unroll > 1  # spec.is_one_iteration
 
-    def stores(node):
+    def stores(node: ts.Node) -> float:
         return node.total.vector_stores
 
-    def sends(node):
+    def sends(node: ts.Node) -> float:
         return node.total.dmas.get("vmem_to_hbm", 0)
 
     names = {"page": ["checked"], "page_starts": ["unchecked", "checked"], "token": ["checked"]}
@@ -305,7 +231,7 @@ def _is_inside(node: ts.Node, other: ts.Node) -> bool:
     return len(node.path) > len(other.path) and node.path[: len(other.path)] == other.path
 
 
-def _predict(case: Case, schedule: ts.Schedule) -> Prediction:
+def _predict(case: WriteCase, schedule: ts.Schedule) -> WritePrediction:
     kernels = [k for k in schedule.kernels if "_write_" in k.name]
     if len(kernels) != 1:
         raise ValueError(f"{case}: {len(kernels)} write kernels compiled; wanted 1")
@@ -314,46 +240,46 @@ def _predict(case: Case, schedule: ts.Schedule) -> Prediction:
     elsewhere = [o for o in tensors if o.space != "hbm"]
     if elsewhere:
         raise ValueError(f"{case}: XLA put {elsewhere} outside HBM; the model is of transfers")
-    walk, unroll, num_entries = _walk(case)
+    made, unroll, num_entries = _count_trips(case)
     roles = _roles(tree, case, unroll)
     fast = {"page": "checked", "token": "checked", "page_starts": "unchecked", "slice": "equal"}[
         case.op
     ]
-    per_group = 1.0 / walk.groups
+    per_group = 1.0 / made.groups
     trips = {
-        "step": walk.steps,
-        "group": walk.groups / walk.steps,
-        "body": walk.bodies * per_group,
+        "step": made.steps,
+        "group": made.groups / made.steps,
+        "body": made.bodies * per_group,
         **dict.fromkeys(("equal", "unchecked", "checked", "count"), 0.0),
-        "single": walk.singles / max(1, walk.groups_with_singles),
-        fast: walk.chunks * per_group,
-        "plan_chunks": walk.plan_chunks * per_group,
+        "single": made.singles / max(1, made.groups_with_singles),
+        fast: made.chunks * per_group,
+        "plan_chunks": made.plan_chunks * per_group,
         # Each step plans its first group before the loop; counted as an average one.
-        "open_chunks": walk.plan_chunks * per_group,
-        "plan_entries": walk.plan_entries / max(1, walk.one_by_one),
-        "open_entries": walk.plan_entries / max(1, walk.one_by_one),
+        "open_chunks": made.plan_chunks * per_group,
+        "plan_entries": made.plan_entries / max(1, made.one_by_one),
+        "open_entries": made.plan_entries / max(1, made.one_by_one),
     }
 
-    def roles_in(node):
+    def roles_in(node: ts.Node) -> set[str]:
         return {roles[n.path] for n in node.walk() if n.path in roles}
 
-    def is_single(node):
+    def is_single(node: ts.Node) -> bool:
         """Whether a region runs only where a group has entries that fill no chunk."""
         inside = roles_in(node)
         return "single" in inside and not inside & {"group", "step"}
 
-    def probability(node) -> float:
+    def probability(node: ts.Node) -> float:
         """How often a region that may be skipped runs, when it is reached, by what is in it."""
         if node.path in roles:
             return trips[roles[node.path]]
         inside = roles_in(node)
         if is_single(node):
             nested = any(_is_inside(node, other) and is_single(other) for other in branches)
-            return 1.0 if nested else walk.groups_with_singles * per_group
+            return 1.0 if nested else made.groups_with_singles * per_group
         if inside == {"count"}:
             return 0.0  # a chunk with an entry to skip; a dense case has none
         if inside in ({"plan_entries"}, {"open_entries"}) and not node.total.dma_issues:
-            return walk.one_by_one * per_group
+            return made.one_by_one * per_group
         return 1.0
 
     branches = [node for node in tree.walk() if node.kind == "branch"]
@@ -366,7 +292,7 @@ def _predict(case: Case, schedule: ts.Schedule) -> Prediction:
     body = next((n for n in tree.walk() if roles.get(n.path) == fast), None)
     sent = counts.dmas["vmem_to_hbm"]
     if body is None:
-        sent -= unroll * (walk.groups - walk.chunks)  # predicated off
+        sent -= unroll * (made.groups - made.chunks)  # predicated off
         cycles_per_issue = _spacing(kernels[0], roles)
     else:
         rare = sum(n.total.bundles for n in body.children)
@@ -375,7 +301,7 @@ def _predict(case: Case, schedule: ts.Schedule) -> Prediction:
         raise ValueError(
             f"{case}: the weighted schedule sends {sent} DMAs; the case has {num_entries} entries"
         )
-    return Prediction(
+    return WritePrediction(
         case=case,
         num_dmas=num_entries,
         cycles_per_issue=cycles_per_issue,

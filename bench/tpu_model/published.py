@@ -27,6 +27,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from bench import report
+from bench.cases.rounding import ceil_div
 from bench.tpu_model.schedule import (
     GENERATIONS,
     Counts,
@@ -82,10 +84,12 @@ class Check:
         return self.predicted_us / self.published_us - 1
 
 
-def index_copy(slices_per_step: int):
+def index_copy(
+    slices_per_step: int,
+) -> tuple[Callable[..., jax.Array], tuple[Any, ...], dict[str, Any]]:
     """The kernel as a `Job` target: see `aot_compile` for what it returns."""
 
-    def run(slices, new_kv, pool):
+    def run(slices: jax.Array, new_kv: jax.Array, pool: jax.Array) -> jax.Array:
         return pl.pallas_call(
             functools.partial(_index_copy_kernel, slices_per_step=slices_per_step),
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -114,21 +118,21 @@ def index_copy(slices_per_step: int):
 
 def _index_copy_kernel(
     # scalar prefetch
-    slices_smem,  # i32[3, padded]: first pool row, first new row, length
+    slices_smem: Any,  # i32[3, padded]: first pool row, first new row, length
     # inputs
-    new_kv_hbm,  # [num_tokens, 4, 128]
-    _,  # the pool, aliased
+    new_kv_hbm: Any,  # [num_tokens, 4, 128]
+    _: Any,  # the pool, aliased
     # outputs
-    pool_hbm,  # [pool_tokens, 4, 128]
+    pool_hbm: Any,  # [pool_tokens, 4, 128]
     # scratch
-    block_vmem,  # [slices_per_step, page_size, 4, 128]
-    sem,
+    block_vmem: Any,  # [slices_per_step, page_size, 4, 128]
+    sem: Any,
     *,
     slices_per_step: int,
-):
+) -> None:
     first = pl.program_id(0) * slices_per_step
 
-    def transfer(i: int, into_vmem: bool):
+    def transfer(i: int, into_vmem: bool) -> Any:
         to, start, length = (slices_smem[row, first + i] for row in range(3))
         block = block_vmem.at[i, pl.ds(0, length)]
         if into_vmem:
@@ -233,7 +237,7 @@ def _grid_loop(kernel: Kernel, slices_per_step: int) -> Node:
 
 
 def _num_steps(slices_per_step: int) -> int:
-    return -(-_NUM_SLICES // slices_per_step)
+    return ceil_div(_NUM_SLICES, slices_per_step)
 
 
 def main() -> None:

@@ -257,7 +257,7 @@ class _Run:
 
 @pytest.fixture(scope="module")
 def run():
-    """`python -m bench.attention --json --parts` for one model, generation and page size."""
+    """`python -m bench.attention --json --all --parts` for one model, generation and page size."""
     schedules, read = [], ts.schedules
 
     def keep(jobs, **options):
@@ -267,7 +267,7 @@ def run():
     out, err = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
-        _flags(presets="llama3-70b-tp8", page_sizes="128", json="true", parts="true"),
+        _flags(presets="llama3-70b-tp8", page_sizes="128", json="true", parts="true", all="true"),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
@@ -293,11 +293,20 @@ def test_the_record_holds_every_case(run):
 
 
 def test_the_text_is_a_table_with_its_assumptions(run):
-    assert run.table.startswith("Predicted from compiled schedules.")
+    assert "\nPredicted from compiled schedules." in run.table
     assert "perfect overlap" in run.table
     (header, rule), rows = _table(run.table, "case  ")
     assert header.split()[:3] == ["case", "page", "us"] and set(rule) == {"-", " "}
     assert [row.split()[0] for row in rows] == list(CASES)
+
+
+def test_the_verdict_comes_first_and_is_of_the_rows(run):
+    verdict, _ = run.table.split("\n\n", 1)
+    lines = verdict.splitlines()
+    assert lines[0].startswith("VERDICT: ragged paged attention") and len(lines) <= 25
+    [row] = run.record["verdict"]["rows"]
+    for p in run.record["predictions"]:
+        assert row[p["case"]["name"]].startswith(f"{p['microseconds']:,.0f} {p['bound']}")
 
 
 def _table(text, start):
@@ -344,7 +353,7 @@ def test_writing_is_on_top_of_the_same_call(run):
         assert sum(fused[name]["parts"].values()) == pytest.approx(fused[name]["core_cycles"])
         assert (fused[name]["parts"]["new tokens"] > 0) == (unit == "cycles_a_page")
         assert fused[name]["bytes"] == p["bytes"] and fused[name]["num_dmas"] <= p["num_dmas"]
-    assert "cycles a new token" in run.table
+    assert "cycles per new token" in run.table
 
 
 def test_new_tokens_are_made_and_sent_on_the_way():
@@ -489,6 +498,7 @@ def test_a_gpu_is_measured_beside_its_peers(as_on_a_gpu, capsys):
         num_heads="2",
         peers="torch",
         json="true",
+        all="true",
         pool_dtype="float8_e4m3fn",
     ):
         attention.main(["attention"])
@@ -506,6 +516,9 @@ def test_a_gpu_is_measured_beside_its_peers(as_on_a_gpu, capsys):
         "refusal": "no cuDNN here",
     }
     assert "torch cuDNN, own: no cuDNN here" in err and "0.50x" in err
+    [verdict] = record["verdict"]["rows"]
+    assert verdict["page"] == "16" and verdict["us"] == "2.0" and verdict["ours over it"] == "0.50x"
+    assert err.startswith("VERDICT: ragged paged attention on ")
     assert len(record["peers"]) == 4
 
 

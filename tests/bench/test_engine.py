@@ -10,7 +10,7 @@ import pytest
 from absl import app, flags
 from absl.testing import flagsaver
 
-from bench import clock
+from bench import clock, report
 from bench import engine as cli
 from bench.engine_study import cost as cost_lib
 from bench.engine_study import real
@@ -304,7 +304,7 @@ def main(*argv, **values):
 
 def test_the_study_prints_and_draws(capsys, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(cli._engine_cost, "predicted", lambda *args, **kwargs: COST)
+    monkeypatch.setattr(cli.engine_cost, "predicted", lambda *args, **kwargs: COST)
     values = {
         "requests": 25,
         "page_sizes": ["16", "64"],
@@ -312,16 +312,20 @@ def test_the_study_prints_and_draws(capsys, monkeypatch, tmp_path):
         "pool_tokens": 20_000,
         "processes": 1,
     }
-    main(parts=["study", "share"], plot=str(tmp_path / "study.png"), **values)
+    main(parts=["study", "share"], all=True, plot=str(tmp_path / "study.png"), **values)
     out = capsys.readouterr().out
     assert "Costs made up" in out and "generated: 25 requests" in out
     assert "PREDICTED share of the KV write" in out
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
-    main(parts=["study"], json=True, **values)
+    main(parts=["study"], json=True, all=True, **values)
     out, err = capsys.readouterr()
     record = json.loads(out)
     assert len(record["study"]["cells"]) == 2 * 2 * 4 * 2 and "whole pages" in err
     assert {"commit", "jax"} <= record["environment"].keys()
+    assert err.startswith("VERDICT: ") and record["verdict"]["rows"][0]["of"] == "generated"
+    main(parts=["study", "share"], **values | {"budgets": ["512"], "kv_writes": ["pages"]})
+    out = capsys.readouterr().out
+    assert out.startswith("VERDICT: ") and len(out.splitlines()) <= report.MAX_VERDICT_LINES
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from bench import kv_write
+from bench import kv_write, report
+from bench.cases.kv_write import OPS, WriteCase
 from bench.tpu_model import kv_write as model
 from bench.tpu_model.compile import COMPILE_ENV
 from pallas_paged.kv_write import oracle
 
-_CASE = model.Case("page", "v6e", 16, 4096, 8, 128, "bfloat16")
+_CASE = WriteCase("page", "v6e", 16, 4096, 8, 128, "bfloat16")
 
 
 def _case(**changes):
@@ -25,8 +26,8 @@ def _case(**changes):
 @pytest.fixture(scope="module")
 def predictions():
     """One compile for all: the four ops on v6e and the pages on tpu7x."""
-    cases = [_case(op=op) for op in model.OPS] + [_case(generation="tpu7x")]
-    return dict(zip([*model.OPS, "tpu7x"], model.predict(cases), strict=True))
+    cases = [_case(op=op) for op in OPS] + [_case(generation="tpu7x")]
+    return dict(zip([*OPS, "tpu7x"], model.predict(cases), strict=True))
 
 
 def test_a_case_counts_its_bytes():
@@ -38,7 +39,7 @@ def test_a_case_counts_its_bytes():
 
 def test_every_op_issues_fast_enough(predictions):
     """The issue's bound: 7.5 cycles from a full block, id load and range check counted."""
-    for op in model.OPS:
+    for op in OPS:
         assert 4.0 < predictions[op].cycles_per_issue <= 7.5, op
 
 
@@ -66,9 +67,9 @@ def test_tokens_are_bound_by_descriptors(predictions):
 
 def test_wrong_trip_counts_are_refused(monkeypatch, predictions):
     """A walk that does not make the case's DMAs gives an error and not a number."""
-    walk, unroll, entries = model._walk(_CASE)
-    wrong = dataclasses.replace(walk, chunks=walk.chunks - 1)
-    monkeypatch.setattr(model, "_walk", lambda case: (wrong, unroll, entries))
+    trips, unroll, entries = model._count_trips(_CASE)
+    wrong = dataclasses.replace(trips, chunks=trips.chunks - 1)
+    monkeypatch.setattr(model, "_count_trips", lambda case: (wrong, unroll, entries))
     with pytest.raises(ValueError, match="the weighted schedule sends"):
         model.predict([_CASE])
 
@@ -97,6 +98,7 @@ def _run(*flags):
 def test_json_is_all_that_json_prints():
     done = _run(
         "--json",
+        "--all",
         "--generations=v5e",
         "--ops=page,token",
         "--page_sizes=16",
@@ -110,7 +112,20 @@ def test_json_is_all_that_json_prints():
     assert record["scatter"][0]["median_us"] > 0
     assert record["environment"]["libtpu"]
     assert "learning/" not in done.stderr and "WARNING" not in done.stderr  # libtpu's own log
-    assert done.stderr.startswith("Predicted from compiled schedules")
+    verdict, tables = done.stderr.split("\n\n", 1)
+    assert verdict.startswith("VERDICT: how to write 256 new tokens")
+    assert record["verdict"]["rows"][0]["use"] == "page_write"
+    rows = [line.split()[:3] for line in tables.splitlines()]
+    assert ["page", "16", "256"] in rows and ["token", "-", "256"] in rows
+    assert "The plain-jax scatter, measured on this" in tables
+
+
+def test_the_default_output_is_a_verdict():
+    done = _run("--generations=v5e", "--page_sizes=16", "--tokens=256", "--nocheck_model")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("VERDICT: ") and len(lines) <= report.MAX_VERDICT_LINES
+    assert "These are predictions from schedules compiled for TPUs." in done.stdout
 
 
 @pytest.mark.parametrize(
