@@ -321,7 +321,7 @@ def _explain() -> None:
     config = _with_alignment(config, FLAGS.page_aligned_scheduling)
     alignment = f"page_aligned_scheduling {'on' if config.page_aligned_scheduling else 'off'}"
     print(alignment)
-    timeline = Timeline(jobs, config.max_num_batched_tokens)
+    timeline = Timeline(config.max_num_batched_tokens)
 
     def print_step(step: int, engine: Engine, outputs: list[Output]) -> None:
         print(explain_step(step, engine, outputs, jobs))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from reference_engine.engine import Engine, Output
-from reference_engine.replay import Job, is_decode
+from reference_engine.replay import Job
 from reference_engine.scheduler import Segment
 from reference_engine.write_plan import plan_writes
 
@@ -22,11 +22,10 @@ def explain_step(step: int, engine: Engine, outputs: list[Output], jobs: Sequenc
         f" {len(engine.scheduler.waiting)} requests waiting"
     ]
     for segment in plan.segments:
-        num_prompt = len(jobs[segment.request_id].prompt_ids)
-        kind = "decode " if is_decode(segment, num_prompt) else "prefill"
+        job = jobs[segment.request_id]
         lines.append(
-            f"  request {segment.request_id} {kind} [{segment.start}, {segment.end}) of"
-            f" {num_prompt} + {jobs[segment.request_id].max_tokens}: "
+            f"  request {segment.request_id} {'decode ' if segment.is_decode else 'prefill'}"
+            f" [{segment.start}, {segment.end}) of {len(job.prompt_ids)} + {job.max_tokens}: "
             + _explain_writes(segment, config.page_size)
         )
     for deferral in plan.deferrals:
@@ -52,8 +51,8 @@ def explain_step(step: int, engine: Engine, outputs: list[Output], jobs: Sequenc
 class Timeline:
     """Steps to draw: a row a request, a mark a segment, deferral or preemption."""
 
-    def __init__(self, jobs: Sequence[Job], budget: int):
-        self._jobs, self._budget = jobs, budget
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
         # kind -> (step, request) of every mark
         self._marks: dict[str, list[tuple[int, int]]] = {
             "prefill": [],
@@ -69,8 +68,7 @@ class Timeline:
         assert plan is not None
         tokens = {"prefill": 0, "decode": 0}
         for segment in plan.segments:
-            num_prompt = len(self._jobs[segment.request_id].prompt_ids)
-            kind = "decode" if is_decode(segment, num_prompt) else "prefill"
+            kind = "decode" if segment.is_decode else "prefill"
             self._marks[kind].append((step, segment.request_id))
             tokens[kind] += len(segment.token_ids)
         self._marks["deferred"] += [(step, d.request_id) for d in plan.deferrals]

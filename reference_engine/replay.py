@@ -12,7 +12,7 @@ import numpy as np
 from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.engine import Engine, Output
 from reference_engine.request import Request, SamplingParams
-from reference_engine.scheduler import Segment, StepPlan
+from reference_engine.scheduler import StepPlan
 from reference_engine.traffic import Arrival
 from reference_engine.weights import Params
 from reference_engine.write_plan import plan_writes
@@ -149,7 +149,7 @@ def replay(
             arrived += 1
         outputs = engine.step()
         assert engine.last_plan is not None
-        _count_plan(result, engine.last_plan, jobs, config.page_size)
+        _count_plan(result, engine.last_plan, config.page_size)
         for output in outputs:
             request_id = output.request_id
             result.ttft.setdefault(request_id, now - jobs[request_id].arrival_step + 1)
@@ -193,12 +193,7 @@ def compare(ours: Result, other: Result) -> Comparison:
     )
 
 
-def is_decode(segment: Segment, num_prompt: int) -> bool:
-    """Whether a segment is one generated token and not part of a prompt or of its recomputation."""
-    return segment.start >= num_prompt and len(segment.token_ids) == 1 and segment.samples
-
-
-def _count_plan(result: Result, plan: StepPlan, jobs: Sequence[Job], page_size: int) -> None:
+def _count_plan(result: Result, plan: StepPlan, page_size: int) -> None:
     result.num_steps += bool(plan.segments)
     result.num_tokens += plan.num_tokens
     result.num_deferrals += len(plan.deferrals)
@@ -206,7 +201,7 @@ def _count_plan(result: Result, plan: StepPlan, jobs: Sequence[Job], page_size: 
     for segment in plan.segments:
         writes = plan_writes([segment], page_size)
         result.num_whole_pages += len(writes.page_ids)
-        if is_decode(segment, len(jobs[segment.request_id].prompt_ids)):
+        if segment.is_decode:
             result.num_decode_partials += writes.slices.shape[1]
         else:
             result.num_prefill_partials += writes.slices.shape[1]

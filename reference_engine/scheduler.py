@@ -27,6 +27,7 @@ class Segment(NamedTuple):
       token_ids: the tokens, at positions [start, end).
       page_ids: the request's pages, in order, enough for `end` tokens; not a copy, it may grow.
       samples: whether `end` is the last known token, so that the step yields a new one.
+      is_decode: whether it is a decode; every other segment is part of a prefill.
     """
 
     request_id: int
@@ -34,6 +35,7 @@ class Segment(NamedTuple):
     token_ids: tuple[int, ...]
     page_ids: Sequence[int]
     samples: bool
+    is_decode: bool
 
     @property
     def end(self) -> int:
@@ -84,6 +86,15 @@ def charge(num_new_tokens: int) -> int:
     return num_new_tokens
 
 
+def is_decode(request: Request, computed: int) -> bool:
+    """Whether the next tokens of `request`, after `computed` of them, are a decode.
+
+    They are when the prompt is computed and at most the newest token is not. A request that was
+    preempted computes its outputs again as a prefill, all but the newest.
+    """
+    return computed >= max(request.num_prompt, request.num_tokens - 1)
+
+
 def limit(
     request: Request, computed: int, budget: int, contended: bool, config: EngineConfig
 ) -> int:
@@ -99,16 +110,13 @@ def limit(
     Returns:
       A count that fits every limit; 0 for "not in this step".
     """
-    num_tokens = request.num_tokens
-    last = min(num_tokens, config.max_model_len)
+    last = min(request.num_tokens, config.max_model_len)
     n = min(last - computed, budget)
     if contended and config.long_prefill_token_threshold:
         n = min(n, config.long_prefill_token_threshold)
     if n <= 0:
         return 0
-    # A resumed request replays its outputs as a prefill, all but the newest.
-    is_decode = computed >= num_tokens - 1 and computed >= request.num_prompt
-    if is_decode or not config.page_aligned_scheduling:
+    if not config.page_aligned_scheduling or is_decode(request, computed):
         return n
     end = computed + n
     if end == last and charge(n) <= budget:
@@ -217,7 +225,7 @@ class Scheduler:
         """
         finished = []
         page_size, requests = self.config.page_size, self._requests
-        for request_id, start, token_ids, page_ids, samples in plan.segments:
+        for request_id, start, token_ids, page_ids, samples, _ in plan.segments:
             request = requests.get(request_id)
             if request is None or request.page_ids is not page_ids or request.num_computed != start:
                 continue  # what the step computed of it has no place any more
@@ -353,7 +361,8 @@ def _segment(request: Request, start: int, end: int) -> Segment:
         start,
         request.token_ids(start, end),
         request.page_ids,
-        end == request.num_tokens,
+        samples=end == request.num_tokens,
+        is_decode=is_decode(request, start),
     )
 
 

@@ -47,7 +47,8 @@ class WritePlan:
 def plan_writes(segments: Sequence[Segment], page_size: int) -> WritePlan:
     """Cuts every segment at its page boundaries.
 
-    >>> plan = plan_writes([Segment(0, 3, (7,) * 7, (5, 2, 9), True)], page_size=4)
+    >>> segment = Segment(0, 3, (7,) * 7, page_ids=(5, 2, 9), samples=True, is_decode=False)
+    >>> plan = plan_writes([segment], page_size=4)
     >>> plan.page_ids.tolist(), plan.token_starts.tolist()  # positions 4..7 fill page 2
     ([2], [1])
     >>> plan.slices.T.tolist()  # position 3 in page 5; positions 8 and 9 in page 9

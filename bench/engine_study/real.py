@@ -254,7 +254,8 @@ def _batch(
             start,
             tuple(rng.integers(setup.model.vocab_size, size=end - start).tolist()),
             tuple(next(pages) for _ in range(num_pages_for(end, page_size))),
-            True,
+            samples=True,
+            is_decode=i < batch.decodes,
         )
         for i, (start, end) in enumerate(sequences)
     ]

@@ -169,7 +169,7 @@ def test_each_form_calls_its_ops_with_the_backends_asked_for(monkeypatch, kv_wri
     name = "ragged_paged_attention"
     monkeypatch.setattr(model_lib, name, recording(name, getattr(model_lib, name)))
     config = dataclasses.replace(CONFIG, kv_write=kv_write)
-    segments = [batch_lib.Segment(0, 0, (1,) * 20, (0, 1, 2), True)]
+    segments = [batch_lib.Segment(0, 0, (1,) * 20, (0, 1, 2), samples=True, is_decode=False)]
     jax.eval_shape(
         functools.partial(
             model_lib.forward,
@@ -400,7 +400,7 @@ def test_the_pool_is_not_copied(kv_write):
     """The flat pool goes through the layers in place: no temporary of its size."""
     config = dataclasses.replace(CONFIG, num_pages=4096, kv_write=kv_write)
     pool = jax.eval_shape(lambda: model_lib.make_pool(MODEL, config.num_pages, config.page_size))
-    segments = [batch_lib.Segment(0, 0, (1,) * 20, (0, 1, 2), True)]
+    segments = [batch_lib.Segment(0, 0, (1,) * 20, (0, 1, 2), samples=True, is_decode=False)]
     forward = functools.partial(
         model_lib.forward,
         config=MODEL,
