@@ -87,8 +87,8 @@ flags.DEFINE_string(
     " very slow).",
 )
 flags.DEFINE_string(
-    "attention",
-    EngineConfig.attention,
+    "attention_backend",
+    EngineConfig.attention_backend,
     "Backend of the attention, and of the writes with --kv_write=fused; as --write_backend.",
 )
 flags.DEFINE_bool(
@@ -147,7 +147,10 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) != 2 or argv[1] not in commands:
         got = " ".join(argv[1:]) or "no command"
         _exit(2, f"{got}: wanted one command, {', '.join(commands)}, and flags (see --helpfull)")
-    if argv[1] != "generate" and {FLAGS.write_backend, FLAGS.attention} <= {"auto", "oracle"}:
+    if argv[1] != "generate" and {FLAGS.write_backend, FLAGS.attention_backend} <= {
+        "auto",
+        "oracle",
+    }:
         # The oracle needs no accelerator, and this keeps one free that another program may hold.
         jax.config.update("jax_platforms", "cpu")
     try:
@@ -164,7 +167,10 @@ def main(argv: Sequence[str]) -> None:
 
 def _interpreted(config: EngineConfig) -> contextlib.AbstractContextManager:
     """What TPU kernels need in order to run where there is no TPU."""
-    if "mosaic_tpu" in (config.write_backend, config.attention) and jax.default_backend() == "cpu":
+    if (
+        "mosaic_tpu" in (config.write_backend, config.attention_backend)
+        and jax.default_backend() == "cpu"
+    ):
         return pltpu.force_tpu_interpret_mode()
     return contextlib.nullcontext()
 
@@ -254,7 +260,7 @@ def _serving_config() -> EngineConfig:
             "long_prefill_token_threshold",
             "kv_write",
             "write_backend",
-            "attention",
+            "attention_backend",
             "page_aligned_scheduling",
             "enable_prefix_caching",
         )
@@ -378,7 +384,7 @@ def _make_config(jobs: list[Job]) -> EngineConfig:
         long_prefill_token_threshold=FLAGS.long_prefill_token_threshold,
         kv_write=FLAGS.kv_write,
         write_backend=FLAGS.write_backend,
-        attention=FLAGS.attention,
+        attention_backend=FLAGS.attention_backend,
         enable_prefix_caching=FLAGS.enable_prefix_caching,
         # One shape: a row of a matrix product is then the same to the last bit in any batch.
         token_buckets=(FLAGS.max_num_batched_tokens,),
@@ -408,7 +414,7 @@ def _describe(jobs: list[Job], config: EngineConfig) -> str:
             f" {MODEL.dtype}, on {jax.default_backend()}",
             f"engine   page_size {config.page_size}, {config.num_pages:,} pages, at most"
             f" {config.max_num_batched_tokens} tokens and {config.max_num_seqs} requests a step,"
-            f" {_describe_writes(config)}, attention by {config.attention}",
+            f" {_describe_writes(config)}, attention by {config.attention_backend}",
             f"         {describe_shapes(config)}",
             "",
         ]

@@ -121,8 +121,8 @@ class EngineConfig:
         attention's own call writes them, from the page table (`pallas_paged.write_and_attend`).
       write_backend: backend of the writes, see `pallas_paged.dispatch`. "mosaic_tpu" on a CPU wants
         jax's TPU interpret mode around the engine.
-      attention: backend of the attention, and of the writes too where kv_write is "fused"; as
-        write_backend.
+      attention_backend: backend of the attention, and of the writes too where kv_write is "fused";
+        as write_backend.
       token_buckets: allowed padded lengths of the packed batch; None for powers of two.
       seq_buckets: allowed padded numbers of sequences; None for powers of two. With one token
         bucket and one sequence bucket a request's numbers do not depend on how it is chunked.
@@ -143,7 +143,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     kv_write: str = "pages"
     write_backend: str = "auto"
-    attention: str = "auto"
+    attention_backend: str = "auto"
     token_buckets: tuple[int, ...] | None = None
     seq_buckets: tuple[int, ...] | None = None
     return_logits: bool = False
@@ -188,7 +188,7 @@ class EngineConfig:
         object.__setattr__(self, name, value)
 
     def _check_backends(self):
-        for name in ("write_backend", "attention"):
+        for name in ("write_backend", "attention_backend"):
             value = getattr(self, name)
             require(
                 value in BACKENDS,
@@ -199,12 +199,13 @@ class EngineConfig:
                 hint="auto takes the fastest that runs here",
             )
         require(
-            self.kv_write != "fused" or self.write_backend in ("auto", self.attention),
+            self.kv_write != "fused" or self.write_backend in ("auto", self.attention_backend),
             "EngineConfig",
             "write_backend",
             got=f"{self.write_backend!r}",
-            wanted=f"'auto' or attention={self.attention!r}, as kv_write is 'fused'",
-            hint="one call writes and attends: name its backend in attention",
+            wanted=f"'auto' or attention_backend={self.attention_backend!r},"
+            " because kv_write is 'fused'",
+            hint="one call writes and attends: name its backend in attention_backend",
         )
 
     def _check_buckets(self, name: str, largest: int):

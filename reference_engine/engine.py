@@ -109,7 +109,7 @@ def model_step(
     model: ModelConfig,
     kv_write: str,
     write_backend: str,
-    attention: str,
+    attention_backend: str,
 ) -> tuple[jax.Array, jax.Array]:
     """The model's step as one program with one input from the host.
 
@@ -118,7 +118,7 @@ def model_step(
       kv_pages: [L*P, page_size, R, C].
       packed: i32[n]; a packed Batch.
       spec: what `batch.pack` said of it.
-      model, kv_write, write_backend, attention: see model.forward.
+      model, kv_write, write_backend, attention_backend: see model.forward.
 
     Returns:
       Logits of each sequence's last new token, f32[S, vocab_size], and the pool.
@@ -130,7 +130,7 @@ def model_step(
         config=model,
         kv_write=kv_write,
         write_backend=write_backend,
-        attention=attention,
+        attention_backend=attention_backend,
     )
 
 
@@ -147,7 +147,7 @@ def jitted_step(platform: str) -> Any:
     """`model_step`, the pool donated, compiled as is best for a platform."""
     return jax.jit(
         model_step,
-        static_argnames=("spec", "model", "kv_write", "write_backend", "attention"),
+        static_argnames=("spec", "model", "kv_write", "write_backend", "attention_backend"),
         donate_argnames=("kv_pages",),
         compiler_options=_COMPILER_OPTIONS.get(platform),
     )
@@ -468,7 +468,7 @@ class Engine:
             model=self.model_config,
             kv_write=self.config.kv_write,
             write_backend=self.config.write_backend,
-            attention=self.config.attention,
+            attention_backend=self.config.attention_backend,
         )
 
     def _extras(

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax import lax
 
 import pallas_paged
-from pallas_paged.attention.api import ragged_paged_attention
 from reference_engine import rope
 from reference_engine.batch import Batch
 from reference_engine.config import ModelConfig
@@ -38,7 +37,7 @@ def forward(
     config: ModelConfig,
     kv_write: str,
     write_backend: str,
-    attention: str,
+    attention_backend: str,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs one step; to be traced with `kv_pages` donated.
 
@@ -49,7 +48,7 @@ def forward(
       config: the parameters' shape.
       kv_write: the form of the writes, see EngineConfig.
       write_backend: backend of the writes; not read where kv_write is "fused".
-      attention: backend of the attention.
+      attention_backend: backend of the attention; of the writes too where kv_write is "fused".
 
     Returns:
       Logits of each sequence's last new token, f32[S, vocab_size], and the pool.
@@ -70,7 +69,7 @@ def forward(
             config,
             kv_write,
             write_backend,
-            attention,
+            attention_backend,
         )
         x += attended
         x += _mlp(_rms_norm(x, weights["mlp_norm"], config), weights)
@@ -100,7 +99,9 @@ def in_layer(batch: Batch, first_page: jax.Array, page_size: int) -> Batch:
     )
 
 
-def _attention(x, weights, kv_pages, batch, rotation, config, kv_write, write_backend, attention):
+def _attention(
+    x, weights, kv_pages, batch, rotation, config, kv_write, write_backend, attention_backend
+):
     """Writes the new keys and values, then attends; x [T, D] -> [T, D], and the pool."""
     num_tokens = x.shape[0]
     q = _rotate(_project(x, weights, "q"), rotation, weights.get("q_norm"), config)  # [T, N*H]
@@ -111,13 +112,13 @@ def _attention(x, weights, kv_pages, batch, rotation, config, kv_write, write_ba
     options = {
         "sm_scale": config.head_dim**-0.5,
         "num_kv_heads": config.num_kv_heads,
-        "backend": attention,
+        "backend": attention_backend,
     }
     if kv_write == "fused":
         out, kv_pages = pallas_paged.write_and_attend(q, k, v, kv_pages, *metadata, **options)
     else:
         kv_pages = write_kv(kv_pages, k, v, batch, config, write_backend)
-        out = ragged_paged_attention(q, kv_pages, *metadata, **options)
+        out = pallas_paged.ragged_paged_attention(q, kv_pages, *metadata, **options)
     return _project(out.reshape(num_tokens, -1), weights, "o"), kv_pages
 
 

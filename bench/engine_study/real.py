@@ -71,14 +71,14 @@ class Setup:
     Attributes:
       model: its shape.
       shrink: batches and lengths are divided by this, for machines without an accelerator.
-      attention, write_backend: see EngineConfig.
+      attention_backend, write_backend: see EngineConfig.
       steps, repeats: steps dispatched together, at most and as many as fill `_LONG_US`, and how
         often.
     """
 
     model: ModelConfig
     shrink: int = 1
-    attention: str = "auto"
+    attention_backend: str = "auto"
     write_backend: str = "auto"
     steps: int = 8
     repeats: int = 5
@@ -131,7 +131,7 @@ def host_work(setup: Setup, num_steps: int = 30) -> dict[str, Any]:
         max_model_len=longest,
         max_num_batched_tokens=max(2048 // setup.shrink, batch_size + 16),
         max_num_seqs=batch_size,
-        attention=setup.attention,
+        attention_backend=setup.attention_backend,
         write_backend=setup.write_backend,
         token_buckets=(batch_size, max(2048 // setup.shrink, batch_size + 16)),
         seq_buckets=(batch_size,),
@@ -268,7 +268,7 @@ def _batch(
         max_num_seqs=len(sequences),
         kv_write=kv_write,
         page_aligned_scheduling=False,
-        attention=setup.attention,
+        attention_backend=setup.attention_backend,
         write_backend="auto" if kv_write == "fused" else setup.write_backend,
         token_buckets=(tokens,),
         seq_buckets=(len(sequences),),
@@ -292,7 +292,7 @@ def _step(
             model=setup.model,
             kv_write=config.kv_write,
             write_backend=config.write_backend,
-            attention=config.attention,
+            attention_backend=config.attention_backend,
         )
         return kv_pages
 

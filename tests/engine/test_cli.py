@@ -88,7 +88,7 @@ def test_explain_without_alignment_defers_nobody(capsys):
 
 @pytest.mark.parametrize("kv_write", ["tokens", "fused"])
 def test_other_forms_of_write_replay_to_the_same(capsys, kv_write):
-    main("replay", **SMALL, kv_write=kv_write, attention="oracle")
+    main("replay", **SMALL, kv_write=kv_write, attention_backend="oracle")
     out, err = capsys.readouterr()
     assert err == "" and "5 of 5 requests" in out
     how = "fused with the attention" if kv_write == "fused" else f"{kv_write} by auto"
@@ -116,10 +116,10 @@ def test_replay_fails_where_one_run_has_a_wrong_page_table(capsys, monkeypatch):
     "values, wanted",
     [
         ({}, 0),
-        ({"kv_write": "fused", "attention": "oracle"}, 0),
+        ({"kv_write": "fused", "attention_backend": "oracle"}, 0),
         ({"write_backend": "mosaic_tpu"}, 1),
-        ({"attention": "mosaic_tpu"}, 1),
-        ({"kv_write": "fused", "attention": "mosaic_tpu"}, 1),
+        ({"attention_backend": "mosaic_tpu"}, 1),
+        ({"kv_write": "fused", "attention_backend": "mosaic_tpu"}, 1),
     ],
 )
 def test_a_cpu_interprets_the_tpu_kernels(monkeypatch, values, wanted):
@@ -277,13 +277,21 @@ def test_soft_alignment_is_announced_on_stderr(capsys):
         ("replay", {"num_pages": 1}, "wanted at most the pool's 1 pages"),
         ("replay", {"num_pages": -3}, "argument `num_pages` is -3"),
         ("replay", {"write_backend": "cuda"}, "argument `write_backend` is 'cuda'"),
-        ("replay", {"attention": "flash"}, "argument `attention` is 'flash'; wanted one of"),
+        (
+            "replay",
+            {"attention_backend": "flash"},
+            "argument `attention_backend` is 'flash'; wanted one of",
+        ),
         (
             "replay",
             {"kv_write": "fused", "write_backend": "oracle"},
-            "argument `write_backend` is 'oracle'; wanted 'auto' or attention='auto'",
+            "argument `write_backend` is 'oracle'; wanted 'auto' or attention_backend='auto'",
         ),
-        ("replay", {"attention": "mosaic_gpu"}, "backend 'mosaic_gpu' cannot run this call"),
+        (
+            "replay",
+            {"attention_backend": "mosaic_gpu"},
+            "backend 'mosaic_gpu' cannot run this call",
+        ),
         ("explain", {"plot": "/no/such/x.png"}, "cannot open /no/such/x.png: No such file"),
         ("generate", {}, "--model is missing; wanted the folder of a model"),
         ("generate", {"model": "/no/such"}, "--prompt is missing; wanted a prompt, or --prompt_i"),

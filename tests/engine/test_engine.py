@@ -104,7 +104,7 @@ def test_outputs_are_diverse():
         {"kv_write": "tokens"},
         {"kv_write": "tokens", "page_aligned_scheduling": False},
         {"kv_write": "fused"},
-        {"kv_write": "fused", "page_aligned_scheduling": False, "attention": "oracle"},
+        {"kv_write": "fused", "page_aligned_scheduling": False, "attention_backend": "oracle"},
         {"max_num_batched_tokens": 64},
         {"max_num_batched_tokens": 14},
         {"max_num_batched_tokens": 9, "max_num_seqs": 1},
@@ -133,7 +133,7 @@ def test_the_tpu_attention_yields_the_oracles_tokens(monkeypatch, kv_write):
     # The default blocks would hold thirty times these contexts, and take thrice as long to compile.
     small = attention_tpu.TpuAttentionConfig(block_keys=128, window_rows=128)
     monkeypatch.setattr(attention_tpu, "default_config", lambda *args: small)
-    want, got = run_few(), run_few_interpreted(attention="mosaic_tpu", kv_write=kv_write)
+    want, got = run_few(), run_few_interpreted(attention_backend="mosaic_tpu", kv_write=kv_write)
     comparison = compare(want, got)
     assert comparison.num_equal_tokens == comparison.num_outputs == 6
     assert comparison.num_distinct_tokens > 3
@@ -164,10 +164,14 @@ def test_each_form_calls_its_ops_with_the_backends_asked_for(monkeypatch, kv_wri
 
         return op
 
-    for name in ("page_write", "slice_write", "token_write", "write_and_attend"):
+    for name in (
+        "page_write",
+        "slice_write",
+        "token_write",
+        "write_and_attend",
+        "ragged_paged_attention",
+    ):
         monkeypatch.setattr(pallas_paged, name, recording(name, getattr(pallas_paged, name)))
-    name = "ragged_paged_attention"
-    monkeypatch.setattr(model_lib, name, recording(name, getattr(model_lib, name)))
     config = dataclasses.replace(CONFIG, kv_write=kv_write)
     segments = [batch_lib.Segment(0, 0, (1,) * 20, (0, 1, 2), samples=True, is_decode=False)]
     jax.eval_shape(
@@ -176,7 +180,7 @@ def test_each_form_calls_its_ops_with_the_backends_asked_for(monkeypatch, kv_wri
             config=MODEL,
             kv_write=kv_write,
             write_backend="W",
-            attention="A",
+            attention_backend="A",
         ),
         params(),
         model_lib.make_pool(MODEL, config.num_pages, config.page_size),
@@ -406,7 +410,7 @@ def test_the_pool_is_not_copied(kv_write):
         config=MODEL,
         kv_write=kv_write,
         write_backend="oracle",
-        attention="oracle",
+        attention_backend="oracle",
     )
     compiled = (
         jax.jit(forward, donate_argnums=1)
@@ -716,17 +720,18 @@ def test_model_configs_are_checked(fields, message):
         ),
         ({"kv_write": None}, "argument `kv_write` is None"),
         (
-            {"attention": "flash"},
-            r"argument `attention` is 'flash'; wanted one of \('auto', 'oracle', 'mosaic_tpu'",
+            {"attention_backend": "flash"},
+            r"argument `attention_backend` is 'flash'; wanted one of "
+            r"\('auto', 'oracle', 'mosaic_tpu'",
         ),
         ({"write_backend": "cuda"}, "argument `write_backend` is 'cuda'; wanted one of"),
         (
             {"kv_write": "fused", "write_backend": "mosaic_tpu"},
-            "argument `write_backend` is 'mosaic_tpu'; wanted 'auto' or attention='auto'",
+            "argument `write_backend` is 'mosaic_tpu'; wanted 'auto' or attention_backend='auto'",
         ),
         (
-            {"kv_write": "fused", "write_backend": "oracle", "attention": "mosaic_tpu"},
-            "argument `write_backend` is 'oracle'; wanted 'auto' or attention='mosaic_tpu'",
+            {"kv_write": "fused", "write_backend": "oracle", "attention_backend": "mosaic_tpu"},
+            "argument `write_backend` is 'oracle'; wanted 'auto' or attention_backend='mosaic_tpu'",
         ),
     ],
 )
@@ -736,7 +741,7 @@ def test_ways_to_write_and_attend_are_checked(fields, message):
 
 
 def test_a_backend_that_cannot_run_is_refused_and_never_replaced():
-    engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, attention="mosaic_gpu"))
+    engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, attention_backend="mosaic_gpu"))
     engine.add_request([1, 2, 3])
     with pytest.raises(NotImplementedError, match="backend 'mosaic_gpu' cannot run this call"):
         engine.step()
