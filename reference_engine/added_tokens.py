@@ -13,7 +13,8 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from reference_engine.checkpoint import import_extra, read_object
+from reference_engine.checkpoint import read_object
+from reference_engine.extras import import_extra
 
 CONFIG = "tokenizer_config.json"
 # The names that every tokenizer knows, in the order in which transformers adds their tokens.

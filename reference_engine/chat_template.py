@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from reference_engine.added_tokens import CONFIG
-from reference_engine.checkpoint import import_extra, read_object
+from reference_engine.checkpoint import read_object
+from reference_engine.extras import import_extra
 
 Message = Mapping[str, Any]
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing, the usual first

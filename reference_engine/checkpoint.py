@@ -9,7 +9,6 @@ files are read, and what a field that is missing means, is as in transformers.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import pathlib
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 from reference_engine.config import DTYPES, ModelConfig
+from reference_engine.extras import import_extra
 from reference_engine.rope import KINDS, RopeScaling
 
 
@@ -488,21 +488,6 @@ def read_object(file: pathlib.Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         _fail(file, f"no JSON object: it is {str(raw)[:80]!r}")
     return raw
-
-
-def import_extra(name: str) -> Any:
-    """A package of the extra `models`.
-
-    Raises:
-      ImportError: it is not installed; the message says how to.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"a model folder needs {name}, which is not installed: pip install"
-            " 'pallas-paged[models]'"
-        ) from error
 
 
 def _fail(where: pathlib.Path, what: str) -> NoReturn:

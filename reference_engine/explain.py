@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from reference_engine.engine import Engine, Output
+from reference_engine.extras import import_extra
 from reference_engine.replay import Job
 from reference_engine.scheduler import Segment
 from reference_engine.write_plan import plan_writes
@@ -105,19 +107,13 @@ class Timeline:
         figure.savefig(path, format="png")
 
 
-def import_figure():
-    """matplotlib's Figure.
+def import_figure() -> Any:
+    """matplotlib's Figure class. It does without pyplot, which would look for a display.
 
     Raises:
-      ImportError: it is not installed; the message says how to.
+      ImportError: matplotlib is not installed; the message says how to install it.
     """
-    try:
-        from matplotlib.figure import Figure  # no pyplot: it would look for a display
-    except ImportError as error:
-        raise ImportError(
-            "--plot needs matplotlib, which is not installed: pip install 'pallas-paged[plot]'"
-        ) from error
-    return Figure
+    return import_extra("matplotlib.figure", extra="plot", needed_by="--plot").Figure
 
 
 def _explain_writes(segment: Segment, page_size: int) -> str:

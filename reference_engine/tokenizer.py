@@ -11,7 +11,8 @@ from typing import Any
 from reference_engine import chat_template
 from reference_engine.added_tokens import CONFIG, read_added_tokens
 from reference_engine.chat_template import Message
-from reference_engine.checkpoint import import_extra, read_object
+from reference_engine.checkpoint import read_object
+from reference_engine.extras import import_extra
 
 _CONTEXT = 6  # tokens of the prompt that the first token's text can depend on
 _MOST_BYTES = 4  # of a character
