@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from reference_engine.checkpoint import read_object
 from reference_engine.extras import import_extra
@@ -80,7 +80,7 @@ def read_added_tokens(
         for index, value in _object(file, settings, "added_tokens_decoder").items():
             where = f"`added_tokens_decoder`[{index!r}]"
             if not str(index).isdecimal():
-                _fail(file, f"{where}: the key is no token id")
+                raise ValueError(f"{file}: {where}: the key is no token id")
             declared[int(index)] = _token(file, where, value, special=False)
     else:
         file = folder / "special_tokens_map.json"
@@ -132,7 +132,7 @@ def _special_tokens(
     if values is None or isinstance(values, dict):
         return named, None
     if not isinstance(values, list):
-        _fail(file, f"`{field}` is {values!r}; wanted a list of tokens")
+        raise ValueError(f"{file}: `{field}` is {values!r}; wanted a list of tokens")
     # Objects are as special as they say; those in the older file's list all are.
     is_older = file.name != CONFIG and field == "extra_special_tokens"
     return named, [
@@ -161,7 +161,7 @@ def _older_tokens(file: pathlib.Path, special_tokens: Iterable[Any]) -> dict[int
     tokens = {}
     for text, index in (read_object(file) if file.exists() else {}).items():
         if not isinstance(index, int) or isinstance(index, bool):
-            _fail(file, f"`{text}` is {index!r}; wanted a token id")
+            raise ValueError(f"{file}: `{text}` is {index!r}; wanted a token id")
         value = {"content": text, "normalized": text not in special}
         tokens[index] = _token(file, f"`{text}`", value, special=text in special)
     return tokens
@@ -172,20 +172,18 @@ def _token(file: pathlib.Path, where: str, value: Any, *, special: bool = True) 
     if isinstance(value, str):
         value = {"content": value}
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-        _fail(file, f"{where} is {value!r}; wanted a text, or an object with `content`")
+        raise ValueError(
+            f"{file}: {where} is {value!r}; wanted a text, or an object with `content`"
+        )
     flags = {name: value[name] for name in _FLAGS if value.get(name) is not None}
     for name, flag in flags.items():
         if not isinstance(flag, bool):
-            _fail(file, f"{where}: `{name}` is {flag!r}; wanted true or false")
+            raise ValueError(f"{file}: {where}: `{name}` is {flag!r}; wanted true or false")
     flags["special"] = special or flags.get("special", False)
     return import_extra("tokenizers").AddedToken(value["content"], **flags)
 
 
 def _object(file: pathlib.Path, raw: Mapping[str, Any], field: str) -> dict[str, Any]:
     if not isinstance(raw[field], dict):
-        _fail(file, f"`{field}` is {raw[field]!r}; wanted an object")
+        raise ValueError(f"{file}: `{field}` is {raw[field]!r}; wanted an object")
     return raw[field]
-
-
-def _fail(file: pathlib.Path, what: str) -> NoReturn:
-    raise ValueError(f"{file}: {what}")

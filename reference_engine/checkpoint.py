@@ -59,7 +59,7 @@ class _Fields:
     def fail(self, name: str, wanted: str, fault: str = "") -> NoReturn:
         value = self.raw.get(name)
         got = "is missing" if value is None else f"is {repr(value)[:200]}{fault}"
-        _fail(self.file, f"`{name}` {got}; wanted {wanted}{self._where}")
+        raise ValueError(f"{self.file}: `{name}` {got}; wanted {wanted}{self._where}")
 
     def whole(self, name: str, default: int | None = None) -> int:
         """A whole number >= 1; null and nothing mean the default."""
@@ -91,9 +91,9 @@ class _Fields:
         value = self.raw.get(name)
         kind = isinstance(value, bool)
         if not any(value == one and kind == isinstance(one, bool) for one in served):
-            _fail(
-                self.file,
-                f"`{name}` is {repr(value)[:200]}; only {served[0]!r} is served{self._where}",
+            raise ValueError(
+                f"{self.file}: `{name}` is {repr(value)[:200]}; only {served[0]!r} is served"
+                f"{self._where}"
             )
 
 
@@ -159,7 +159,7 @@ def read_generation_config(path: str | pathlib.Path) -> dict[str, Any]:
         eos = read_object(file).get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        _fail(file, f"`eos_token_id` is {eos!r}; wanted an id >= 0 or a list of them")
+        raise ValueError(f"{file}: `eos_token_id` is {eos!r}; wanted an id >= 0 or a list of them")
     return raw | {"eos_token_id": tuple(ids)}
 
 
@@ -196,20 +196,18 @@ def find_tensors(
                 if name.endswith(_IGNORED):
                     continue
                 if name not in shapes:
-                    _fail(file, f"tensor `{name}` is not part of this model")
+                    raise ValueError(f"{file}: tensor `{name}` is not part of this model")
                 if name in placed:
-                    _fail(file, f"tensor `{name}` is in {placed[name].name} too")
+                    raise ValueError(f"{file}: tensor `{name}` is in {placed[name].name} too")
                 view = tensors.get_slice(name)
                 if tuple(view.get_shape()) != shapes[name]:
-                    _fail(
-                        file,
-                        f"tensor `{name}` has shape {tuple(view.get_shape())}; the config"
+                    raise ValueError(
+                        f"{file}: tensor `{name}` has shape {tuple(view.get_shape())}; the config"
                         f" makes it {shapes[name]}",
                     )
                 if view.get_dtype() not in _FLOAT_DTYPES:
-                    _fail(
-                        file,
-                        f"tensor `{name}` is {view.get_dtype()}; wanted one of"
+                    raise ValueError(
+                        f"{file}: tensor `{name}` is {view.get_dtype()}; wanted one of"
                         f" {', '.join(_FLOAT_DTYPES)}",
                     )
                 placed[name] = file
@@ -229,7 +227,7 @@ def _fail_missing(index: _WeightMap, missing: list[str]) -> NoReturn:
         what += f", and {len(missing) - 1} more"
     if name == "lm_head.weight":
         what += "; without it, config.json's `tie_word_embeddings` must be true"
-    _fail(source, what)
+    raise ValueError(f"{source}: {what}")
 
 
 def open_safetensors(file: pathlib.Path) -> Any:
@@ -262,7 +260,9 @@ def _weight_map(folder: pathlib.Path) -> _WeightMap:
     config = folder / "config.json"
     named = read_object(config).get("transformers_weights") if config.is_file() else None
     if named is not None and not _is_inside(named):
-        _fail(config, f"`transformers_weights` is {named!r}; wanted the name of a file")
+        raise ValueError(
+            f"{config}: `transformers_weights` is {named!r}; wanted the name of a file"
+        )
     weights, index = folder / _WEIGHTS, folder / _INDEX
     if named is not None:
         weights = index = folder / named
@@ -285,10 +285,12 @@ def _weight_map(folder: pathlib.Path) -> _WeightMap:
         )
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        _fail(index, "`weight_map` is missing or empty, or no object")
+        raise ValueError(f"{index}: `weight_map` is missing or empty, or no object")
     for tensor, name in weight_map.items():
         if not _is_inside(name):
-            _fail(index, f"`weight_map` has {name!r} for `{tensor}`; wanted the name of a file")
+            raise ValueError(
+                f"{index}: `weight_map` has {name!r} for `{tensor}`; wanted the name of a file"
+            )
     places = {tensor: folder / name for tensor, name in weight_map.items()}
     files = sorted(set(places.values()))
     for file in files:
@@ -321,7 +323,7 @@ def _dtype(fields: _Fields, folder: pathlib.Path) -> str:
                 dtype = tensors.get_slice(name).get_dtype()
                 if dtype in _FLOAT_DTYPES and not name.endswith(_IGNORED):
                     return _FLOAT_DTYPES[dtype]
-    _fail(files[0], f"no tensor is one of {', '.join(_FLOAT_DTYPES)}")
+    raise ValueError(f"{files[0]}: no tensor is one of {', '.join(_FLOAT_DTYPES)}")
 
 
 def _torch_name(dtype: Any) -> Any:
@@ -339,9 +341,8 @@ def _family(fields: _Fields) -> tuple[str, _Family]:
         not architectures or any(one in _ARCHITECTURES for one in architectures)
     )
     if not isinstance(name, str) or name not in _FAMILIES or not is_known:
-        _fail(
-            fields.file,
-            f"`model_type` is {name!r} and `architectures` {architectures!r}; served"
+        raise ValueError(
+            f"{fields.file}: `model_type` is {name!r} and `architectures` {architectures!r}; served"
             f" are {', '.join(_ARCHITECTURES)}",
         )
     return name, _FAMILIES[name]
@@ -353,7 +354,9 @@ def _refuse_windows(fields: _Fields, name: str, num_layers: int) -> None:
     if not isinstance(layer_types, list | None):
         fields.fail("layer_types", "a list")
     if any(kind != "full_attention" for kind in layer_types or ()):
-        _fail(fields.file, "`layer_types` has layers of other kinds than full_attention")
+        raise ValueError(
+            f"{fields.file}: `layer_types` has layers of other kinds than full_attention"
+        )
     has_window = fields.raw.get("sliding_window", 4096) is not None
     if name == "llama" or layer_types or not has_window:
         return
@@ -410,9 +413,8 @@ def _rope(fields: _Fields) -> tuple[RopeScaling, float]:
     kind_name = "type" if given.get("rope_type") is None else "rope_type"
     kind = "default" if given.get(kind_name) is None else given[kind_name]
     if kind not in KINDS:
-        _fail(
-            fields.file,
-            f"RoPE of type {kind!r} is not served; {', '.join(KINDS)} are"
+        raise ValueError(
+            f"{fields.file}: RoPE of type {kind!r} is not served; {', '.join(KINDS)} are"
             f" (`{kind_name}` in `{inside}`)",
         )
     inner.only("partial_rotary_factor", 1, None)
@@ -486,9 +488,5 @@ def read_object(file: pathlib.Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: no JSON: {error}") from error
     if not isinstance(raw, dict):
-        _fail(file, f"no JSON object: it is {str(raw)[:80]!r}")
+        raise ValueError(f"{file}: no JSON object: it is {str(raw)[:80]!r}")
     return raw
-
-
-def _fail(where: pathlib.Path, what: str) -> NoReturn:
-    raise ValueError(f"{where}: {what}")

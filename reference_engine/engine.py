@@ -270,23 +270,30 @@ class Engine:
     def add_request(self, prompt_ids: Sequence[int], params: SamplingParams | None = None) -> int:
         """Queues a prompt and returns the request's id.
 
+        Args:
+          prompt_ids: the prompt's token ids, as ints of Python, numpy or jax.
+          params: how tokens are chosen; None for greedy ones.
+
         Raises:
           ValueError: the prompt is empty, has an id outside the vocabulary, leaves no room for a
-            token below max_model_len, or could outgrow the pool. Nothing else is changed.
+            token below max_model_len, or could outgrow the pool. Nothing is changed then.
         """
         params = params or SamplingParams()
-        self.check_request(prompt_ids, params)
+        return self.add_checked(self.check_request(prompt_ids, params), params)
+
+    def add_checked(self, prompt_ids: tuple[int, ...], params: SamplingParams) -> int:
+        """Queues what `check_request` has returned for these params, without a second check."""
         with self.alone("Engine.add_request"):
             return self._add(prompt_ids, params)
 
-    def _add(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
+    def _add(self, prompt_ids: tuple[int, ...], params: SamplingParams) -> int:
         seed = params.seed
         if seed is None and params.temperature > 0:
             drawn = np.random.SeedSequence([self._seed, self._next_id]).generate_state(1, np.uint64)
             seed = int(drawn.view(np.int64)[0])
         request = Request(
             self._next_id,
-            tuple(map(int, prompt_ids)),
+            prompt_ids,
             params,
             stop_ids=self._eos_ids(params),
             seed=seed or 0,
@@ -532,8 +539,12 @@ class Engine:
     def _eos_ids(self, params: SamplingParams) -> frozenset[int]:
         return frozenset() if params.ignore_eos else self._eos_token_ids
 
-    def check_request(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Raises the ValueError that `add_request` would, and changes nothing."""
+    def check_request(self, prompt: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
+        """The prompt's ids as Python's ints, if `add_request` would take them with these params.
+
+        Raises:
+          ValueError: see `add_request`.
+        """
         op, config = "Engine.add_request", self.config
         require(
             isinstance(params, SamplingParams),
@@ -612,6 +623,7 @@ class Engine:
             wanted=f"at most {MAX_STOP_IDS} with min_tokens",
             hint="name fewer, or leave min_tokens at 0",
         )
+        return tuple(map(int, prompt))
 
 
 def _check_numbers(seed: int, eos_token_ids: Sequence[int]) -> None:

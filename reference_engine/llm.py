@@ -399,10 +399,9 @@ class LLM:
                 ids = self._need_tokenizer("text prompts").encode(text or "")
             completions = _each_completion(param)
             try:
-                self.engine.check_request(ids, completions[0])
+                prompt_ids = self.engine.check_request(ids, completions[0])
             except ValueError as error:
                 raise ValueError(f"LLM.generate: prompt {index}: {error}") from error
-            prompt_ids = tuple(map(int, ids))
             jobs += [_Job(index, i, text, prompt_ids, one) for i, one in enumerate(completions)]
         return jobs
 
@@ -427,7 +426,7 @@ class LLM:
         ids: list[int] = []
         try:
             for job in jobs:
-                request_id = self.engine.add_request(job.prompt_ids, job.params)
+                request_id = self.engine.add_checked(job.prompt_ids, job.params)
                 ids.append(request_id)
                 self._streams[request_id] = _Stream(request_id, job, self.tokenizer, is_live)
         except BaseException:
