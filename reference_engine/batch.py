@@ -12,7 +12,6 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax import lax
 
@@ -40,7 +39,7 @@ class BatchShape:
     num_slots: int
 
 
-Array = np.ndarray | jax.Array
+Array = Any  # numpy's where the host packs it, jax's in the model
 
 
 class Batch(NamedTuple):
@@ -196,7 +195,7 @@ def _powers_of_two(smallest: int, largest: int) -> tuple[int, ...]:
     return (*sizes, largest)
 
 
-def _pad(values, size: int, fill: int) -> np.ndarray:
+def _pad(values: np.ndarray, size: int, fill: int) -> np.ndarray:
     array = np.full(size, fill, np.int32)
     array[: len(values)] = values
     return array

@@ -62,7 +62,7 @@ class ModelConfig:
     max_position: int | None = None
     dtype: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in (
             "vocab_size",
             "hidden_size",
@@ -148,7 +148,7 @@ class EngineConfig:
     seq_buckets: tuple[int, ...] | None = None
     return_logits: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in (
             "page_size",
             "num_pages",
@@ -184,10 +184,10 @@ class EngineConfig:
         if self.page_aligned_scheduling:
             self._check_alignment()
 
-    def _set(self, name: str, value: object):
+    def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def _check_backends(self):
+    def _check_backends(self) -> None:
         for name in ("write_backend", "attention_backend"):
             value = getattr(self, name)
             require(
@@ -208,7 +208,7 @@ class EngineConfig:
             hint="one call writes and attends: name its backend in attention_backend",
         )
 
-    def _check_buckets(self, name: str, largest: int):
+    def _check_buckets(self, name: str, largest: int) -> None:
         given = getattr(self, name)
         if given is None:
             return
@@ -224,7 +224,7 @@ class EngineConfig:
         )
         self._set(name, buckets)
 
-    def _check_alignment(self):
+    def _check_alignment(self) -> None:
         budget, page_size = self.max_num_batched_tokens, self.page_size
         threshold = self.long_prefill_token_threshold
         require(

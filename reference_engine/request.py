@@ -172,7 +172,7 @@ class SamplingParams:
     thinking_token_budget: InitVar[Any] = None
     repetition_detection: InitVar[Any] = None
 
-    def __post_init__(self, *unserved):
+    def __post_init__(self, *unserved: Any) -> None:
         refuse_unserved("SamplingParams", dict(zip(_UNSERVED, unserved, strict=True)), _UNSERVED)
         if self.max_tokens is not None:
             self._check_int("max_tokens", 1, hint="a request generates at least one token")
@@ -194,10 +194,10 @@ class SamplingParams:
             self._check_bool(name)
         self._check_sequences()
 
-    def _set(self, name, value):
+    def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def _check_int(self, name, low, high=None, *, hint):
+    def _check_int(self, name: str, low: int, high: int | None = None, *, hint: str) -> None:
         given = getattr(self, name)
         value = as_int(given)
         require(
@@ -210,7 +210,9 @@ class SamplingParams:
         )
         self._set(name, value)
 
-    def _check_float(self, name, low, high, *, hint, above=False):
+    def _check_float(
+        self, name: str, low: float, high: float, *, hint: str, above: bool = False
+    ) -> None:
         given = getattr(self, name)
         value = as_float(given)
         require(
@@ -223,7 +225,7 @@ class SamplingParams:
         )
         self._set(name, value)
 
-    def _check_bool(self, name):
+    def _check_bool(self, name: str) -> None:
         value = getattr(self, name)
         require(
             isinstance(value, bool | np.bool_),
@@ -235,7 +237,7 @@ class SamplingParams:
         )
         self._set(name, bool(value))
 
-    def _check_sequences(self):
+    def _check_sequences(self) -> None:
         stop, words = _as_tuple(self.stop), _as_tuple(self.bad_words)
         ids = _as_tuple(self.stop_token_ids)
         kept_stop = [text for text in stop or () if isinstance(text, str) and text]
@@ -418,7 +420,7 @@ class Request:
     has_bias: bool = dataclasses.field(init=False)
     has_penalties: bool = dataclasses.field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.num_prompt = len(self.prompt_ids)
         self.num_tokens = self.num_prompt + len(self.output_ids)
         params = self.params

@@ -53,7 +53,7 @@ class RopeScaling:
     mscale: float = 0.0
     mscale_all_dim: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(
             self.kind in KINDS,
             "RopeScaling",
@@ -130,7 +130,7 @@ def _yarn_attention_factor(scaling: RopeScaling) -> float:
 def _yarn_range(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[float, float]:
     """Indices of the frequencies that turn beta_fast and beta_slow times in the old context."""
 
-    def index(turns):
+    def index(turns: float) -> float:
         wavelength = scaling.original_max_position / (turns * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(theta))
 

@@ -64,7 +64,7 @@ def param_shapes(config: ModelConfig) -> Params:
     if not config.tie_embeddings:
         top["unembedding"] = (config.vocab_size, width)
 
-    def struct(shape):
+    def struct(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype))
 
     return {name: struct(shape) for name, shape in top.items()} | {
@@ -140,7 +140,7 @@ def random_params(config: ModelConfig, seed: int) -> Params:
     shapes = param_shapes(config)
     gains = {"q": 2.0, "k": 2.0, "o": 2.0, "down": 2.0}
 
-    def make(path, leaf, key):
+    def make(path: Any, leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
         name = path[-1].key
         if name.endswith("norm"):
             return jnp.ones(leaf.shape, leaf.dtype)
@@ -183,5 +183,5 @@ def _put(parameter: jax.Array, tensor: jax.Array, layer: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _normal(key, scale, shape, dtype):
+def _normal(key: jax.Array, scale: float, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return (jax.random.normal(key, shape) * scale).astype(dtype)
