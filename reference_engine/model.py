@@ -63,11 +63,12 @@ def forward(
     def layer(carry: tuple[jax.Array, jax.Array], xs: tuple[Params, jax.Array]) -> Any:
         x, kv_pages = carry
         weights, index = xs
+        first_page = index * pages_per_layer
         attended, kv_pages = _attention(
             _rms_norm(x, weights["attention_norm"], config),
             weights,
             kv_pages,
-            in_layer(batch, index * pages_per_layer, kv_pages.shape[1]),
+            in_layer(batch, first_page, kv_pages.shape[1]),
             rotation,
             config,
             kv_write=kv_write,
