@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""What each step did and why, in words and as a picture."""
+"""Explains what each step did and why, in words and as a picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from reference_engine.write_plan import plan_writes
 
 
 def explain_step(step: int, engine: Engine, outputs: list[Output], jobs: Sequence[Job]) -> str:
-    """The engine's last step: who was scheduled and what was written where; who waits, and why."""
+    """The engine's last step in words.
+
+    Says which requests were scheduled, what each of them wrote where, which requests wait, and why.
+
+    Args:
+      step: the step's number.
+      engine: the engine after the step.
+      outputs: what the step returned.
+      jobs: the requests by their ids.
+    """
     plan, config = engine.last_plan, engine.config
     assert plan is not None
     lines = [
@@ -51,7 +60,7 @@ def explain_step(step: int, engine: Engine, outputs: list[Output], jobs: Sequenc
 
 
 class Timeline:
-    """Steps to draw: a row a request, a mark a segment, deferral or preemption."""
+    """Steps to draw: one row per request, and one mark per segment, deferral or preemption."""
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
@@ -62,10 +71,10 @@ class Timeline:
             "deferred": [],
             "preempted": [],
         }
-        self._tokens: list[tuple[int, int, int]] = []  # step, of prefills, of decodes
+        self._tokens: list[tuple[int, int, int]] = []  # step, tokens of prefills, of decodes
 
     def observe(self, step: int, engine: Engine) -> None:
-        """Takes the engine's last step."""
+        """Adds the engine's last step."""
         plan = engine.last_plan
         assert plan is not None
         tokens = {"prefill": 0, "decode": 0}
@@ -78,7 +87,7 @@ class Timeline:
         self._tokens.append((step, tokens["prefill"], tokens["decode"]))
 
     def save(self, path: str | os.PathLike, title: str) -> None:
-        """Writes a PNG.
+        """Writes a PNG file.
 
         Raises:
           ImportError: matplotlib is not installed.
@@ -129,7 +138,7 @@ def _explain_writes(segment: Segment, page_size: int) -> str:
 
 
 def _ranges(ids: list[int]) -> str:
-    """Runs of consecutive ids, rising or falling, as first-last.
+    """Page ids as text; consecutive ids, rising or falling, as first-last.
 
     >>> _ranges([3, 4, 5, 9, 8, 1])
     '3-5 9-8 1'
