@@ -4,6 +4,7 @@
 from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.engine import Engine
 from reference_engine.llm import LLM
-from reference_engine.request import FinishReason, SamplingParams
+from reference_engine.request import FinishReason
+from reference_engine.sampling_params import SamplingParams
 
 __all__ = ["LLM", "Engine", "EngineConfig", "FinishReason", "ModelConfig", "SamplingParams"]

@@ -23,7 +23,6 @@ from jax.experimental.pallas import tpu as pltpu
 from reference_engine import progress, report, traffic
 from reference_engine import replay as replay_lib
 from reference_engine.batch import describe_shapes
-from reference_engine.checkpoint import read_model_config
 from reference_engine.compiles import use_persistent_cache
 from reference_engine.config import (
     BACKENDS,
@@ -35,9 +34,10 @@ from reference_engine.config import (
 )
 from reference_engine.engine import Engine, Output
 from reference_engine.explain import Timeline, explain_step, import_figure
+from reference_engine.hf_config import read_model_config
 from reference_engine.llm import LLM
 from reference_engine.replay import Job, Result
-from reference_engine.request import SamplingParams
+from reference_engine.sampling_params import SamplingParams
 from reference_engine.weights import Params, random_params
 
 FLAGS = flags.FLAGS

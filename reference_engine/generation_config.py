@@ -8,7 +8,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from reference_engine.request import SamplingParams
+from reference_engine.json_fields import read_object
+from reference_engine.sampling_params import SamplingParams
 
 # generation_config.json's field -> SamplingParams' field. Those of _SAMPLED, which have the same
 # names in both, count only if `do_sample` is true.
@@ -59,7 +60,7 @@ def sampling_params(path: str | pathlib.Path, generation: Mapping[str, Any]) -> 
 
     Args:
       path: the model's folder.
-      generation: what `checkpoint.read_generation_config` has read there.
+      generation: what `read_generation_config` has read there.
 
     Raises:
       ValueError: it asks for something that is not served; the message names the file and field.
@@ -85,3 +86,25 @@ def sampling_params(path: str | pathlib.Path, generation: Mapping[str, Any]) -> 
             except ValueError as error:
                 raise ValueError(f"{file}: `{name}` is {given[name]!r}: {error}") from error
     return params
+
+
+def read_generation_config(path: str | pathlib.Path) -> dict[str, Any]:
+    """Reads generation_config.json; {} if there is none.
+
+    `eos_token_id` is a tuple of ids in any case. If the file has none, they are config.json's.
+
+    Raises:
+      OSError: there is no config.json either.
+      ValueError: the file is no JSON, or `eos_token_id` is wrong; the message names the file.
+    """
+    folder = pathlib.Path(path)
+    file = folder / "generation_config.json"
+    raw = read_object(file) if file.exists() else {}
+    eos = raw.get("eos_token_id")
+    if eos is None:
+        file = folder / "config.json"
+        eos = read_object(file).get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ValueError(f"{file}: `eos_token_id` is {eos!r}; wanted an id >= 0 or a list of them")
+    return raw | {"eos_token_id": tuple(ids)}

@@ -7,6 +7,7 @@ All layers share one flat pool of L * P pages, which `lax.scan` carries: layer l
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 import pallas_paged
+from pallas_paged import dispatch, settings
 from reference_engine import rope
-from reference_engine.batch import Array, Batch
+from reference_engine.batch import Array, Batch, Spec, unpack
 from reference_engine.config import ModelConfig
 from reference_engine.weights import Params
 
@@ -86,6 +88,68 @@ def forward(
     x = _rms_norm(x[last_rows], params["norm"], config)
     unembedding = params["unembedding" if "unembedding" in params else "embedding"]  # [V, D]
     return _matmul(x, unembedding.T).astype(jnp.float32), kv_pages
+
+
+def model_step(
+    params: Params,
+    kv_pages: jax.Array,
+    packed: jax.Array,
+    *,
+    spec: Spec,
+    model: ModelConfig,
+    kv_write: str,
+    write_backend: str,
+    attention_backend: str,
+) -> tuple[jax.Array, jax.Array]:
+    """As `forward`, for a packed batch, so that a step has one input from the host.
+
+    Args:
+      params: see weights.param_shapes.
+      kv_pages: [L*P, page_size, R, C].
+      packed: a packed Batch, i32[n].
+      spec: the spec that `batch.pack` has returned with it.
+      model: the shape of the parameters.
+      kv_write, write_backend, attention_backend: see `forward`.
+
+    Returns:
+      The logits of each sequence's last new token, f32[S, vocab_size], and the pool.
+    """
+    return forward(
+        params,
+        kv_pages,
+        Batch(*unpack(packed, spec)),
+        config=model,
+        kv_write=kv_write,
+        write_backend=write_backend,
+        attention_backend=attention_backend,
+    )
+
+
+# XLA's own matrix products on a GPU take whole arrays. In a loop over layers, they would copy the
+# weights of each layer out of the stacked ones in every step; merged products would do so too.
+# cuBLAS reads the weights where they are.
+_COMPILER_OPTIONS = {
+    "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+}
+
+
+@functools.cache
+def jitted_step(platform: str) -> Any:
+    """`model_step` as a compiled program that donates the pool, with a platform's best options."""
+    return jax.jit(
+        model_step,
+        static_argnames=("spec", "model", "kv_write", "write_backend", "attention_backend"),
+        donate_argnames=("kv_pages",),
+        compiler_options=_COMPILER_OPTIONS.get(platform),
+    )
+
+
+@settings.defaults()
+def run_step(
+    params: Params, kv_pages: jax.Array, packed: Array, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Runs `model_step` on the current device, and donates the pool."""
+    return jitted_step(dispatch.platform())(params, kv_pages, packed, **options)
 
 
 def in_layer(batch: Batch, first_page: jax.Array, page_size: int) -> Batch:

@@ -11,7 +11,8 @@ import numpy as np
 
 from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.engine import Engine, Output
-from reference_engine.request import Request, SamplingParams
+from reference_engine.request import Request
+from reference_engine.sampling_params import SamplingParams
 from reference_engine.scheduler import StepPlan
 from reference_engine.traffic import Arrival
 from reference_engine.weights import Params

@@ -13,7 +13,8 @@ from jax import lax
 
 from pallas_paged import settings
 from reference_engine.batch import Array
-from reference_engine.request import MAX_BIASED_IDS, MAX_LOGPROBS, MAX_STOP_IDS, Request
+from reference_engine.request import Request
+from reference_engine.sampling_params import MAX_BIASED_IDS, MAX_LOGPROBS, MAX_STOP_IDS
 
 _NO_TOKEN = 2**31 - 1  # an id outside every vocabulary
 _FLOAT32 = np.finfo(np.float32)
@@ -125,6 +126,27 @@ def make_penalties(requests: Sequence[Request], num_seqs: int, max_model_len: in
             penalties.presence[row] = params.presence_penalty
             penalties.frequency[row] = params.frequency_penalty
     return penalties
+
+
+def next_tokens(logits: jax.Array, requests: Sequence[Request], max_model_len: int) -> jax.Array:
+    """The next token of each row: f32[S, V] -> i32[S].
+
+    Changing logits and sampling are separate programs, and only those run that a request of the
+    batch asks for.
+
+    Args:
+      logits: the model's logits.
+      requests: the requests of the first rows; the tokens of the other rows mean nothing.
+      max_model_len: the most tokens of a request.
+    """
+    num_seqs = logits.shape[0]
+    if any(request.has_bias for request in requests):
+        logits = add_bias(logits, make_bias(requests, num_seqs))
+    if any(request.has_penalties for request in requests):
+        logits = penalise(logits, make_penalties(requests, num_seqs, max_model_len))
+    if all(map(is_greedy, requests)):
+        return greedy(logits)
+    return sample(logits, make_sampling(requests, num_seqs))
 
 
 @settings.defaults()

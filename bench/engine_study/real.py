@@ -1,7 +1,7 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """Time the engine's own step on this device: batches, forms of write, and the host's part.
 
-The program timed is the one that the engine runs (`engine.run_step`), on batches that its own code
+The program timed is the one that the engine runs (`model.run_step`), on batches that its own code
 packs. Steps are dispatched one behind the other and waited for together, so that the device is what
 is timed as long as it takes longer than a dispatch. What the writes take of a step is read off its
 kernels on a GPU whose writes have their own; elsewhere the writes are timed alone, in the same way:
@@ -29,8 +29,8 @@ from reference_engine import model as model_lib
 from reference_engine.batch import Batch as Arrays
 from reference_engine.batch import make_batch, pack, unpack
 from reference_engine.config import EngineConfig, ModelConfig, num_pages_for
-from reference_engine.engine import Engine, run_step
-from reference_engine.request import SamplingParams
+from reference_engine.engine import Engine
+from reference_engine.sampling_params import SamplingParams
 from reference_engine.scheduler import Segment
 from reference_engine.weights import Params, random_params
 
@@ -284,7 +284,7 @@ def _step(
     packed = jax.device_put(packed)
 
     def step(kv_pages):
-        _, kv_pages = run_step(
+        _, kv_pages = model_lib.run_step(
             params,
             kv_pages,
             packed,

@@ -21,7 +21,8 @@ from bench.engine_study.cost import Cost, Work, visible_pairs
 from reference_engine.batch import choose_shape
 from reference_engine.config import EngineConfig
 from reference_engine.page_pool import PagePool
-from reference_engine.request import Request, SamplingParams
+from reference_engine.request import Request
+from reference_engine.sampling_params import SamplingParams
 from reference_engine.scheduler import Scheduler, StepPlan, is_decode
 from reference_engine.traffic import Arrival
 

@@ -14,9 +14,10 @@ from absl.testing import flagsaver
 from reference_engine import __main__ as cli
 from reference_engine import batch as batch_lib
 from reference_engine import engine as engine_lib
-from reference_engine.llm import LLM, CompletionOutput, RequestOutput
+from reference_engine.completions import CompletionOutput, RequestOutput
+from reference_engine.llm import LLM
 from reference_engine.replay import Result
-from reference_engine.request import SamplingParams
+from reference_engine.sampling_params import SamplingParams
 from tests.engine.checkpoints import byte_tokenizer, write_checkpoint
 
 SMALL = {"num_requests": 5, "length_scale": 0.04, "max_num_batched_tokens": 48, "max_num_seqs": 4}

@@ -18,12 +18,14 @@ from reference_engine import engine as engine_lib
 from reference_engine import model as model_lib
 from reference_engine import replay as replay_lib
 from reference_engine import rope
+from reference_engine import sampler as sampler_lib
 from reference_engine import scheduler as scheduler_lib
 from reference_engine.config import KV_WRITES, EngineConfig, ModelConfig
 from reference_engine.engine import Engine
 from reference_engine.replay import Job, compare, replay
-from reference_engine.request import FinishReason, SamplingParams
+from reference_engine.request import FinishReason
 from reference_engine.rope import RopeScaling
+from reference_engine.sampling_params import SamplingParams
 from reference_engine.weights import random_params
 
 MODEL = ModelConfig(
@@ -321,9 +323,9 @@ def test_other_shapes_change_the_last_bits_at_most():
 
 def test_no_shape_is_compiled_that_was_not_announced():
     config = dataclasses.replace(CONFIG, token_buckets=(16, 64), seq_buckets=(8,))
-    engine_lib.jitted_step("cpu").clear_cache()
+    model_lib.jitted_step("cpu").clear_cache()
     replay(jobs(), params(), MODEL, config)
-    assert engine_lib.jitted_step("cpu")._cache_size() <= len(batch_lib.batch_shapes(config)) == 2
+    assert model_lib.jitted_step("cpu")._cache_size() <= len(batch_lib.batch_shapes(config)) == 2
 
 
 def test_the_model_is_the_dense_one():
@@ -497,11 +499,11 @@ def assert_plant_is_seen(result):
 
 def run_anew(**changes):
     """A run of which no function comes from the cache of the jitted model, nor stays there."""
-    engine_lib.jitted_step("cpu").clear_cache()
+    model_lib.jitted_step("cpu").clear_cache()
     try:
         return run(**changes)
     finally:
-        engine_lib.jitted_step("cpu").clear_cache()
+        model_lib.jitted_step("cpu").clear_cache()
 
 
 def _layers_share_their_pages(batch, first_page, page_size):
@@ -551,14 +553,15 @@ _real_run_step = engine_lib.run_step
 
 
 @pytest.mark.parametrize(
-    "name, failing",
+    "module, name, failing",
     [
-        ("run_step", _raise_before),
-        ("run_step", _raise_after_the_pool_is_gone),
-        ("greedy", _raise_before),  # as an error of the device, which shows when its result is read
+        (engine_lib, "run_step", _raise_before),
+        (engine_lib, "run_step", _raise_after_the_pool_is_gone),
+        # As an error of the device, which shows when its result is read.
+        (sampler_lib, "greedy", _raise_before),
     ],
 )
-def test_a_step_that_raises_loses_nothing(monkeypatch, name, failing):
+def test_a_step_that_raises_loses_nothing(monkeypatch, module, name, failing):
     engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, num_pages=32))
     for job in jobs():
         engine.add_request(job.prompt_ids, SamplingParams(job.max_tokens))
@@ -568,7 +571,7 @@ def test_a_step_that_raises_loses_nothing(monkeypatch, name, failing):
         step += 1
         if step % 5 == 2:
             with monkeypatch.context() as patch:
-                patch.setattr(engine_lib, name, failing)
+                patch.setattr(module, name, failing)
                 with pytest.raises(ModelError):
                     engine.step()
             assert_books_balance(engine)

@@ -23,7 +23,8 @@ from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.engine import Engine
 from reference_engine.llm import LLM
 from reference_engine.page_pool import PagePool
-from reference_engine.request import FinishReason, Request, SamplingParams
+from reference_engine.request import FinishReason, Request
+from reference_engine.sampling_params import SamplingParams
 from reference_engine.scheduler import Scheduler
 from tests.engine.checkpoints import byte_tokenizer, write_checkpoint
 

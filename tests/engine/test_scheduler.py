@@ -17,7 +17,8 @@ from reference_engine import page_pool as page_pool_lib
 from reference_engine import scheduler as scheduler_lib
 from reference_engine.config import EngineConfig
 from reference_engine.page_pool import PagePool
-from reference_engine.request import FinishReason, Request, SamplingParams
+from reference_engine.request import FinishReason, Request
+from reference_engine.sampling_params import SamplingParams
 from reference_engine.scheduler import Scheduler, limit
 from reference_engine.write_plan import plan_writes
 
