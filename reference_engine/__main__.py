@@ -32,10 +32,11 @@ from reference_engine.config import (
     ModelConfig,
     num_pages_for,
 )
-from reference_engine.engine import Engine, Output
+from reference_engine.engine import Engine
 from reference_engine.explain import Timeline, explain_step, import_figure
 from reference_engine.hf_config import read_model_config
 from reference_engine.llm import LLM
+from reference_engine.outputs import Output
 from reference_engine.replay import Job, Result
 from reference_engine.sampling_params import SamplingParams
 from reference_engine.weights import Params, random_params

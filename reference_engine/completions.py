@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from reference_engine.engine import Output
+from reference_engine.outputs import Output
 from reference_engine.request import FinishReason
 from reference_engine.sampling_params import SamplingParams
 from reference_engine.tokenizer import StopStrings, Tokenizer

@@ -7,8 +7,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence, Set
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -17,53 +16,17 @@ from pallas_paged import layout
 from pallas_paged.checks import require
 from pallas_paged.scalars import read_int
 from reference_engine import compiles
-from reference_engine.batch import (
-    Batch,
-    BatchShape,
-    batch_shapes,
-    make_batch,
-    make_batch_of,
-    pack,
-)
+from reference_engine.batch import Batch, BatchShape, batch_shapes, make_batch, make_batch_of, pack
 from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.model import make_pool, run_step
 from reference_engine.one_thread import OneThread
+from reference_engine.outputs import Extra, Output, make_outputs, read_extras
 from reference_engine.page_pool import PagePool
 from reference_engine.request import FinishReason, Request, check_request
-from reference_engine.sampler import (
-    add_bias,
-    greedy,
-    log_probabilities,
-    make_bias,
-    make_penalties,
-    make_sampling,
-    next_tokens,
-    penalise,
-    sample,
-)
+from reference_engine.sampler import next_tokens, run_every_program
 from reference_engine.sampling_params import SamplingParams
 from reference_engine.scheduler import Scheduler, StepPlan
 from reference_engine.weights import Params
-
-
-class Output(NamedTuple):
-    """One new token.
-
-    Attributes:
-      request_id: the request to which it belongs.
-      token_id: the token.
-      finish_reason: why the request ended with it; None if the request goes on.
-      logits: the model's logits, f32[vocab_size], before any bias or penalty; None unless asked
-        for.
-      logprobs: id -> log probability, first of the token, then of the likeliest ids; None unless
-        asked for.
-    """
-
-    request_id: int
-    token_id: int
-    finish_reason: FinishReason | None
-    logits: np.ndarray | None = None
-    logprobs: dict[int, float] | None = None
 
 
 @dataclasses.dataclass
@@ -92,22 +55,6 @@ class Stats:
     seconds: float = 0.0
     device_seconds: float = 0.0
     num_recompiles: int = 0
-
-
-def _outputs(
-    plan: StepPlan,
-    tokens: list[int],
-    extras: list,
-    finished: Sequence[Request],
-    aborted: Set[int],
-) -> list[Output]:
-    """The outputs of the requests that got a token and were not aborted."""
-    reasons = {request.request_id: request.finish_reason for request in finished}
-    return [
-        Output(segment.request_id, token, reasons.get(segment.request_id), *extra)
-        for segment, token, extra in zip(plan.segments, tokens, extras, strict=True)
-        if segment.samples and segment.request_id not in aborted
-    ]
 
 
 class Engine:
@@ -195,26 +142,33 @@ class Engine:
         params = params or SamplingParams()
         return self.add_checked(self.check_request(prompt_ids, params), params)
 
+    def check_request(self, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
+        """The prompt's ids as Python's ints, if `add_request` would take them with these params.
+
+        Raises:
+          ValueError: see `add_request`.
+        """
+        return check_request(
+            prompt_ids,
+            params,
+            config=self.config,
+            vocab_size=self.model_config.vocab_size,
+            eos_ids=self._eos_token_ids,
+        )
+
     def add_checked(self, prompt_ids: tuple[int, ...], params: SamplingParams) -> int:
         """Queues what `check_request` has returned for these params, without a second check."""
         with self.alone("Engine.add_request"):
-            return self._add(prompt_ids, params)
-
-    def _add(self, prompt_ids: tuple[int, ...], params: SamplingParams) -> int:
-        seed = params.seed
-        if seed is None and params.temperature > 0:
-            drawn = np.random.SeedSequence([self._seed, self._next_id]).generate_state(1, np.uint64)
-            seed = int(drawn.view(np.int64)[0])
-        request = Request(
-            self._next_id,
-            prompt_ids,
-            params,
-            stop_ids=self._eos_ids(params),
-            seed=seed or 0,
-        )
-        self._next_id += 1
-        self.scheduler.add(request)
-        return request.request_id
+            request_id = self._next_id
+            seed = params.seed
+            if seed is None and params.temperature > 0:
+                source = np.random.SeedSequence([self._seed, request_id])
+                seed = int(source.generate_state(1, np.uint64).view(np.int64)[0])
+            stop_ids = frozenset() if params.ignore_eos else self._eos_token_ids
+            request = Request(request_id, prompt_ids, params, stop_ids=stop_ids, seed=seed or 0)
+            self._next_id += 1
+            self.scheduler.add(request)
+            return request_id
 
     def abort(self, request_id: int, reason: FinishReason = FinishReason.ABORT) -> Request | None:
         """Ends a request and frees its pages; returns it, or None if no such request is alive.
@@ -260,10 +214,7 @@ class Engine:
     def _warm_up_shape(self, shape: BatchShape) -> None:
         try:
             logits, self._kv_pages = self._run(make_batch_of(shape, (), self.config))
-            tokens = sample(logits, make_sampling([], shape.num_seqs))
-            add_bias(logits, make_bias([], shape.num_seqs))
-            penalise(logits, make_penalties([], shape.num_seqs, self.config.max_model_len))
-            jax.block_until_ready((greedy(logits), log_probabilities(logits, tokens)))
+            run_every_program(logits, self.config.max_model_len)
         except BaseException:
             self._recover()
             raise
@@ -316,7 +267,9 @@ class Engine:
             device_tokens = next_tokens(logits, requests, self.config.max_model_len)
             tokens = np.asarray(device_tokens)[: len(requests)].tolist()
             self.stats.device_seconds += time.perf_counter() - dispatched
-            extras = self._extras(requests, device_tokens, logits)
+            extras = read_extras(
+                requests, device_tokens, logits, return_logits=self.config.return_logits
+            )
             self._kv_pages = kv_pages  # only after the step has ended without an error
         except BaseException:
             self._recover()
@@ -392,25 +345,7 @@ class Engine:
             attention_backend=self.config.attention_backend,
         )
 
-    def _extras(
-        self, requests: Sequence[Request], tokens: jax.Array, logits: jax.Array
-    ) -> list[tuple[np.ndarray | None, dict[int, float] | None]]:
-        """What is returned for each row beside its token: logits and log probabilities."""
-        rows = np.asarray(logits) if self.config.return_logits else [None] * len(requests)
-        if all(request.params.logprobs is None for request in requests):
-            return [(row, None) for row, _ in zip(rows, requests, strict=False)]
-        own, ids, values = map(np.asarray, log_probabilities(logits, tokens))
-        chosen = np.asarray(tokens)
-        extras = []
-        for i, request in enumerate(requests):
-            count, found = request.params.logprobs, None
-            if count is not None:
-                top = zip(ids[i, :count].tolist(), values[i, :count].tolist(), strict=True)
-                found = {int(chosen[i]): float(own[i])} | dict(top)
-            extras.append((rows[i], found))
-        return extras
-
-    def _commit(self, plan: StepPlan, tokens: list[int], extras: list) -> None:
+    def _commit(self, plan: StepPlan, tokens: list[int], extras: list[Extra]) -> None:
         new_tokens = {
             segment.request_id: token
             for segment, token in zip(plan.segments, tokens, strict=True)
@@ -422,7 +357,7 @@ class Engine:
             self._take_aborts()
             before = self._outputs
             finished = self.scheduler.commit(plan, new_tokens)
-            outputs = _outputs(plan, tokens, extras, finished, aborted)
+            outputs = make_outputs(plan, tokens, extras, finished, aborted)
             self._finished = finished
             self._outputs = before + outputs
         except BaseException:
@@ -450,23 +385,6 @@ class Engine:
             self._kv_pages = make_pool(
                 self.model_config, self.config.num_pages, self.config.page_size
             )
-
-    def _eos_ids(self, params: SamplingParams) -> frozenset[int]:
-        return frozenset() if params.ignore_eos else self._eos_token_ids
-
-    def check_request(self, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
-        """The prompt's ids as Python's ints, if `add_request` would take them with these params.
-
-        Raises:
-          ValueError: see `add_request`.
-        """
-        return check_request(
-            prompt_ids,
-            params,
-            config=self.config,
-            vocab_size=self.model_config.vocab_size,
-            eos_ids=self._eos_token_ids,
-        )
 
 
 def _check_numbers(seed: int, eos_token_ids: Sequence[int]) -> None:

@@ -7,8 +7,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from reference_engine.engine import Engine, Output
+from reference_engine.engine import Engine
 from reference_engine.extras import import_extra
+from reference_engine.outputs import Output
 from reference_engine.replay import Job
 from reference_engine.scheduler import Segment
 from reference_engine.write_plan import plan_writes

@@ -17,9 +17,10 @@ from reference_engine.chat_messages import Message
 from reference_engine.compiles import use_persistent_cache
 from reference_engine.completions import Delta, Job, RequestOutput, Stream, collect
 from reference_engine.config import EngineConfig
-from reference_engine.engine import Engine, Output
+from reference_engine.engine import Engine
 from reference_engine.generation_config import read_generation_config, sampling_params
 from reference_engine.hf_config import read_model_config
+from reference_engine.outputs import Output
 from reference_engine.prompts import (
     conversations,
     each_completion,

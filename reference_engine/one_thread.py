@@ -40,8 +40,8 @@ class OneThread:
                 f" in {self._what}; an engine is for one thread at a time: call it from one thread,"
                 " or guard every call with a lock of your own"
             )
-        with self._lock:  # this holds the lock twice and gives it back even on an interrupt
-            self._lock.release()
+        with self._lock:  # `with` takes it again, and releases it even after an interrupt
+            self._lock.release()  # the first time it was taken
             before = self._what
             self._last, self._what = threading.current_thread(), what
             try:

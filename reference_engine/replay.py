@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from reference_engine.config import EngineConfig, ModelConfig
-from reference_engine.engine import Engine, Output
+from reference_engine.engine import Engine
+from reference_engine.outputs import Output
 from reference_engine.request import Request
 from reference_engine.sampling_params import SamplingParams
 from reference_engine.scheduler import StepPlan

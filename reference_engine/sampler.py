@@ -149,6 +149,20 @@ def next_tokens(logits: jax.Array, requests: Sequence[Request], max_model_len: i
     return sample(logits, make_sampling(requests, num_seqs))
 
 
+def run_every_program(logits: jax.Array, max_model_len: int) -> None:
+    """Runs each program of this module once, so that all are compiled for these logits' shape.
+
+    Args:
+      logits: f32[S, V].
+      max_model_len: the most tokens of a request.
+    """
+    num_seqs = logits.shape[0]
+    tokens = sample(logits, make_sampling([], num_seqs))
+    add_bias(logits, make_bias([], num_seqs))
+    penalise(logits, make_penalties([], num_seqs, max_model_len))
+    jax.block_until_ready((greedy(logits), log_probabilities(logits, tokens)))
+
+
 @settings.defaults()
 @jax.jit
 def add_bias(logits: jax.Array, bias: Bias) -> jax.Array:

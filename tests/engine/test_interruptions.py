@@ -18,7 +18,6 @@ import pytest
 from hypothesis import strategies as st
 
 from reference_engine import engine as engine_lib
-from reference_engine import scheduler as scheduler_lib
 from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.engine import Engine
 from reference_engine.llm import LLM
@@ -405,7 +404,10 @@ def test_whatever_befalls_a_step_pages_balance_and_tokens_are_right(happenings, 
 # A second interrupt while the first is dealt with, and one that takes what was handed over away
 # from the caller, are beyond what a function can do.
 _EXEMPT = {"restart", "reset", "forget_all", "_recover", "_hand_over"}
-_FILES = {engine_lib.__file__, scheduler_lib.__file__, sys.modules[PagePool.__module__].__file__}
+_FILES = {
+    sys.modules[f"reference_engine.{name}"].__file__
+    for name in ("engine", "outputs", "scheduler", "page_pool")
+}
 
 
 def interrupted_step(engine, after):

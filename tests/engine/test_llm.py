@@ -11,7 +11,7 @@ from reference_engine import LLM, EngineConfig, FinishReason, SamplingParams, co
 from reference_engine import engine as engine_lib
 from reference_engine import model as model_lib
 from reference_engine.completions import Job, Stream
-from reference_engine.engine import Output
+from reference_engine.outputs import Output
 from tests.engine.checkpoints import MODEL, byte_tokenizer, write_checkpoint
 
 CONFIG = EngineConfig(
