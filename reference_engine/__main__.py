@@ -302,7 +302,8 @@ def _explain() -> None:
         title = f"pages of {config.page_size}, page_aligned_scheduling {aligned}"
         timeline.save(FLAGS.plot, title)
     print(report.summary(result, config), _setup(jobs, config), "", sep="\n")
-    print(report.steps(steps, max_lines=None if FLAGS.all else 16))
+    print("[start, end) are the positions computed, of the prompt's tokens + those to generate.")
+    print(report.steps(steps, max_lines=None if FLAGS.all else 15))
 
 
 def _run(

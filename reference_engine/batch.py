@@ -87,7 +87,7 @@ def describe_shapes(config: EngineConfig) -> str:
         "{" + ", ".join(f"{size:,}" for size in sorted(set(sizes))) + "}"
         for sizes in zip(*((shape.num_tokens, shape.num_seqs) for shape in shapes), strict=True)
     )
-    return f"{len(shapes)} shapes: {tokens} tokens x {seqs} sequences"
+    return f"{len(shapes)} shape{'s' * (len(shapes) > 1)}: {tokens} tokens x {seqs} sequences"
 
 
 @functools.lru_cache(maxsize=65536)

@@ -29,9 +29,9 @@ def explain_step(step: int, engine: Engine, outputs: list[Output], jobs: Sequenc
     plan, config = engine.last_plan, engine.config
     assert plan is not None
     lines = [
-        f"step {step}: {plan.num_tokens} of {config.max_num_batched_tokens} tokens;"
-        f" {engine.scheduler.pool.num_free} of {config.num_pages} pages free,"
-        f" {len(engine.scheduler.waiting)} requests waiting"
+        f"step {step}: {plan.num_tokens} of {config.max_num_batched_tokens} tokens; pages free:"
+        f" {engine.scheduler.pool.num_free} of {config.num_pages}; requests waiting:"
+        f" {len(engine.scheduler.waiting)}"
     ]
     for segment in plan.segments:
         job = jobs[segment.request_id]

@@ -94,10 +94,10 @@ def summary(result: Result, config: EngineConfig) -> str:
     aligned = "on" if config.page_aligned_scheduling else "off"
     return (
         f"With page_aligned_scheduling {aligned}, {result.num_steps:,} steps computed"
-        f" {result.num_tokens:,} tokens and wrote {result.num_whole_pages:,} whole pages,"
-        f" {result.num_prefill_partials:,} partial pages\nof prefills and"
-        f" {result.num_decode_partials:,} tokens of decodes, with {result.num_deferrals:,}"
-        f" deferrals and {result.num_preemptions:,} preemptions."
+        f" {result.num_tokens:,} tokens, with {result.num_deferrals:,} deferrals and"
+        f" {result.num_preemptions:,} preemptions.\nThey wrote {result.num_whole_pages:,} whole"
+        f" pages, {result.num_prefill_partials:,} partial pages of prefills, and"
+        f" {result.num_decode_partials:,} tokens of decodes."
     )
 
 
