@@ -283,7 +283,7 @@ def _step(
     packed, spec = pack(arrays)
     packed = jax.device_put(packed)
 
-    def step(kv_pages):
+    def step(kv_pages: jax.Array) -> jax.Array:
         _, kv_pages = model_lib.run_step(
             params,
             kv_pages,
@@ -311,11 +311,13 @@ def _writes(setup: Setup, config: EngineConfig, arrays: Arrays) -> Callable[[jax
     )
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def write_all_layers(kv_pages, packed, k, v):
+    def write_all_layers(
+        kv_pages: jax.Array, packed: jax.Array, k: jax.Array, v: jax.Array
+    ) -> jax.Array:
         batch = Arrays(*unpack(packed, spec))
         per_layer = kv_pages.shape[0] // setup.model.num_layers
 
-        def layer(carry, xs):
+        def layer(carry: Any, xs: Any) -> Any:
             kv_pages, first_page = carry
             placed = model_lib.in_layer(batch, first_page, kv_pages.shape[1])
             kv_pages = model_lib.write_kv(kv_pages, *xs, placed, setup.model, config.write_backend)
