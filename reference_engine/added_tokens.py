@@ -93,8 +93,8 @@ def read_added_tokens(
         declared |= _older_tokens(folder / "added_tokens.json", special)
         declared |= tokenizer.get_added_tokens_decoder()
         extra = tokens if extra is None else extra
-        # That file decides on the names of NAMES, but not on a model's own names whose values are
-        # plain texts.
+        # special_tokens_map.json decides on the names in NAMES, but not on a model's own names whose
+        # values are plain texts.
         named = named | more | _own(settings, named)
     if "pad_token" not in named and tokenizer.padding is not None:
         file = folder / "tokenizer.json"
@@ -112,7 +112,7 @@ def read_added_tokens(
 def _special_tokens(
     file: pathlib.Path, raw: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[Any] | None]:
-    """The named tokens of a file, and the others; None stands for a token that it says is none."""
+    """The named tokens of a file (None for a name that has no token there), and the others."""
     named: dict[str, Any] = {}
     for name, value in raw.items():
         if name in NAMES:

@@ -317,7 +317,7 @@ def _writes(setup: Setup, config: EngineConfig, arrays: Arrays) -> Callable[[jax
         batch = Arrays(*unpack(packed, spec))
         per_layer = kv_pages.shape[0] // setup.model.num_layers
 
-        def layer(carry: Any, xs: Any) -> Any:
+        def layer(carry: Any, xs: tuple[jax.Array, jax.Array]) -> Any:
             kv_pages, first_page = carry
             placed = model_lib.in_layer(batch, first_page, kv_pages.shape[1])
             kv_pages = model_lib.write_kv(kv_pages, *xs, placed, setup.model, config.write_backend)
