@@ -93,8 +93,8 @@ def read_added_tokens(
         declared |= _older_tokens(folder / "added_tokens.json", special)
         declared |= tokenizer.get_added_tokens_decoder()
         extra = tokens if extra is None else extra
-        # special_tokens_map.json decides on the names in NAMES, but not on a model's own names whose
-        # values are plain texts.
+        # special_tokens_map.json decides on the names in NAMES, but not on those of the model's own
+        # names whose values are plain texts.
         named = named | more | _own(settings, named)
     if "pad_token" not in named and tokenizer.padding is not None:
         file = folder / "tokenizer.json"
