@@ -590,6 +590,7 @@ def test_arguments_that_are_not_served_are_a_sentence(llm, arguments, message):
         ({"block_size": 16}, "it is page_size here"),
         ({"gpu_memory_utilization": 0.9}, "give num_pages"),
         ({"max_tokens": 3}, "LLM: there is no argument `max_tokens`; it is 3"),
+        ({"attention": "oracle"}, "there is no argument `attention`; it is 'oracle'"),
         ({"page_size": 0}, "argument `page_size` is 0"),
         ({"seed": -1}, "argument `seed` is -1; wanted an int >= 0"),
         ({"seed": 1.5}, "argument `seed` is 1.5"),
@@ -600,6 +601,18 @@ def test_arguments_that_are_not_served_are_a_sentence(llm, arguments, message):
 def test_what_an_llm_does_not_take_is_a_sentence(folder, arguments, message):
     with pytest.raises(ValueError, match=message):
         LLM(folder, **arguments)
+
+
+def test_each_prompt_is_checked_once(llm, monkeypatch):
+    checked, real = [], engine_lib.check_request
+
+    def check_request(prompt, *args, **kwargs):
+        checked.append(list(prompt))
+        return real(prompt, *args, **kwargs)
+
+    monkeypatch.setattr(engine_lib, "check_request", check_request)
+    llm.generate([[1, 2], [3]], SamplingParams(max_tokens=1, n=2, temperature=1.0))
+    assert checked == [[1, 2], [3]]
 
 
 def test_an_llm_takes_vllms_names_and_the_fields_of_its_config(folder):
