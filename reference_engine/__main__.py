@@ -35,7 +35,7 @@ from reference_engine.config import (
 from reference_engine.engine import Engine
 from reference_engine.explain import Timeline, explain_step, import_figure
 from reference_engine.hf_config import read_model_config
-from reference_engine.llm import LLM
+from reference_engine.llm import LLM, default_model_len
 from reference_engine.outputs import Output
 from reference_engine.replay import Job, Result
 from reference_engine.sampling_params import SamplingParams
@@ -246,9 +246,7 @@ def _print_as_it_comes(llm: LLM, prompt: Any, params: SamplingParams) -> None:
 def _serving_config() -> EngineConfig:
     fields = _given(_ENGINE_FLAGS)
     model = read_model_config(FLAGS.model)
-    longest = FLAGS.max_model_len or min(
-        EngineConfig.max_model_len, model.max_position or EngineConfig.max_model_len
-    )
+    longest = FLAGS.max_model_len or default_model_len(model)
     all_pages = fields["max_num_seqs"] * num_pages_for(longest, _page_size())
     return EngineConfig(
         **fields, max_model_len=longest, num_pages=FLAGS.num_pages or max(1, all_pages)

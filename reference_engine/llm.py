@@ -16,7 +16,7 @@ from reference_engine.batch import batch_shapes
 from reference_engine.chat_messages import Message
 from reference_engine.compiles import use_persistent_cache
 from reference_engine.completions import Delta, Job, RequestOutput, Stream, collect
-from reference_engine.config import EngineConfig
+from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.engine import Engine
 from reference_engine.generation_config import read_generation_config, sampling_params
 from reference_engine.hf_config import read_model_config
@@ -36,7 +36,11 @@ from reference_engine.unserved import refuse_unserved
 from reference_engine.weights import load_params, param_shapes
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-DEFAULT_MODEL_LEN = 1024
+
+
+def default_model_len(model: ModelConfig) -> int:
+    """EngineConfig's max_model_len, or the model's longest context if that is shorter."""
+    return min(EngineConfig.max_model_len, model.max_position or EngineConfig.max_model_len)
 
 
 class LLM:
@@ -82,10 +86,8 @@ class LLM:
           ValueError: the model is not served, a file is corrupt, or an option is not served. The
             message says what is wrong. No memory has been allocated then.
         """
-        fields = {
-            name: options.pop(name) for name in EngineConfig.__dataclass_fields__ if name in options
-        }
-        fields = {name: value for name, value in fields.items() if value is not None}
+        names = [field.name for field in dataclasses.fields(EngineConfig) if field.name in options]
+        fields = {name: options.pop(name) for name in names}
         if str(options.get("tokenizer")) == str(model):
             options["tokenizer"] = None  # the folder's own
         refuse_unserved("LLM", options, unserved.LLM)
@@ -93,21 +95,7 @@ class LLM:
             use_persistent_cache(compilation_cache)
         folder = pathlib.Path(model)
         shape = read_model_config(folder, dtype)
-        longest = shape.max_position
-        if config is None:
-            fields.setdefault("max_model_len", min(longest or DEFAULT_MODEL_LEN, DEFAULT_MODEL_LEN))
-            config = EngineConfig(**fields)
-        elif fields:
-            config = dataclasses.replace(config, **fields)
-        require(
-            longest is None or config.max_model_len <= longest,
-            "LLM",
-            "max_model_len",
-            got=f"{config.max_model_len}",
-            wanted=f"at most the model's {longest}",
-            hint="lower EngineConfig.max_model_len: config.json's max_position_embeddings and RoPE"
-            " scaling reach no further",
-        )
+        config = _merge(config, fields, shape)
         self._folder = folder
         self._generation = read_generation_config(folder)
         has_tokenizer = (folder / "tokenizer.json").exists()
@@ -365,3 +353,24 @@ class LLM:
             except BaseException:
                 self._left.appendleft(request_id)
                 raise
+
+
+def _merge(
+    config: EngineConfig | None, fields: Mapping[str, Any], model: ModelConfig
+) -> EngineConfig:
+    """The config with the fields that are not None, if the model can reach its max_model_len."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    if config is None:
+        config = EngineConfig(**{"max_model_len": default_model_len(model)} | given)
+    elif given:
+        config = dataclasses.replace(config, **given)
+    require(
+        model.max_position is None or config.max_model_len <= model.max_position,
+        "LLM",
+        "max_model_len",
+        got=f"{config.max_model_len}",
+        wanted=f"at most the model's {model.max_position}",
+        hint="lower EngineConfig.max_model_len: config.json's max_position_embeddings and RoPE"
+        " scaling reach no further",
+    )
+    return config
