@@ -168,7 +168,7 @@ def main(argv: Sequence[str]) -> None:
         if FLAGS.compilation_cache is not None:
             use_persistent_cache(FLAGS.compilation_cache)
         commands[argv[1]]()
-    except BrokenPipeError:  # whoever reads our output has ended, as in `explain | head`
+    except BrokenPipeError:  # the reader of our output has ended, as in `explain | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         _exit(2, f"cannot open {error.filename}: {error.strerror}")

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class _NoBar:
-    """Stands in for a bar where nobody would see one."""
+    """Takes the place of a bar where none is drawn."""
 
     def __enter__(self) -> _NoBar:
         return self

@@ -108,7 +108,7 @@ def word_ids(tokenizer: Tokenizer, word: str) -> list[tuple[int, ...]]:
         "LLM.generate",
         "bad_words",
         got=f"{word!r}, which has no tokens",
-        wanted="words that the tokenizer knows",
+        wanted="words of which the tokenizer makes tokens",
         hint="leave it out",
     )
     return found

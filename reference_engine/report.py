@@ -102,14 +102,22 @@ def summary(result: Result, config: EngineConfig) -> str:
 
 
 def steps(texts: Sequence[str], *, max_lines: int | None) -> str:
-    """The first steps that have room in so many lines, at least one step; None for all steps."""
-    shown = list(texts)
-    if max_lines is not None:
-        ends = np.cumsum([text.count("\n") + 1 for text in texts])
-        shown = shown[: max(1, int(np.searchsorted(ends, max_lines, side="right")))]
-    if len(shown) < len(texts):
-        shown.append(f"... and {len(texts) - len(shown):,} more steps, which --all prints.")
-    return "\n".join(shown)
+    """The steps that fit into `max_lines` lines, and how many more there are; None for all steps.
+
+    If the first step does not fit, its first lines are shown.
+
+    >>> print(steps(["step 0", "step 1\\n  request 0"], max_lines=2))
+    step 0
+    ... and 1 more steps, which --all prints.
+    """
+    if max_lines is None or not texts:
+        return "\n".join(texts)
+    ends = np.cumsum([text.count("\n") + 1 for text in texts])
+    num_shown = max(1, int(np.searchsorted(ends, max_lines, side="right")))
+    lines = "\n".join(texts[:num_shown]).splitlines()[:max_lines]
+    if num_shown < len(texts):
+        lines.append(f"... and {len(texts) - num_shown:,} more steps, which --all prints.")
+    return "\n".join(lines)
 
 
 def setup(

@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""A request: what was asked for, what it has come to, and which pages hold it."""
+"""A request: what was asked for, what was generated, and which pages hold it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Request:
     num_deferrals: int = 0
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
-    # Kept, and not computed anew: the scheduler reads them multiple times per request and step.
+    # Stored, because the scheduler reads them multiple times per request and step.
     num_prompt: int = dataclasses.field(init=False)
     num_tokens: int = dataclasses.field(init=False)
     max_tokens: float = dataclasses.field(init=False)

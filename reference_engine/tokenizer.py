@@ -305,7 +305,7 @@ def _read_tokenizer(file: pathlib.Path) -> Any:
         tokenizer.encode("")  # fails if a token that surrounds every text does not exist
     except (ImportError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # the library's panics derive from BaseException alone
+    except BaseException as error:  # the library's panics derive only from BaseException
         raise ValueError(f"{file}: no tokenizer: {error}") from error
     return tokenizer
 
