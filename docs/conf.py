@@ -32,5 +32,5 @@ autodoc_member_order = "bysource"
 napoleon_use_ivar = True
 
 myst_heading_anchors = 3
-# Files of the repository that the included READMEs and notes link to are no pages of this site.
-suppress_warnings = ["myst.xref_missing", "myst.header"]
+# Sections of the repository's notes are included below headings of another level.
+suppress_warnings = ["myst.header"]
