@@ -364,7 +364,7 @@ def _writing_row(w: Writing) -> dict[str, str]:
 
 
 def _sizes(c: mosaic_tpu.TpuAttentionConfig) -> str:
-    return f"{c.block_keys}:{c.window_rows}:{c.num_buffers}:{c.blocks_per_body}"
+    return f"{c.block_kv}:{c.block_q}:{c.num_stages}:{c.kv_blocks_per_iteration}"
 
 
 def _row(p: Prediction, others: Sequence[Prediction]) -> dict[str, str]:

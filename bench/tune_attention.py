@@ -126,15 +126,15 @@ def _trials(generation: str, preset: str, page_size: int) -> Iterator[Trial]:
                 yield Trial(config, tuple(predict(cases)))
             except (RuntimeError, ValueError) as e:
                 yield Trial(config, refusal=str(e).splitlines()[0])
-            progress.step(str(config.block_keys))
+            progress.step(str(config.block_kv))
 
 
 def _likely(num_kv_heads: int) -> list[tuple[int, int, int, int]]:
     """The grid around what default_config takes, no body longer than its longest."""
-    block_keys = (512, 1024) if num_kv_heads < 8 else (256, 512)
+    block_kv = (512, 1024) if num_kv_heads < 8 else (256, 512)
     return [
         (keys, 128, buffers, body)
-        for keys in block_keys
+        for keys in block_kv
         for buffers, body in ((8, 4), (16, 8))
         if keys * body * num_kv_heads <= mosaic_tpu._MAX_BODY
     ]
@@ -156,7 +156,7 @@ def choose(trials: Sequence[Trial]) -> Trial:
 
 def _row(trial: Trial, is_best: bool) -> dict[str, str]:
     c = trial.config
-    name = f"{c.block_keys}:{c.window_rows}:{c.num_buffers}:{c.blocks_per_body}"
+    name = f"{c.block_kv}:{c.block_q}:{c.num_stages}:{c.kv_blocks_per_iteration}"
     figures = [*CASES, "mean", "mean on the core", "VMEM MiB"]
     row = {"keys:rows:buffers:body": name, **dict.fromkeys(figures, "-")}
     row |= {p.case.name: f"{p.microseconds:.1f}" for p in trial.predictions}

@@ -8,7 +8,7 @@ kernel's sizes, the decode kernel's for few sequences and those for many: at mos
 each, first what the formula gives. Each candidate must agree with the oracle. The best has the
 least geometric mean of its cases' times; the formula's stays where nothing is faster by more than a
 hundredth. With --write the best go to `pallas_paged/tuned/`, with the times that chose them;
-`mosaic_gpu.default_config` reads them there. When the time is over no other search begins.
+`gpu_config.default_config` reads them there. When the time is over no other search begins.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from absl import app, flags
 from bench import clock, report, tuning
 from bench.cases.attention import SCALES, Call, Case, Runs, room_for
 from bench.measure.attention import random_inputs, step_on_gpu
-from pallas_paged.attention.gpu import launch as mosaic_gpu
+from pallas_paged.attention.gpu import config as gpu_config
 
 # `allow_override`: other commands have flags of these names, and a process may import several.
 _HEAD_DIMS = flags.DEFINE_list("head_dims", ["128", "64", "256"], "Head dimensions.")
@@ -69,7 +69,7 @@ class Trial:
       refusal: first line of the sentence.
     """
 
-    config: mosaic_gpu.GpuAttentionConfig
+    config: gpu_config.GpuAttentionConfig
     times_us: dict[str, float] = dataclasses.field(default_factory=dict)
     refusal: str = ""
 
@@ -130,7 +130,7 @@ def _tune(call: Call, end: float) -> Iterator[dict[str, Any]]:
 
 
 def _trials(
-    call: Call, name: str, runs: dict[str, Runs], prefill: mosaic_gpu.GpuAttentionConfig | None
+    call: Call, name: str, runs: dict[str, Runs], prefill: gpu_config.GpuAttentionConfig | None
 ) -> Iterator[Trial]:
     room = room_for(list(runs.values()), call.page_size, is_exact=True)
     call = dataclasses.replace(call, **room)
@@ -164,8 +164,8 @@ def _try(call: Call, config, cases, inputs, wanted) -> Trial:
 
 
 def candidates(
-    call: Call, name: str, prefill: mosaic_gpu.GpuAttentionConfig | None
-) -> list[mosaic_gpu.GpuAttentionConfig]:
+    call: Call, name: str, prefill: gpu_config.GpuAttentionConfig | None
+) -> list[gpu_config.GpuAttentionConfig]:
     """What a search tries, the formula's first: rings as long as shared memory allows, and shorter.
 
     Args:
@@ -174,25 +174,25 @@ def candidates(
       prefill: whose prefill kernel decodes are measured with; None for the formula's.
     """
     is_quantized = call.pool_dtype is not None
-    base = mosaic_gpu.formula(call.head_dim, is_quantized, call.max_seqs)
+    base = gpu_config.formula(call.head_dim, is_quantized, call.max_seqs)
     kernel = name.split(",")[0]
     if prefill is not None:
         names = [f.name for f in dataclasses.fields(prefill) if f.name.startswith("prefill")]
         base = dataclasses.replace(base, **{name: getattr(prefill, name) for name in names})
 
     def make(
-        keys: int, slots: int, raw_slots: int, pipelines: int
-    ) -> mosaic_gpu.GpuAttentionConfig:
+        keys: int, slots: int, raw_stages: int, pipelines: int
+    ) -> gpu_config.GpuAttentionConfig:
         sizes: dict[str, int] = {
-            f"{kernel}_block_keys": keys,
-            f"{kernel}_slots": slots,
-            f"{kernel}_raw_slots": raw_slots,
+            f"{kernel}_block_kv": keys,
+            f"{kernel}_stages": slots,
+            f"{kernel}_raw_stages": raw_stages,
         }
         if kernel == "decode":
             sizes["decode_pipelines"] = pipelines
         return dataclasses.replace(base, **sizes)
 
-    def most(sizes: Sequence[mosaic_gpu.GpuAttentionConfig]) -> list[mosaic_gpu.GpuAttentionConfig]:
+    def most(sizes: Sequence[gpu_config.GpuAttentionConfig]) -> list[gpu_config.GpuAttentionConfig]:
         return [config for config in sizes if fits(call, config)][-1:]
 
     found = [base]
@@ -207,15 +207,15 @@ def candidates(
         else:
             longest = most([make(keys, n, 2, pipelines) for n in range(2, 13)])
             shorter = [
-                make(keys, getattr(config, f"{kernel}_slots") - 1, 2, pipelines)
+                make(keys, getattr(config, f"{kernel}_stages") - 1, 2, pipelines)
                 for config in longest
-                if getattr(config, f"{kernel}_slots") > 2
+                if getattr(config, f"{kernel}_stages") > 2
             ]
             found += longest + shorter
     return list(dict.fromkeys(found))[:8]
 
 
-def fits(call: Call, config: mosaic_gpu.GpuAttentionConfig) -> bool:
+def fits(call: Call, config: gpu_config.GpuAttentionConfig) -> bool:
     """Whether shared memory has room for a config's blocks."""
     return not dataclasses.replace(call, config=config).unsupported("mosaic_gpu")
 
@@ -236,7 +236,7 @@ def choose(trials: Sequence[Trial]) -> Trial:
 def entry_of(
     call: Call,
     has_few_seqs: bool,
-    config: mosaic_gpu.GpuAttentionConfig,
+    config: gpu_config.GpuAttentionConfig,
     times_us: dict[str, float],
 ) -> dict[str, Any]:
     """An entry of `pallas_paged.tuned`."""
@@ -262,9 +262,9 @@ def _row(trial: Trial, cases: dict[str, Runs], is_best: bool) -> dict[str, str]:
     return row | {"": "best" if is_best else trial.refusal}
 
 
-def _sizes(config: mosaic_gpu.GpuAttentionConfig, name: str) -> str:
+def _sizes(config: gpu_config.GpuAttentionConfig, name: str) -> str:
     kernel = name.split(",")[0]
-    sizes = [getattr(config, f"{kernel}_{what}") for what in ("block_keys", "slots", "raw_slots")]
+    sizes = [getattr(config, f"{kernel}_{what}") for what in ("block_kv", "stages", "raw_stages")]
     pipelines = config.decode_pipelines if kernel == "decode" else 1
     return ":".join(map(str, [*sizes, pipelines]))
 

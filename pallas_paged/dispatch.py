@@ -1,8 +1,9 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """Which backend runs an op: their names, their order per platform, and the only platform test."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
@@ -13,14 +14,24 @@ from pallas_paged import scalars
 
 Backend = Literal["auto", "oracle", "mosaic_tpu", "mosaic_gpu"]
 
-BACKENDS = ("oracle", "mosaic_tpu", "mosaic_gpu")
+# The platform that each backend's kernels are for; None for plain jax.numpy, which is for all.
+# "auto" takes the first backend in this order that is for the platform and can run the call.
+_PLATFORM: dict[str, str | None] = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu", "oracle": None}
 
-# What "auto" tries, first to last. The oracle is plain jax.numpy and ends every list.
-_AUTO_ORDER = {
-    "tpu": ("mosaic_tpu", "oracle"),
-    "gpu": ("mosaic_gpu", "oracle"),
-    "cpu": ("oracle",),
-}
+BACKENDS = tuple(name for name in get_args(Backend) if name != "auto")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a backend would run for a call, or why it cannot: one of the two.
+
+    Attributes:
+      spec: the static description that the backend launches its kernel from; None for the oracle.
+      refusal: why the backend cannot run the call, as a sentence; None if it can.
+    """
+
+    spec: Any = None
+    refusal: str | None = None
 
 
 def _device() -> Any:
@@ -98,36 +109,37 @@ def _gpu() -> Any:
     return next((d for d in jax.devices() if d.device_kind == device.device_kind), None)
 
 
-def choose(op: str, backend: str, reasons: Mapping[str, str | None]) -> str:
+def choose(op: str, backend: str, plan_of: Callable[[str], Plan]) -> tuple[str, Any]:
     """Picks the backend of one call.
 
     Args:
       op: the op's name, for the message.
       backend: "auto" or the name of a backend. A named backend is used or refused, never replaced.
-      reasons: for every backend, None where it runs this call or the sentence why it cannot.
+      plan_of: `plan_of(name)` is the plan of a backend. The oracle runs every call and needs none.
 
     Returns:
-      the backend's name.
+      the backend's name, and the `spec` of its plan.
 
     Raises:
       ValueError: `backend` is no backend's name.
       NotImplementedError: the named backend cannot run this call; the message says why.
 
-    >>> choose("page_write", "oracle", {"oracle": None})
-    'oracle'
+    >>> choose("page_write", "oracle", lambda name: Plan(refusal="it is not here"))
+    ('oracle', None)
     """
-    if isinstance(backend, str) and backend == "auto":
-        order = _AUTO_ORDER.get(platform(), ("oracle",))
-        return next(name for name in order if reasons.get(name) is None and name in reasons)
-    if not isinstance(backend, str) or backend not in BACKENDS:
+    is_auto = isinstance(backend, str) and backend == "auto"
+    if not is_auto and (not isinstance(backend, str) or backend not in BACKENDS):
         raise ValueError(
             f'{op}: backend is {scalars.show(backend)}; wanted "auto" or one of '
             f"{', '.join(map(repr, BACKENDS))}"
         )
-    reason = reasons[backend]
-    if reason is not None:
-        raise NotImplementedError(f"{op}: backend {backend!r} cannot run this call: {reason}")
-    return backend
+    for name, its_platform in _PLATFORM.items():
+        if (its_platform in (None, platform())) if is_auto else name == backend:
+            plan = Plan() if name == "oracle" else plan_of(name)
+            if plan.refusal is None:
+                return name, plan.spec
+            refusal = plan.refusal
+    raise NotImplementedError(f"{op}: backend {backend!r} cannot run this call: {refusal}")
 
 
 def require_lowering(op: str, backend: str, is_auto: bool, x: jax.Array) -> jax.Array:
@@ -175,7 +187,7 @@ def _lower_require_lowering(ctx, x, *, op, backend, is_auto, traced_for, knows_t
                 f"{traced_for}, and it is lowered for a {lowered_for}: name the backend that is to "
                 f"run there, or {_TRACE_FOR}"
             )
-        if (backend, lowered_for) in (("mosaic_tpu", "gpu"), ("mosaic_gpu", "tpu")):
+        if lowered_for in _PLATFORM.values() and _PLATFORM[backend] not in (None, lowered_for):
             raise NotImplementedError(
                 f"{op}: backend {backend!r} is lowered for a {lowered_for}, and its kernels are "
                 f'for another kind of chip: name another backend, or "auto" and {_TRACE_FOR}'

@@ -25,6 +25,15 @@ POOL_DTYPES = tuple(
 )
 
 
+def round_up(x: int, multiple: int) -> int:
+    """The smallest multiple that is at least x.
+
+    >>> round_up(130, 128)
+    256
+    """
+    return -(-x // multiple) * multiple
+
+
 def is_quantized(dtype: jax.typing.DTypeLike) -> bool:
     """Whether a pool of `dtype` holds scaled values (8 bits) rather than the values themselves."""
     return jnp.dtype(dtype).itemsize == 1

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pallas_paged
 from pallas_paged import layout
 from pallas_paged.attention.gpu import launch as mosaic_gpu
+from pallas_paged.attention.options import AttentionOptions
 from pallas_paged.attention.tpu import launch as mosaic_tpu
 
 # Rows of q below which XLA may put it into VMEM before the kernel, which would be another kernel.
@@ -129,7 +130,7 @@ class Call:
         def call(q, pool, *arrays):
             heads = q.reshape(-1, self.num_heads, self.head_dim)
             if not self.writes:
-                out = pallas_paged.attention(heads, pool, *arrays, **options)
+                out = pallas_paged.ragged_paged_attention(heads, pool, *arrays, **options)
                 return out.reshape(q.shape)
             *metadata, k, v = arrays
             out, pool = pallas_paged.write_and_attend(heads, k, v, pool, *metadata, **options)
@@ -146,7 +147,9 @@ class Call:
     def unsupported(self, backend: str = "mosaic_tpu") -> str | None:
         """Why a backend's kernel cannot run the call, as a sentence; None if it can."""
         kernels = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}[backend]
-        return kernels.unsupported(*self.arrays(), self.num_kv_heads, self.config)
+        return kernels.plan(
+            *self.arrays(), AttentionOptions(self.num_kv_heads), self.config
+        ).refusal
 
     def arrays(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """q as `[T, N, H]`, pool and page_indices."""

@@ -182,7 +182,7 @@ def writing_pairs(cases: Sequence[Case]) -> list[tuple[Case, Case]]:
 def unknown(call: Call) -> str | None:
     """What of a call the model does not know, as a sentence; None if it knows it."""
     entries = call.max_seqs * call.table_width
-    if entries <= mosaic_tpu._MAX_TABLE:
+    if entries <= mosaic_tpu.MAX_TABLE:
         return None
     return (
         f"a page table of {entries} entries does not fit SMEM, and a streamed one is not "
@@ -345,7 +345,7 @@ def _part(role: parts.Role) -> str:
 
 def _blocks_of_bodies(blocks: walk.Blocks) -> dict[str, int]:
     """Body -> the blocks that it takes."""
-    many = blocks.blocks_per_body
+    many = blocks.kv_blocks_per_iteration
     return {FULL: many, SEVERAL: many, SINGLE: 1, PREFILL: 1}
 
 
@@ -392,7 +392,7 @@ def _check(case, blocks, tree, roles, runs, counts) -> int:
     per_body = _blocks_of_bodies(blocks)
     taken = sum(counts[place, "body"] * number for place, number in per_body.items())
     # A body of decodes sends new tokens among the DMAs, one for each decode that it may end.
-    puts = {FULL: blocks.full_parts, SEVERAL: blocks.blocks_per_body, SINGLE: 1}
+    puts = {FULL: blocks.full_parts, SEVERAL: blocks.kv_blocks_per_iteration, SINGLE: 1}
     sent, scheduled, predicated = 0, 0.0, 0
     for node in tree.walk():
         role = roles[node.path]

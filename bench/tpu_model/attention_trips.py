@@ -29,8 +29,8 @@ class Blocks:
     """The kernel's static sizes that decide its way.
 
     Attributes:
-      block, window, ring, blocks_per_body: see TpuAttentionConfig: keys of a block, rows of a
-        window, blocks in VMEM and of a decode's long bodies.
+      block, window, ring, kv_blocks_per_iteration: see TpuAttentionConfig: keys of a block, rows of
+        a window, blocks in VMEM and of a decode's long bodies.
       full_parts: decodes that a body of full blocks is of: see refs.Walk.
       page_size: tokens of a page.
       piece: tokens that one DMA brings.
@@ -39,7 +39,7 @@ class Blocks:
     block: int
     window: int
     ring: int
-    blocks_per_body: int
+    kv_blocks_per_iteration: int
     page_size: int
     piece: int
     full_parts: int = 1
@@ -52,15 +52,15 @@ class Blocks:
 
 def blocks_of(config: mosaic_tpu.TpuAttentionConfig, page_size: int) -> Blocks:
     """The sizes that a config gives with pages of a size."""
-    many = config.blocks_per_body
-    is_long = many * config.block_keys >= refs._LONG_BODY and many % 2 == 0
+    many = config.kv_blocks_per_iteration
+    is_long = many * config.block_kv >= refs._LONG_BODY and many % 2 == 0
     return Blocks(
-        block=config.block_keys,
-        window=config.window_rows,
-        ring=config.num_buffers,
-        blocks_per_body=config.blocks_per_body,
+        block=config.block_kv,
+        window=config.block_q,
+        ring=config.num_stages,
+        kv_blocks_per_iteration=config.kv_blocks_per_iteration,
         page_size=page_size,
-        piece=mosaic_tpu._piece(page_size, config.block_keys),
+        piece=mosaic_tpu._piece(page_size, config.block_kv),
         full_parts=2 if is_long else 1,
     )
 
@@ -200,7 +200,7 @@ class _Walk:
         self.counts[place, event] += number
 
     def run(self) -> collections.Counter:
-        for _ in range(self.blocks.ring - self.blocks.blocks_per_body):
+        for _ in range(self.blocks.ring - self.blocks.kv_blocks_per_iteration):
             self.count(FILL, "body")
             self.next_fetches(FILL, 1)
         index = block = 0
@@ -266,7 +266,7 @@ class _Walk:
         is_inside = self.window <= unit.row < self.window + self.blocks.window
         if block == 0 and (not is_inside or self.kind != "decodes"):
             self.open_window(DECODE, unit.row)
-        many = self.blocks.blocks_per_body
+        many = self.blocks.kv_blocks_per_iteration
         if many == 1:
             self.take(SINGLE, [at])
             return self.behind(at)
@@ -288,7 +288,7 @@ class _Walk:
 
     def full_body(self, at: tuple[int, int]) -> tuple[list[tuple[int, int]], bool]:
         """The blocks of a body of full ones, from one on; and whether they are there."""
-        is_there = self.taken + self.blocks.blocks_per_body <= self.fetched
+        is_there = self.taken + self.blocks.kv_blocks_per_iteration <= self.fetched
         full, is_full = self.full_part(at)
         for _ in range(1, self.blocks.full_parts):
             at = self.behind(full[-1])
@@ -301,7 +301,7 @@ class _Walk:
     def full_part(self, at: tuple[int, int]) -> tuple[list[tuple[int, int]], bool]:
         """Blocks of a decode from one on that are a part of a full body, if they are full."""
         index, block = at
-        number = self.blocks.blocks_per_body // self.blocks.full_parts
+        number = self.blocks.kv_blocks_per_iteration // self.blocks.full_parts
         unit = self.units[index]
         end = (unit.first_piece + (block + number) * self.blocks.pieces) * self.blocks.piece
         return [(index, block + b) for b in range(number)], end <= unit.key_end

@@ -2,6 +2,7 @@
 """The public attention: signature, docstring, checks and dispatch. No kernel code."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,16 @@ import numpy as np
 from pallas_paged import checks, dispatch, layout, settings
 from pallas_paged.attention import oracle
 from pallas_paged.attention.gpu import launch as mosaic_gpu
+from pallas_paged.attention.options import AttentionOptions, Batch, Factors
 from pallas_paged.attention.tpu import launch as mosaic_tpu
 from pallas_paged.dispatch import Backend
 from pallas_paged.kv_write import api as kv_write
-from pallas_paged.kv_write.gpu import launch as mosaic_gpu_write
 
-Config = mosaic_tpu.TpuAttentionConfig | mosaic_gpu.GpuAttentionConfig
+AttentionConfig = mosaic_tpu.TpuAttentionConfig | mosaic_gpu.GpuAttentionConfig
+_KERNELS: dict[str, tuple[Any, type]] = {
+    "mosaic_tpu": (mosaic_tpu, mosaic_tpu.TpuAttentionConfig),
+    "mosaic_gpu": (mosaic_gpu, mosaic_gpu.GpuAttentionConfig),
+}
 
 _OP = "ragged_paged_attention"
 # Below this, a score that the mask adds it to weighs nothing in float32.
@@ -40,7 +45,7 @@ def ragged_paged_attention(
     sinks: jax.Array | None = None,
     num_kv_heads: int | None = None,
     return_lse: bool = False,
-    config: Config | None = None,
+    config: AttentionConfig | None = None,
     backend: Backend = "auto",
     num_kv_pages_per_block: None = None,
     num_queries_per_block: None = None,
@@ -117,33 +122,35 @@ def ragged_paged_attention(
     _check_metadata(_OP, kv_lens, page_indices, cu_q_lens, num_seqs)
     k_scale = checks.require_scale(_OP, "k_scale", k_scale, num_kv_heads, kv_pages)
     v_scale = checks.require_scale(_OP, "v_scale", v_scale, num_kv_heads, kv_pages)
-    sm_scale, causal, sliding_window, soft_cap, mask_value, sinks, return_lse = _check_options(
-        _OP, q, sm_scale, causal, sliding_window, soft_cap, mask_value, sinks, return_lse, config
+    factors, options = _check_options(
+        _OP,
+        q,
+        num_kv_heads,
+        sm_scale=sm_scale,
+        causal=causal,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        mask_value=mask_value,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        sinks=sinks,
+        return_lse=return_lse,
+        config=config,
     )
-    chosen = _choose(_OP, backend, q, kv_pages, page_indices, num_kv_heads, mask_value, config)
+    chosen, spec = dispatch.choose(
+        _OP, backend, lambda name: _plan(name, q, kv_pages, page_indices, options, config)
+    )
     out, lse = _attention(
         q,
         kv_pages,
-        kv_lens,
-        page_indices,
-        cu_q_lens,
-        num_seqs,
-        sm_scale,
-        sliding_window,
-        k_scale,
-        v_scale,
-        sinks,
-        causal=causal,
-        soft_cap=soft_cap,
-        mask_value=mask_value,
-        num_kv_heads=num_kv_heads,
-        return_lse=return_lse,
-        config=config,
+        Batch(kv_lens, page_indices, cu_q_lens, num_seqs),
+        factors,
+        options=options,
+        spec=spec,
         backend=chosen,
-        is_scale_positive=_is_positive(sm_scale),
         is_auto=backend == "auto",
     )
-    return (out, lse) if return_lse else out
+    return (out, lse) if options.return_lse else out
 
 
 def write_and_attend(
@@ -166,7 +173,7 @@ def write_and_attend(
     sinks: jax.Array | None = None,
     num_kv_heads: int | None = None,
     return_lse: bool = False,
-    config: Config | None = None,
+    config: AttentionConfig | None = None,
     backend: Backend = "auto",
     num_kv_pages_per_block: None = None,
     num_queries_per_block: None = None,
@@ -221,198 +228,151 @@ def write_and_attend(
         hint="q, k and v are of the same tokens",
     )
     _check_metadata(op, kv_lens, page_indices, cu_q_lens, num_seqs)
-    sm_scale, causal, sliding_window, soft_cap, mask_value, sinks, return_lse = _check_options(
-        op, q, sm_scale, causal, sliding_window, soft_cap, mask_value, sinks, return_lse, config
+    factors, options = _check_options(
+        op,
+        q,
+        num_kv_heads,
+        sm_scale=sm_scale,
+        causal=causal,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        mask_value=mask_value,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        sinks=sinks,
+        return_lse=return_lse,
+        config=config,
     )
-    chosen = _choose(
-        op, backend, q, kv_pages, page_indices, num_kv_heads, mask_value, config, writes=True
+    chosen, spec = dispatch.choose(
+        op, backend, lambda name: _plan(name, q, kv_pages, page_indices, options, config, k)
     )
     out, lse, kv_pages = _write_and_attend(
         q,
         k,
         v,
         kv_pages,
-        kv_lens,
-        page_indices,
-        cu_q_lens,
-        num_seqs,
-        sm_scale,
-        sliding_window,
-        k_scale,
-        v_scale,
-        sinks,
-        causal=causal,
-        soft_cap=soft_cap,
-        mask_value=mask_value,
-        num_kv_heads=num_kv_heads,
-        return_lse=return_lse,
-        config=config,
+        Batch(kv_lens, page_indices, cu_q_lens, num_seqs),
+        factors,
+        options=options,
+        spec=spec,
         backend=chosen,
-        is_scale_positive=_is_positive(sm_scale),
         is_auto=backend == "auto",
     )
-    return (out, kv_pages, lse) if return_lse else (out, kv_pages)
+    return (out, kv_pages, lse) if options.return_lse else (out, kv_pages)
 
 
-def _choose(
-    op, backend, q, kv_pages, page_indices, num_kv_heads, mask_value, config, *, writes=False
-):
-    reasons: dict[str, str | None] = {"oracle": None}
-    for name, kernels, config_type in (
-        ("mosaic_tpu", mosaic_tpu, mosaic_tpu.TpuAttentionConfig),
-        ("mosaic_gpu", mosaic_gpu, mosaic_gpu.GpuAttentionConfig),
-    ):
-        if config is None or isinstance(config, config_type):
-            reason = kernels.unsupported(q, kv_pages, page_indices, num_kv_heads, config)
-            if reason is None and writes and name == "mosaic_gpu":
-                reason = mosaic_gpu_write.unsupported_pool(kv_pages, q)
-        else:
-            reason = f"its block sizes are a {config_type.__name__}, and config is {config!r}"
-        if mask_value is not None and mask_value > _LEAVES_OUT:
-            reason = (
-                f"mask_value {mask_value} would let hidden keys count, and their pages may not be "
-                f"there; the kernel leaves them out: pass None or a number below {_LEAVES_OUT:.0e}"
-            )
-        reasons[name] = reason
-    return dispatch.choose(op, backend, reasons)
+def _plan(
+    backend: str,
+    q: jax.Array,
+    kv_pages: jax.Array,
+    page_indices: jax.Array,
+    options: AttentionOptions,
+    config: AttentionConfig | None,
+    k: jax.Array | None = None,
+) -> dispatch.Plan:
+    """What a backend's kernels would run for a call; with `k` also for its writes."""
+    kernels, config_type = _KERNELS[backend]
+    if options.mask_value is not None and options.mask_value > _LEAVES_OUT:
+        return dispatch.Plan(
+            refusal=f"mask_value {options.mask_value} would let hidden keys count, and their pages "
+            "may not be there; the kernel leaves them out: pass None or a number below "
+            f"{_LEAVES_OUT:.0e}"
+        )
+    if config is not None and not isinstance(config, config_type):
+        return dispatch.Plan(
+            refusal=f"its block sizes are a {config_type.__name__}, and config is {config!r}"
+        )
+    return kernels.plan(q, kv_pages, page_indices, options, config, k)
 
 
-def _is_positive(sm_scale) -> bool:
-    """Whether a factor is known to be above 0, which saves the GPU kernels a product a score.
-
-    A chip may take what is less than a normal number for 0.
-    """
+def _is_positive(sm_scale: jax.Array | np.number) -> bool:
+    """Whether a factor is known to be above 0. A chip may flush subnormal numbers to 0."""
     return isinstance(sm_scale, np.number) and bool(sm_scale >= np.finfo(np.float32).tiny)
 
 
-_STATIC = (
-    "causal",
-    "soft_cap",
-    "mask_value",
-    "num_kv_heads",
-    "return_lse",
-    "config",
-    "backend",
-    "is_scale_positive",
-    "is_auto",
-)
+_STATIC = ("options", "spec", "backend", "is_auto")
 
 
 @settings.independent(checks_nans=True)
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _attention(
-    q,
-    kv_pages,
-    kv_lens,
-    page_indices,
-    cu_q_lens,
-    num_seqs,
-    sm_scale,
-    sliding_window,
-    k_scale,
-    v_scale,
-    sinks,
+    q: jax.Array,
+    kv_pages: jax.Array,
+    batch: Batch,
+    factors: Factors,
     *,
-    mask_value,
-    return_lse,
-    config,
-    backend,
-    is_scale_positive,
-    is_auto,
-    **options,
-):
-    arrays = (q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
-    dynamic = {
-        "sm_scale": sm_scale,
-        "sliding_window": sliding_window,
-        "k_scale": k_scale,
-        "v_scale": v_scale,
-        "sinks": sinks,
-    }
-    arrays, dynamic = checks.refuse_transforms(_OP, (arrays, dynamic))
-    arrays = (dispatch.require_lowering(_OP, backend, is_auto, arrays[0]), *arrays[1:])
+    options: AttentionOptions,
+    spec: Any,
+    backend: str,
+    is_auto: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Runs the chosen backend: (out, log-sum-exp)."""
+    q, kv_pages, batch, factors = checks.refuse_transforms(_OP, (q, kv_pages, batch, factors))
+    q = dispatch.require_lowering(_OP, backend, is_auto, q)
     if q.shape[0] == 0:
-        return _no_rows(arrays[0])
-    options |= dynamic
+        return _no_rows(q)
     if backend == "oracle":
-        return oracle.ragged_paged_attention(*arrays, mask_value=mask_value, **options)
-    options |= {"return_lse": return_lse, "config": config}
-    if backend == "mosaic_gpu":
-        return mosaic_gpu.ragged_paged_attention(
-            *arrays, is_scale_positive=is_scale_positive, **options
-        )
-    return mosaic_tpu.ragged_paged_attention(*arrays, **options)
+        return oracle.attend(q, kv_pages, batch, factors, options)
+    kernels, _ = _KERNELS[backend]
+    out, lse, _ = kernels.attend(spec, q, None, kv_pages, batch, factors)
+    return out, lse
 
 
 @settings.independent()
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="kv_pages")
 def _write_and_attend(
-    q,
-    k,
-    v,
-    kv_pages,
-    kv_lens,
-    page_indices,
-    cu_q_lens,
-    num_seqs,
-    sm_scale,
-    sliding_window,
-    k_scale,
-    v_scale,
-    sinks,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv_pages: jax.Array,
+    batch: Batch,
+    factors: Factors,
     *,
-    num_kv_heads,
-    backend,
-    is_auto,
-    **options,
-):
+    options: AttentionOptions,
+    spec: Any,
+    backend: str,
+    is_auto: bool,
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """One kernel where there is one, else composed of the two ops: (out, log-sum-exp, pool)."""
-    arrays = (q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
-    dynamic = {
-        "sm_scale": sm_scale,
-        "sliding_window": sliding_window,
-        "k_scale": k_scale,
-        "v_scale": v_scale,
-        "sinks": sinks,
-    }
     op = "write_and_attend"
-    arrays, dynamic = checks.refuse_transforms(op, (arrays, dynamic))
-    arrays = (dispatch.require_lowering(op, backend, is_auto, arrays[0]), *arrays[1:])
-    if q.shape[0] == 0:
-        return *_no_rows(arrays[0]), arrays[3]
-    # The fused kernel attends to what it quantised itself.
-    can_fuse = backend == "mosaic_tpu" and not layout.is_quantized(k.dtype)
-    if can_fuse and mosaic_tpu.is_fused(q, kv_pages, num_kv_heads, options["config"]):
-        del options["mask_value"], options["is_scale_positive"]
-        return mosaic_tpu.write_and_attend(*arrays, **dynamic, num_kv_heads=num_kv_heads, **options)
-    q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs = arrays
-    w = kv_write.write_indices(
-        page_indices, kv_lens, cu_q_lens, num_seqs, kv_pages.shape[1], num_tokens=q.shape[0]
+    q, k, v, kv_pages, batch, factors = checks.refuse_transforms(
+        op, (q, k, v, kv_pages, batch, factors)
     )
-    write = {name: dynamic[name] for name in ("k_scale", "v_scale")}
-    write |= {"num_kv_heads": num_kv_heads, "backend": backend}
+    q = dispatch.require_lowering(op, backend, is_auto, q)
+    if q.shape[0] == 0:
+        return *_no_rows(q), kv_pages
+    if backend == "mosaic_tpu" and spec.writes:
+        return mosaic_tpu.attend(spec, q, (k, v), kv_pages, batch, factors)
+    indices = kv_write.write_indices(
+        batch.page_indices,
+        batch.kv_lens,
+        batch.cu_q_lens,
+        batch.num_seqs,
+        kv_pages.shape[1],
+        num_tokens=q.shape[0],
+    )
+    write: dict[str, Any] = {
+        "k_scale": factors.k_scale,
+        "v_scale": factors.v_scale,
+        "num_kv_heads": options.num_kv_heads,
+        "backend": backend,
+    }
     if backend == "mosaic_gpu":  # one launch, and as fast as whole pages there
-        kv_pages = kv_write.token_write(kv_pages, k, v, w.slots, **write)
+        kv_pages = kv_write.token_write(kv_pages, k, v, indices.slots, **write)
     else:
-        kv_pages = kv_write.page_write(kv_pages, k, v, w.page_ids, w.token_starts, **write)
-        kv_pages = kv_write.slice_write(kv_pages, k, v, w.slices, w.num_slices, **write)
+        kv_pages = kv_write.page_write(
+            kv_pages, k, v, indices.page_ids, indices.token_starts, **write
+        )
+        kv_pages = kv_write.slice_write(kv_pages, k, v, indices.slices, indices.num_slices, **write)
     out, lse = _attention(
-        q,
-        kv_pages,
-        kv_lens,
-        page_indices,
-        cu_q_lens,
-        num_seqs,
-        **dynamic,
-        num_kv_heads=num_kv_heads,
-        backend=backend,
-        is_auto=False,
-        **options,
+        q, kv_pages, batch, factors, options=options, spec=spec, backend=backend, is_auto=False
     )
     return out, lse, kv_pages
 
 
-def _refuse_block_sizes(op, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes):
+def _refuse_block_sizes(
+    op: str, num_kv_pages_per_block: Any, num_queries_per_block: Any, vmem_limit_bytes: Any
+) -> None:
     """JAX's own callers pass these; here they are fields of a Config, of each kernel's own."""
     for name, value in (
         ("num_kv_pages_per_block", num_kv_pages_per_block),
@@ -430,7 +390,7 @@ def _refuse_block_sizes(op, num_kv_pages_per_block, num_queries_per_block, vmem_
         )
 
 
-def _heads_of_new(op, q, k) -> int | None:
+def _heads_of_new(op: str, q: jax.Array, k: jax.Array) -> int | None:
     """K as k says it: its own dimension, or the width over q's H. None where it says nothing."""
     for name, x in (("q", q), ("k", k)):
         checks.require_array(op, name, x)
@@ -449,12 +409,12 @@ def _heads_of_new(op, q, k) -> int | None:
     return k.shape[1] // q.shape[2]
 
 
-def _no_rows(q):
+def _no_rows(q: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The output and the log-sum-exp of a batch without a token; no backend launches anything."""
     return q, jnp.zeros_like(q[..., 0], jnp.float32)
 
 
-def _check_arrays(op, q, kv_pages, num_kv_heads) -> int:
+def _check_arrays(op: str, q: jax.Array, kv_pages: jax.Array, num_kv_heads: int | None) -> int:
     """Checks q against the pool and returns K."""
     checks.require_pool(op, kv_pages)
     checks.require_array(op, "q", q)
@@ -503,7 +463,13 @@ def _check_arrays(op, q, kv_pages, num_kv_heads) -> int:
     return num_kv_heads
 
 
-def _check_metadata(op, kv_lens, page_indices, cu_q_lens, num_seqs):
+def _check_metadata(
+    op: str,
+    kv_lens: jax.Array,
+    page_indices: jax.Array,
+    cu_q_lens: jax.Array,
+    num_seqs: jax.Array,
+) -> None:
     checks.require_int32(op, "kv_lens", kv_lens, 1, "[S]")
     checks.require_int32(op, "page_indices", page_indices, 2, "[S, M]")
     checks.require_int32(op, "cu_q_lens", cu_q_lens, 1, "[S + 1]")
@@ -534,11 +500,24 @@ def _check_metadata(op, kv_lens, page_indices, cu_q_lens, num_seqs):
 
 
 def _check_options(
-    op, q, sm_scale, causal, sliding_window, soft_cap, mask_value, sinks, return_lse, config
-):
-    """Checks the options and returns them as the kernels take them, in this order."""
+    op: str,
+    q: jax.Array,
+    num_kv_heads: int,
+    *,
+    sm_scale: Any,
+    causal: Any,
+    sliding_window: Any,
+    soft_cap: Any,
+    mask_value: Any,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+    sinks: Any,
+    return_lse: Any,
+    config: Any,
+) -> tuple[Factors, AttentionOptions]:
+    """Checks the options; the scales are checked already."""
     checks.require(
-        config is None or isinstance(config, Config),
+        config is None or isinstance(config, AttentionConfig),
         op,
         "config",
         got=checks.describe(config),
@@ -546,12 +525,22 @@ def _check_options(
         hint="pass a pallas_paged.TpuAttentionConfig or a pallas_paged.GpuAttentionConfig",
     )
     num_heads, head_dim = q.shape[1:]
-    return (
-        checks.require_sm_scale(op, sm_scale, head_dim),
-        checks.require_bool(op, "causal", causal),
-        checks.require_window(op, sliding_window),
-        checks.require_soft_cap(op, soft_cap),
-        checks.require_mask_value(op, mask_value),
-        checks.require_sinks(op, sinks, num_heads),
-        checks.require_bool(op, "return_lse", return_lse),
+    factors = Factors(
+        sm_scale=checks.require_sm_scale(op, sm_scale, head_dim),
+        sliding_window=checks.require_window(op, sliding_window),
+        k_scale=k_scale,
+        v_scale=v_scale,
+        sinks=checks.require_sinks(op, sinks, num_heads),
     )
+    options = AttentionOptions(
+        num_kv_heads=num_kv_heads,
+        causal=checks.require_bool(op, "causal", causal),
+        soft_cap=checks.require_soft_cap(op, soft_cap),
+        mask_value=checks.require_mask_value(op, mask_value),
+        return_lse=checks.require_bool(op, "return_lse", return_lse),
+        has_window=factors.sliding_window is not None,
+        has_scales=factors.has_scales,
+        has_sinks=factors.sinks is not None,
+        is_scale_positive=_is_positive(factors.sm_scale),
+    )
+    return factors, options

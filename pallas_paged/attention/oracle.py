@@ -16,31 +16,34 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_paged import layout
+from pallas_paged.attention.options import AttentionOptions, Batch, Factors
 
 # Rows of one matrix product. Few waste little on a decode, which has one; many amortise the loop.
 _QUERY_BLOCK = 16
 
 
-def ragged_paged_attention(
-    q: jax.Array,  # [T, N, H]
-    kv_pages: jax.Array,  # [P, page_size, R, C]
-    kv_lens: jax.Array,  # i32[S]
-    page_indices: jax.Array,  # i32[S, M]
-    cu_q_lens: jax.Array,  # i32[S + 1]
-    num_seqs: jax.Array,  # i32[1]
-    *,
-    sm_scale: jax.Array | float,
-    causal: bool,
-    sliding_window: jax.Array | int | None,
-    soft_cap: float | None,
-    mask_value: float | None,
-    k_scale: jax.Array | float | None,
-    v_scale: jax.Array | float | None,
-    sinks: jax.Array | None,
-    num_kv_heads: int,
+def attend(
+    q: jax.Array,
+    kv_pages: jax.Array,
+    batch: Batch,
+    factors: Factors,
+    options: AttentionOptions,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the output, q's dtype [T, N, H], and the log-sum-exp, f32[T, N]; see api."""
+    """Attention of the new tokens over the pages of their sequences; see the public op.
+
+    Args:
+      q: [T, N, H].
+      kv_pages: [P, page_size, R, C].
+      batch, factors, options: what else the call is given.
+
+    Returns:
+      the output, q's dtype [T, N, H], and the log-sum-exp, f32[T, N].
+    """
     num_tokens, num_heads, head_dim = q.shape
+    kv_lens, page_indices, cu_q_lens, num_seqs = batch
+    sm_scale, sliding_window, k_scale, v_scale, sinks = factors
+    causal, num_kv_heads = options.causal, options.num_kv_heads
+    soft_cap, mask_value = options.soft_cap, options.mask_value
     max_seqs, table_width = page_indices.shape
     extent = table_width * kv_pages.shape[1]
     group = num_heads // num_kv_heads

@@ -272,8 +272,9 @@ def copy_pages(
     checks.require_pool(op, kv_pages)
     checks.require_int32(op, "src_ids", src_ids, 1, "[n]")
     _require_same_form(op, "dst_ids", dst_ids, "src_ids", src_ids)
-    reasons = {name: kernels.unsupported_pool(kv_pages) for name, kernels in _KERNELS.items()}
-    chosen = dispatch.choose(op, backend, {"oracle": None, **reasons})
+    chosen, _ = dispatch.choose(
+        op, backend, lambda name: dispatch.Plan(refusal=_KERNELS[name].unsupported_pool(kv_pages))
+    )
     _require_config(op, config, chosen)
     return _copy_pages(kv_pages, src_ids, dst_ids, config, chosen, backend == "auto")
 
@@ -304,11 +305,13 @@ def _require_config(op, config, backend):
 
 
 def _choose(op, backend, kv_pages, k, num_kv_heads, head_dim, config):
-    reasons = {
-        name: kernels.unsupported(kv_pages, k, num_kv_heads, head_dim)
-        for name, kernels in _KERNELS.items()
-    }
-    chosen = dispatch.choose(op, backend, {"oracle": None, **reasons})
+    chosen, _ = dispatch.choose(
+        op,
+        backend,
+        lambda name: dispatch.Plan(
+            refusal=_KERNELS[name].unsupported(kv_pages, k, num_kv_heads, head_dim)
+        ),
+    )
     _require_config(op, config, chosen)
     return chosen
 

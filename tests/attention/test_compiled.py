@@ -79,7 +79,7 @@ def _compile(
     }
     q = Struct((num_tokens, num_heads, head_dim), jnp.dtype(dtype))
     if form == "read_only":
-        op, tensors, donated = pallas_paged.attention, (q, pool), ()
+        op, tensors, donated = pallas_paged.ragged_paged_attention, (q, pool), ()
     else:
         new = Struct((num_tokens, num_kv_heads * head_dim), q.dtype)
         op, tensors, donated = pallas_paged.write_and_attend, (q, new, new, pool), (3,)
@@ -211,7 +211,7 @@ def test_a_copy_of_the_pool_would_be_seen():
     pool = Struct((32768, 16, 6, 128), jnp.bfloat16)
 
     def call(q, pool, metadata):
-        return pallas_paged.attention(
+        return pallas_paged.ragged_paged_attention(
             q, pool, *metadata, backend="mosaic_tpu", config=TpuAttentionConfig(128, 128, 2)
         )
 
@@ -259,7 +259,7 @@ def _layer(form, pool, x, weights, rotation, page_ids, metadata, first_page):
     else:
         ids = jnp.where(page_ids >= 0, page_ids + first_page, -1)
         pool = pallas_paged.page_write(pool, k, v, ids, **options)
-        out = pallas_paged.attention(q, pool, *metadata, **attention)
+        out = pallas_paged.ragged_paged_attention(q, pool, *metadata, **attention)
     return out.reshape(-1, NUM_HEADS * HEAD_DIM) @ w_o, pool
 
 
@@ -336,7 +336,7 @@ def test_heads_that_are_no_lanes_are_copied_by_xla():
     def call(pool, x, w_q, cos, metadata):
         q = (x @ w_q).reshape(-1, NUM_HEADS, HEAD_DIM)
         q = (jnp.roll(q, 64, axis=-1) * cos[:, None]).astype(jnp.bfloat16)
-        return pallas_paged.attention(
+        return pallas_paged.ragged_paged_attention(
             q,
             pool,
             *metadata,
@@ -399,7 +399,7 @@ def test_float32_has_full_precision_products(dtype, pool_dtype, is_full):
     assert (b"contract_precision<fp32>" in body) is is_full
 
     def call(q, pool, metadata):
-        return pallas_paged.attention(
+        return pallas_paged.ragged_paged_attention(
             q,
             pool,
             *metadata,
@@ -422,12 +422,14 @@ def _refusal(generation, q, pool, metadata, **options):
     """What the kernel says to a call that is traced for a TPU generation."""
 
     def call(q, pool, metadata):
-        return pallas_paged.attention(q, pool, *metadata, backend="mosaic_tpu", **options)
+        return pallas_paged.ragged_paged_attention(
+            q, pool, *metadata, backend="mosaic_tpu", **options
+        )
 
     with jax.sharding.use_abstract_mesh(mesh_of(generation).abstract_mesh):
         with pytest.raises(NotImplementedError) as raised:
             jax.eval_shape(call, q, pool, metadata)
-        auto = functools.partial(pallas_paged.attention, **options)
+        auto = functools.partial(pallas_paged.ragged_paged_attention, **options)
         jax.eval_shape(auto, q, pool, *metadata)  # which walks past, to the oracle
     return str(raised.value)
 
@@ -436,7 +438,7 @@ def test_refuses_what_vmem_cannot_hold():
     q, pool = Struct((64, 64, 256), jnp.float32), _pool(64, 256, 16, "float32")
     message = _refusal("v4", q, pool, _metadata(), config=TpuAttentionConfig(1024, 256, 4))
     assert re.search(
-        r"cannot run this call: 64 query heads on 64 KV heads of 256 with Config\(block_keys=1024.*"
+        r"cannot run this call: 64 query heads on 64 KV heads of 256 with Config\(block_kv=1024.*"
         r" need \d+\.\d MiB of VMEM, and 16 MiB are there; shard the heads or make the blocks"
         r" smaller",
         message,
@@ -489,7 +491,7 @@ LARGE_TABLES = [
     ("generation", "max_seqs", "table_width", "page_size", "form"), LARGE_TABLES
 )
 def test_large_tables_compile(generation, max_seqs, table_width, page_size, form):
-    is_streamed = max_seqs * table_width > mosaic_tpu._MAX_TABLE
+    is_streamed = max_seqs * table_width > mosaic_tpu.MAX_TABLE
     assert is_streamed == (max_seqs * table_width > 160_000) and max_seqs <= mosaic_tpu._MAX_SEQS
     compiled, pool = _compile(
         generation,

@@ -17,7 +17,8 @@ import pytest
 import pallas_paged
 from pallas_paged import dispatch, layout, ragged_paged_attention
 from pallas_paged.attention.gpu import launch as mosaic_gpu
-from pallas_paged.attention.gpu.launch import GpuAttentionConfig
+from pallas_paged.attention.gpu.config import GpuAttentionConfig
+from pallas_paged.attention.options import AttentionOptions
 from pallas_paged.attention.tpu import launch as mosaic_tpu
 from tests.attention.cases import ABSURD, Case, make_case, mismatch, run_oracle
 from tests.kv_write.cases import run_all_on_gpu, run_on_gpu
@@ -443,7 +444,7 @@ def test_default_config_fits_shared_memory(head_dim, pool_dtype, max_seqs):
     pool = jax.ShapeDtypeStruct(layout.pool_shape(9, 16, 2, head_dim, pool_dtype), pool_dtype)
     table = jax.ShapeDtypeStruct((max_seqs, 4), jnp.int32)
     config = mosaic_gpu.default_config(head_dim, pool_dtype != "bfloat16", max_seqs, 16)
-    assert mosaic_gpu.unsupported(q, pool, table, 2, config) is None
+    assert mosaic_gpu.plan(q, pool, table, AttentionOptions(2), config).refusal is None
 
 
 REFUSED = {
@@ -484,9 +485,9 @@ def test_old_jax():
 @pytest.mark.parametrize(
     "fields, name",
     [
-        ((96, 3, 64, 3), "prefill_block_keys"),
-        ((128, 1, 64, 3), "prefill_slots"),
-        ((128, 3, 64, 3, 0), "prefill_raw_slots"),
+        ((96, 3, 64, 3), "prefill_block_kv"),
+        ((128, 1, 64, 3), "prefill_stages"),
+        ((128, 3, 64, 3, 0), "prefill_raw_stages"),
         ((128, 3, 64, 3, 2, 2, 0), "decode_pipelines"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 
 from pallas_paged import dispatch
 from pallas_paged.attention import gpu
+from pallas_paged.attention.options import AttentionOptions, Batch, Factors
 from tests.attention.cases import make_case, mismatch, run_oracle
 from tests.kv_write.cases import RaceFoundError, run_all_on_gpu
 from tests.planted import plant
@@ -128,20 +129,14 @@ def _run(monkeypatch, name, old, new):
         first_row=3,
     )
     options = {"sm_scale": 0.125, "num_kv_heads": 1, "sliding_window": 150}
+    q, pool, *batch = (jnp.asarray(x) for x in case.arrays)
+    static = AttentionOptions(1, return_lse=True, has_window=True)
+    config = kernels.GpuAttentionConfig(64, 2, 64, 2)
+    spec = kernels.plan(q, pool, batch[1], static, config).spec
+    factors = Factors(jnp.float32(options["sm_scale"]), jnp.int32(options["sliding_window"]))
 
     def call():
-        return kernels.ragged_paged_attention(
-            *(jnp.asarray(x) for x in case.arrays),
-            **options,
-            causal=True,
-            soft_cap=None,
-            k_scale=None,
-            v_scale=None,
-            sinks=None,
-            return_lse=True,
-            is_scale_positive=True,
-            config=kernels.GpuAttentionConfig(64, 2, 64, 2),
-        )
+        return kernels.attend(spec, q, None, pool, Batch(*batch), factors)[:2]
 
     return mismatch(*run_all_on_gpu(call), *run_oracle(case, options))
 

@@ -13,6 +13,7 @@ import pytest
 from pallas_paged import layout
 from pallas_paged.attention import oracle
 from pallas_paged.attention.api import ragged_paged_attention
+from pallas_paged.attention.options import AttentionOptions, Batch, Factors
 from tests.attention.cases import Case, by_loops, make_case
 
 
@@ -31,18 +32,15 @@ def check(case: Case, tolerance=2e-5, **options) -> None:
     assert np.all(np.asarray(out[work:], np.float32) == 0)
 
 
-def _call_oracle(*arrays, num_kv_heads, **options):
-    defaults = {
-        "sm_scale": 1.0,
-        "causal": True,
-        "sliding_window": None,
-        "soft_cap": None,
-        "mask_value": None,
-        "k_scale": None,
-        "v_scale": None,
-        "sinks": None,
-    }
-    return oracle.ragged_paged_attention(*arrays, **(defaults | options), num_kv_heads=num_kv_heads)
+def _call_oracle(q, kv_pages, *batch, num_kv_heads, **options):
+    traced = {name: options.pop(name) for name in Factors._fields if name in options}
+    return oracle.attend(
+        q,
+        kv_pages,
+        Batch(*batch),
+        Factors(**{"sm_scale": 1.0} | traced),
+        AttentionOptions(num_kv_heads, **options),
+    )
 
 
 # A prefill, a decode, a chunk in the middle, lengths around page and query-block boundaries.

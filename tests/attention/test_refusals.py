@@ -319,8 +319,8 @@ def test_a_scale_whose_sign_is_known_is_known_to_the_kernel(op, monkeypatch):
     """It saves a GPU kernel a product a score; whatever the number is a number of."""
     seen = []
 
-    def record(*args, is_scale_positive, **rest):
-        seen.append(is_scale_positive)
+    def record(*args, options, **rest):
+        seen.append(options.is_scale_positive)
         return None, None, None
 
     monkeypatch.setattr(api, "_write_and_attend", record)
@@ -432,8 +432,8 @@ def test_heads_that_one_number_alone_fits_are_read_off_the_pool(sizes, monkeypat
     num_kv_heads, num_heads, head_dim, dtype, num_rows = sizes
     seen = []
 
-    def record(q, *args, num_kv_heads, **rest):
-        seen.append(num_kv_heads)
+    def record(q, *args, options, **rest):
+        seen.append(options.num_kv_heads)
         return q, q[..., 0]
 
     monkeypatch.setattr(api, "_attention", record)
@@ -527,8 +527,8 @@ def test_write_and_attend_reads_the_heads_off_k_and_q(sizes, num_heads, monkeypa
     num_kv_heads, head_dim, dtype = sizes
     seen = []
 
-    def record(q, k, v, kv_pages, *args, num_kv_heads, **rest):
-        seen.append(num_kv_heads)
+    def record(q, k, v, kv_pages, *args, options, **rest):
+        seen.append(options.num_kv_heads)
         return q, q[..., 0], kv_pages
 
     monkeypatch.setattr(api, "_write_and_attend", record)

@@ -47,7 +47,7 @@ def sharded(names, *, backend, num_kv_heads, config, mesh=None, **static):
 
     def call(q, kv_pages, *rest):
         metadata, arrays = rest[:NUM_METADATA], rest[NUM_METADATA:]
-        return pallas_paged.attention(
+        return pallas_paged.ragged_paged_attention(
             q,
             kv_pages,
             *metadata,

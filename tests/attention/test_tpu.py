@@ -357,12 +357,12 @@ def test_sequences_around_absurd_ones_are_right():
 @pytest.mark.parametrize(
     ("sizes", "name"),
     [
-        ((100, 128), "block_keys"),
-        ((128, 64), "window_rows"),
-        ((0, 128), "block_keys"),
-        ((128, 128, 0), "num_buffers"),
-        ((128, 128, 2, 0), "blocks_per_body"),
-        ((128, 128, 3, 2), "num_buffers is 3; wanted at least twice blocks_per_body, 2"),
+        ((100, 128), "block_kv"),
+        ((128, 64), "block_q"),
+        ((0, 128), "block_kv"),
+        ((128, 128, 0), "num_stages"),
+        ((128, 128, 2, 0), "kv_blocks_per_iteration"),
+        ((128, 128, 3, 2), "num_stages is 3; wanted at least twice kv_blocks_per_iteration, 2"),
     ],
 )
 def test_config_refuses(sizes, name):

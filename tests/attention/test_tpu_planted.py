@@ -14,6 +14,7 @@ import pytest
 
 from pallas_paged.attention import tpu
 from pallas_paged.attention.api import write_and_attend
+from pallas_paged.attention.options import AttentionOptions, Batch, Factors
 from pallas_paged.attention.tpu.refs import TAKEN
 from tests.attention.cases import (
     Setup,
@@ -216,7 +217,7 @@ BUGS = {
     ),
     "one_block_too_many_ahead": (
         "kv_blocks",
-        "@pl.loop(0, walk.ring - walk.blocks_per_body)",
+        "@pl.loop(0, walk.ring - walk.kv_blocks_per_iteration)",
         "@pl.loop(0, walk.ring)",
         DECODES, "eager", "race",
     ),
@@ -593,32 +594,35 @@ def _symptom(module, call, mode):
     case, options = call.case(), call.options()
     if call.lens.startswith("absurd"):
         case.page_indices[int(call.writes), 1] = 1_000_000
-    static = {k: options[k] for k in ("causal", "soft_cap", "num_kv_heads")}
-    arrays = {k: options.get(k) for k in ("sliding_window", "k_scale", "v_scale", "sinks")}
-    op, operands, write = module.ragged_paged_attention, case.arrays, None
+    factors = Factors(*(options.get(name) for name in Factors._fields))
+    static = AttentionOptions(
+        options["num_kv_heads"],
+        causal=options["causal"],
+        soft_cap=options["soft_cap"],
+        return_lse=call.has_lse,
+        has_window=factors.sliding_window is not None,
+        has_scales=factors.has_scales,
+        has_sinks=factors.sinks is not None,
+    )
+    operands, write = case.arrays, None
     if call.writes and not call.lens.startswith("absurd"):
-        write = make_write(case, is_flat=True, scales=(arrays["k_scale"], arrays["v_scale"]))
-        op, operands = module.write_and_attend, write.arrays
+        write = make_write(case, is_flat=True, scales=(factors.k_scale, factors.v_scale))
+        operands = write.arrays
     elif call.writes:
         new = jnp.zeros((len(case.q), case.q.shape[2] * case.num_kv_heads), case.q.dtype)
-        op, operands = module.write_and_attend, (operands[0], new, new, *operands[1:])
+        operands = (operands[0], new, new, *operands[1:])
+    q, *new, pool, kv_lens, table, cu_q_lens, num_seqs = operands
+    batch = Batch(kv_lens, table, cu_q_lens, num_seqs)
+    config = module.TpuAttentionConfig(*call.setup.config)
+    spec = module.plan(q, pool, table, static, config, new[0] if new else None).spec
+    assert spec.writes == call.writes
 
     def run():  # past the public op and what it has compiled
         jitted = jax.jit(
-            lambda operands, arrays: [
-                x
-                for x in op(
-                    *operands,
-                    **arrays,
-                    return_lse=call.has_lse,
-                    config=module.TpuAttentionConfig(*call.setup.config),
-                    **static,
-                )
-                if x is not None
-            ],
+            lambda *operands: [x for x in module.attend(spec, *operands) if x is not None],
             compiler_options=FAST_COMPILE,
         )
-        return jitted(operands, arrays | {"sm_scale": options["sm_scale"]})
+        return jitted(q, tuple(new) or None, pool, batch, factors)
 
     try:
         with counted_slots(case.kv_pages) as (_, writes):
@@ -645,7 +649,7 @@ def _symptom(module, call, mode):
 def _stream(monkeypatch, module, call):
     """Makes the module stream the page table where the call says so."""
     if call.table_part is not None:
-        monkeypatch.setattr(module, "_MAX_TABLE", 1)
+        monkeypatch.setattr(module, "MAX_TABLE", 1)
         monkeypatch.setattr(module, "_TABLE_PART", call.table_part)
 
 

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from pallas_paged.attention.api import ragged_paged_attention, write_and_attend
+from pallas_paged.attention.options import AttentionOptions
 from pallas_paged.attention.tpu import launch as mosaic_tpu
+from pallas_paged.attention.tpu.config import TpuAttentionConfig
 from tests.attention.cases import (
     ABSURD,
     Setup,
@@ -176,10 +178,10 @@ def test_kernel_is_the_oracle(call):
     setup = call.setup
     for batch, window in itertools.product(setup.batches, setup.windows or (None,)):
         write = call.write(batch)
-        q, _, _, pool, *_ = write.arrays
-        assert mosaic_tpu.is_fused(
-            q, pool, setup.num_kv_heads, mosaic_tpu.TpuAttentionConfig(*setup.config)
-        )
+        q, k, _, pool, _, table, *_ = write.arrays
+        config = TpuAttentionConfig(*setup.config)
+        options = AttentionOptions(setup.num_kv_heads)
+        assert mosaic_tpu.plan(q, pool, table, options, config, k).spec.writes
         label = f"{batch}, window {window}: "
         check_write(write, setup.options(window), call.mode, setup.config, label=label)
 
@@ -245,7 +247,8 @@ def _traced_kernels(num_tokens, monkeypatch):
         return write_and_attend(q, k, v, pool, *metadata, num_kv_heads=2, backend="mosaic_tpu")
 
     jaxpr = jax.make_jaxpr(call)(q, new, new, pool, *metadata).jaxpr
-    return list(_kernels(jaxpr)), mosaic_tpu.is_fused(q, pool, 2, None)
+    plan = mosaic_tpu.plan(q, pool, metadata[1], AttentionOptions(2), None, new)
+    return list(_kernels(jaxpr)), plan.spec.writes
 
 
 def test_it_is_one_kernel(monkeypatch):
@@ -435,7 +438,7 @@ STREAMED = [
 @pytest.mark.parametrize(("setup", "mode"), STREAMED, ids=["chunks", "several_blocks"])
 def test_a_table_in_parts(monkeypatch, setup, mode, writes):
     """Numbers of tokens that no other test has: what is static is read when a call is traced."""
-    monkeypatch.setattr(mosaic_tpu, "_MAX_TABLE", 1)
+    monkeypatch.setattr(mosaic_tpu, "MAX_TABLE", 1)
     monkeypatch.setattr(mosaic_tpu, "_TABLE_PART", 8)
     for batch in setup.batches:
         case = setup.case(batch)

@@ -35,8 +35,8 @@ from pallas_paged.attention.tpu import kernel, kv_blocks, refs
 from pallas_paged.attention.tpu import launch as mosaic_tpu
 from tests.kv_write.cases import FAST_COMPILE
 
-_ONE = walk.Blocks(block=128, window=128, ring=3, blocks_per_body=1, page_size=16, piece=16)
-_TWO = dataclasses.replace(_ONE, ring=4, blocks_per_body=2)
+_ONE = walk.Blocks(block=128, window=128, ring=3, kv_blocks_per_iteration=1, page_size=16, piece=16)
+_TWO = dataclasses.replace(_ONE, ring=4, kv_blocks_per_iteration=2)
 
 
 @contextlib.contextmanager
@@ -122,7 +122,7 @@ def test_a_full_body_may_be_of_two_decodes():
 
 def test_each_part_of_a_body_is_fetched_at_once():
     """Two decodes of two full blocks each: each half of a body's fetches is within one of them."""
-    two_parts = dataclasses.replace(_ONE, ring=8, blocks_per_body=4, full_parts=2)
+    two_parts = dataclasses.replace(_ONE, ring=8, kv_blocks_per_iteration=4, full_parts=2)
     counts = _counts(two_parts, *[(1, 256)] * 6)
     assert counts[FULL, "body"] == 3
     assert counts[FULL, "find"] + counts[FULL, "find_1"] == 4  # and the ring began with two
@@ -135,7 +135,10 @@ def test_long_bodies_are_of_two_decodes():
     nothing = dict.fromkeys(field.name for field in dataclasses.fields(mosaic_tpu.Walk))
     for sizes, wanted in (((1024, 128, 16, 8), 2), ((512, 128, 8, 4), 1), ((4096, 128, 6, 3), 1)):
         config = mosaic_tpu.TpuAttentionConfig(*sizes)
-        fields = nothing | {"block": config.block_keys, "blocks_per_body": config.blocks_per_body}
+        fields = nothing | {
+            "block": config.block_kv,
+            "kv_blocks_per_iteration": config.kv_blocks_per_iteration,
+        }
         static = mosaic_tpu.Walk(**fields)
         assert walk.blocks_of(config, 128).full_parts == static.full_parts == wanted
 
@@ -386,13 +389,13 @@ def test_a_kernel_of_another_structure_is_refused(run):
 
 def test_the_gate_stops_a_wrong_op(monkeypatch):
     """No number from an op that takes another sequence's pages."""
-    right = oracle.ragged_paged_attention
+    right = oracle.attend
 
-    def wrong(q, kv_pages, kv_lens, page_indices, *rest, **options):
-        page_indices = jnp.roll(page_indices, 1, axis=0)
-        return right(q, kv_pages, kv_lens, page_indices, *rest, **options)
+    def wrong(q, kv_pages, batch, factors, options):
+        batch = batch._replace(page_indices=jnp.roll(batch.page_indices, 1, axis=0))
+        return right(q, kv_pages, batch, factors, options)
 
-    monkeypatch.setattr(oracle, "ragged_paged_attention", wrong)
+    monkeypatch.setattr(oracle, "attend", wrong)
     monkeypatch.setattr(
         mosaic_tpu, "default_config", lambda *_: mosaic_tpu.TpuAttentionConfig(128, 128)
     )
@@ -563,7 +566,12 @@ def test_an_entry_takes_the_place_of_the_formula(monkeypatch):
         "q_dtype": "bfloat16",
         "pool_dtype": "bfloat16",
         "page_size": 16,
-        "config": {"block_keys": 1024, "window_rows": 256, "num_buffers": 64, "blocks_per_body": 1},
+        "config": {
+            "block_kv": 1024,
+            "block_q": 256,
+            "num_stages": 64,
+            "kv_blocks_per_iteration": 1,
+        },
     }
     formula = model.config_of(call, "v6e")
     monkeypatch.setattr(
@@ -582,13 +590,13 @@ def test_an_entry_takes_the_place_of_the_formula(monkeypatch):
 def test_an_entry_stands_for_the_nearest_page_size(monkeypatch):
     shape = {"num_heads": 2, "num_kv_heads": 1}
     table = [
-        {**shape, "page_size": 16, "config": {"block_keys": 128}},
-        {**shape, "page_size": 128, "config": {"block_keys": 256}},
+        {**shape, "page_size": 16, "config": {"block_kv": 128}},
+        {**shape, "page_size": 128, "config": {"block_kv": 256}},
     ]
     monkeypatch.setattr(tuned, "entries", lambda kind, op: table)
     for page_size, wanted in ((1, 128), (32, 128), (64, 256), (512, 256)):
         found = tuned.find("TPU v6 lite", _OP, page_size=page_size, **shape)
-        assert found == {"block_keys": wanted}
+        assert found == {"block_kv": wanted}
     assert tuned.find("TPU v6 lite", _OP, page_size=16, **shape | {"num_heads": 4}) is None
     assert tuned.find(None, _OP, page_size=16, **shape) is None
 

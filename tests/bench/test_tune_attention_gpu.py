@@ -13,7 +13,7 @@ from absl.testing import flagsaver
 from bench import clock, report, tuning
 from bench import tune_attention_gpu as tune
 from pallas_paged import dispatch, tuned
-from pallas_paged.attention.gpu import launch as mosaic_gpu
+from pallas_paged.attention.gpu import config as gpu_config
 
 _OP = "ragged_paged_attention"
 _KIND = "NVIDIA H100 80GB HBM3"
@@ -41,7 +41,7 @@ def _room(call, name):
 def test_candidates_fit_and_begin_with_the_formula(head_dim, pool_dtype, name):
     call = _room(tune.call_of(head_dim, pool_dtype), name)
     found = tune.candidates(call, name, None)
-    formula = mosaic_gpu.formula(head_dim, pool_dtype != "bfloat16", call.max_seqs)
+    formula = gpu_config.formula(head_dim, pool_dtype != "bfloat16", call.max_seqs)
     assert found[0] == formula and 1 <= len(found) == len(set(found)) <= 8
     assert len(found) >= 3 or head_dim == 256  # whose blocks fill shared memory
     assert all(tune.fits(call, config) for config in found)
@@ -53,13 +53,13 @@ def test_candidates_fit_and_begin_with_the_formula(head_dim, pool_dtype, name):
 @needs_new_jax
 def test_decodes_are_tried_with_the_best_prefill():
     call = _room(tune.call_of(128, "bfloat16"), "decode, few")
-    best = mosaic_gpu.GpuAttentionConfig(64, 2, 64, 2)
+    best = gpu_config.GpuAttentionConfig(64, 2, 64, 2)
     for config in tune.candidates(call, "decode, few", best):
-        assert (config.prefill_block_keys, config.prefill_slots) == (64, 2)
+        assert (config.prefill_block_kv, config.prefill_stages) == (64, 2)
 
 
 def _trial(slots, *times):
-    config = mosaic_gpu.GpuAttentionConfig(128, 3, 64, slots)
+    config = gpu_config.GpuAttentionConfig(128, 3, 64, slots)
     return tune.Trial(config, dict(zip("ab", times, strict=False)))
 
 
@@ -95,9 +95,9 @@ def as_on_a_gpu(monkeypatch, tmp_path):
 
     def time_kernels(step, states, inputs, **_):
         config = configs[-1]
-        if config.decode_block_keys == 128 and config.decode_slots == 2:
+        if config.decode_block_kv == 128 and config.decode_stages == 2:
             raise RuntimeError("out of registers\nand more")
-        microseconds = 100.0 - 20 * (config.prefill_slots == 2) - 30 * (config.decode_slots == 5)
+        microseconds = 100.0 - 20 * (config.prefill_stages == 2) - 30 * (config.decode_stages == 5)
         return clock.Timing(microseconds, 1, 1, 1, "")
 
     monkeypatch.setattr(report, "start_backends", lambda: "gpu")
@@ -132,8 +132,8 @@ def test_the_best_are_written(as_on_a_gpu, capsys):
     for entry, case in ((few, "f"), (many, "m")):
         assert set(entry["measured_us"]) == {"p", case}
         assert entry["head_dim"] == 128 and not entry["is_quantized"]
-        config = mosaic_gpu.GpuAttentionConfig(**entry["config"])
-        assert (config.prefill_slots, config.decode_slots) == (2, 5)
+        config = gpu_config.GpuAttentionConfig(**entry["config"])
+        assert (config.prefill_stages, config.decode_stages) == (2, 5)
         assert entry["measured_us"][case] == 50.0
     assert few["has_few_seqs"] and not many["has_few_seqs"]
 
@@ -157,7 +157,7 @@ def test_an_entry_takes_the_place_of_its_like(monkeypatch, tmp_path):
 
 
 def test_an_entry_takes_the_place_of_the_formula(monkeypatch):
-    found = mosaic_gpu.GpuAttentionConfig(64, 2, 128, 2)
+    found = gpu_config.GpuAttentionConfig(64, 2, 128, 2)
     entry = {
         "head_dim": 128,
         "is_quantized": False,
@@ -169,13 +169,13 @@ def test_an_entry_takes_the_place_of_the_formula(monkeypatch):
         tuned, "entries", lambda kind, op: (entry,) if (kind, op) == (_KIND, _OP) else ()
     )
     arguments = {"head_dim": 128, "is_quantized": False, "max_seqs": 31, "page_size": 64}
-    formula = mosaic_gpu.formula(128, False, 31)
+    formula = gpu_config.formula(128, False, 31)
     monkeypatch.setattr(dispatch, "gpu_device_kind", lambda: None)
-    assert mosaic_gpu.default_config(**arguments) == formula != found
+    assert gpu_config.default_config(**arguments) == formula != found
     monkeypatch.setattr(dispatch, "gpu_device_kind", lambda: _KIND)
-    assert mosaic_gpu.default_config(**arguments) == found
+    assert gpu_config.default_config(**arguments) == found
     for changed in ({"head_dim": 64}, {"is_quantized": True}, {"max_seqs": 32}):
-        assert mosaic_gpu.default_config(**arguments | changed) != found
+        assert gpu_config.default_config(**arguments | changed) != found
 
 
 def _gpu_entries():
@@ -193,8 +193,8 @@ def test_every_tuned_entry_is_read(monkeypatch):
         monkeypatch.setattr(dispatch, "gpu_device_kind", lambda kind=kind: kind)
         max_seqs = 1 if entry["has_few_seqs"] else 64
         shape = {name: entry[name] for name in ("head_dim", "is_quantized", "page_size")}
-        config = mosaic_gpu.default_config(max_seqs=max_seqs, **shape)
-        assert config == mosaic_gpu.GpuAttentionConfig(**entry["config"])
+        config = gpu_config.default_config(max_seqs=max_seqs, **shape)
+        assert config == gpu_config.GpuAttentionConfig(**entry["config"])
         pool_dtype = "float8_e4m3fn" if entry["is_quantized"] else "bfloat16"
         call = tune.call_of(entry["head_dim"], pool_dtype)
         assert dispatch.why_no_mosaic_gpu() or tune.fits(call, config)
@@ -203,6 +203,6 @@ def test_every_tuned_entry_is_read(monkeypatch):
 @needs_new_jax
 def test_a_config_whose_pipelines_share_a_multiprocessor_must_fit_together():
     call = tune.call_of(128, "bfloat16")
-    config = mosaic_gpu.GpuAttentionConfig(128, 3, 128, 2)
+    config = gpu_config.GpuAttentionConfig(128, 3, 128, 2)
     assert tune.fits(call, config)
     assert not tune.fits(call, dataclasses.replace(config, decode_pipelines=2))

@@ -131,7 +131,7 @@ def test_the_tpu_kernels_write_what_the_oracle_writes():
 def test_the_tpu_attention_yields_the_oracles_tokens(monkeypatch, kv_write):
     """Its sums have another order, so the last bits of logits and of later layers' keys may go."""
     # The default blocks would hold thirty times these contexts, and take thrice as long to compile.
-    small = attention_tpu.TpuAttentionConfig(block_keys=128, window_rows=128)
+    small = attention_tpu.TpuAttentionConfig(block_kv=128, block_q=128)
     monkeypatch.setattr(attention_tpu, "default_config", lambda *args: small)
     want, got = run_few(), run_few_interpreted(attention="mosaic_tpu", kv_write=kv_write)
     comparison = compare(want, got)

@@ -154,9 +154,9 @@ OPS = {
         x["pool"], x["k"].reshape(T, -1), x["v"].reshape(T, -1), x["slots"],
         num_kv_heads=KV_HEADS, backend=b),
     "copy_pages": lambda x, b: pallas_paged.copy_pages(x["pool"], x["src"], x["dst"], backend=b),
-    "attention": lambda x, b: pallas_paged.attention(
+    "attention": lambda x, b: pallas_paged.ragged_paged_attention(
         x["q"], x["pool"], *_batch(x), sm_scale=0.1, num_kv_heads=KV_HEADS, backend=b),
-    "attention with all": lambda x, b: pallas_paged.attention(
+    "attention with all": lambda x, b: pallas_paged.ragged_paged_attention(
         x["q"], x["pool8"], *_batch(x), sm_scale=np.float32(0.1), sliding_window=5, soft_cap=3.0,
         k_scale=0.5, v_scale=x["scale"], sinks=x["sinks"], num_kv_heads=KV_HEADS, return_lse=True,
         backend=b),
@@ -337,7 +337,7 @@ def test_64_bit_numbers():
     x = _arrays()
 
     def attend(sm_scale, window):
-        return pallas_paged.attention(
+        return pallas_paged.ragged_paged_attention(
             x["q"],
             x["pool"],
             *_batch(x),

@@ -144,9 +144,9 @@ def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]
     ]
     if shape.return_lse:
         outs.append(jax.ShapeDtypeStruct((num_tokens, shape.num_heads), jnp.float32))
-    num_raw = config.decode_raw_slots if shape.is_quantized else 0
+    num_raw = config.decode_raw_stages if shape.is_quantized else 0
 
-    sizes = config.decode_block_keys, config.decode_slots, num_raw, num_pipelines
+    sizes = config.decode_block_kv, config.decode_stages, num_raw, num_pipelines
 
     @named("decode_" + "_".join(map(str, sizes)))
     def body(*refs):
@@ -165,8 +165,8 @@ def decode(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array]
             queries,
             blocks.scratch(
                 shape,
-                config.decode_block_keys,
-                config.decode_slots * num_pipelines,
+                config.decode_block_kv,
+                config.decode_stages * num_pipelines,
                 num_raw * num_pipelines,
                 1,
             ),
@@ -206,10 +206,10 @@ def _kernel(inputs, results: Results, queries, ring_scratch, shape: Shape, confi
       results: refs in device memory of what `decode` returns.
       queries, ring_scratch: scratch: [pipelines, 64, H] or None, the rings of all pipelines.
     """
-    block = config.decode_block_keys
+    block = config.decode_block_kv
     pipeline = lax.axis_index("warpgroup") // _num_roles(shape)
     role = lax.rem(lax.axis_index("warpgroup"), _num_roles(shape))
-    ready, raw = blocks.rings(ring_scratch, config.decode_slots, num_raw, pipeline)
+    ready, raw = blocks.rings(ring_scratch, config.decode_stages, num_raw, pipeline)
     if queries is not None:
         queries = queries.at[pipeline]
     # Few shares spread over the multiprocessors before two meet on one.
@@ -239,7 +239,7 @@ def _kernel(inputs, results: Results, queries, ring_scratch, shape: Shape, confi
                 )
                 # One of a head's segments takes the sink, or the merge would count it twice.
                 sink = keep_if(segment.first == 0, attention.sink_score(sink), 2 * LOWEST)
-            if shape.is_quantized and config.decode_slots > 2:
+            if shape.is_quantized and config.decode_stages > 2:
                 # Half the bytes a block: what bounds is this warpgroup's way from block to block.
                 mean, log2_sum = attention.attend_overlapped(
                     rows, span, ready, step, sink, shape, on_last_keys=lambda: None

@@ -7,8 +7,6 @@ and cuts their keys evenly over the chip; the prefill kernel puts together what 
 other sequences, tile by tile, and zeroes the rows of none.
 """
 
-__all__ = ["GpuAttentionConfig", "default_config", "ragged_paged_attention", "unsupported"]
-
 import dataclasses
 import functools
 from typing import Any
@@ -17,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_paged import dispatch, layout, tuned
+from pallas_paged import dispatch, layout
 from pallas_paged.attention.gpu import decode, prefill
+from pallas_paged.attention.gpu.config import GpuAttentionConfig, default_config
 from pallas_paged.attention.gpu.schedule import (
     ROW_TILE,
     WARPGROUP_ROWS,
@@ -26,6 +25,8 @@ from pallas_paged.attention.gpu.schedule import (
     make_schedule,
     per_head,
 )
+from pallas_paged.attention.options import AttentionOptions, Batch, Factors
+from pallas_paged.kv_write.gpu import launch as writes
 from pallas_paged.unfused import unfused
 
 _HEAD_DIMS = (64, 128, 256)
@@ -34,123 +35,83 @@ _SHARED_BYTES = 227 * 1024 - 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class GpuAttentionConfig:
-    """Block sizes of the GPU attention.
+class Launch:
+    """What the kernels are launched with; static.
 
     Attributes:
-      prefill_block_keys, decode_block_keys: keys that are attended to at a time, 64 or 128.
-      prefill_slots, decode_slots: blocks in shared memory: those being computed, the others on
-        their way.
-      prefill_raw_slots, decode_raw_slots: blocks of a quantised pool on their way.
-      decode_pipelines: pipelines of the decode kernel that share a multiprocessor, 1 or 2, and 1
-        for a quantised pool; the slots are each one's.
+      shape: the static description of the call.
+      config: the block sizes.
+      num_multiprocessors: of the GPU that the call is made for.
     """
 
-    prefill_block_keys: int
-    prefill_slots: int
-    decode_block_keys: int
-    decode_slots: int
-    prefill_raw_slots: int = 2
-    decode_raw_slots: int = 2
-    decode_pipelines: int = 1
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("block_keys"):
-                is_right, wanted = value in (64, 128), "64 or 128"
-            elif field.name == "decode_pipelines":
-                is_right, wanted = value in (1, 2), "1 or 2"
-            else:
-                is_right, wanted = isinstance(value, int) and value >= 1, "an int >= 1"
-                if field.name == "prefill_slots" or field.name == "decode_slots":
-                    is_right, wanted = is_right and value >= 2, "an int >= 2"
-            if not is_right:
-                raise ValueError(f"GpuAttentionConfig: {field.name} is {value!r}; wanted {wanted}")
+    shape: Shape
+    config: GpuAttentionConfig
+    num_multiprocessors: int
 
 
-def default_config(
-    head_dim: int, is_quantized: bool, max_seqs: int, page_size: int
-) -> GpuAttentionConfig:
-    """What was found for the device (`pallas_paged.tuned`), else what `formula` gives."""
-    found = tuned.find(
-        dispatch.gpu_device_kind(),
-        "ragged_paged_attention",
-        page_size=page_size,
-        head_dim=head_dim,
-        is_quantized=is_quantized,
-        has_few_seqs=has_few_seqs(max_seqs),
-    )
-    return GpuAttentionConfig(**found) if found else formula(head_dim, is_quantized, max_seqs)
+def plan(
+    q: jax.Array,
+    kv_pages: jax.Array,
+    page_indices: jax.Array,
+    options: AttentionOptions,
+    config: GpuAttentionConfig | None = None,
+    k: jax.Array | None = None,
+) -> dispatch.Plan:
+    """What the kernels are launched with for a call of these shapes, or why they cannot run.
 
+    The arrays may be `jax.ShapeDtypeStruct`s: nothing is traced.
 
-def has_few_seqs(max_seqs: int) -> bool:
-    """Whether so few sequences are decoded at most that each is better split less."""
-    return max_seqs < 32
+    Args:
+      q: [T, N, H].
+      kv_pages: [P, page_size, R, C].
+      page_indices: int32[S, M].
+      options: the static options.
+      config: the block sizes; None lets `default_config` choose.
+      k: the new keys of a call that writes them, by another kernel.
 
-
-def formula(head_dim: int, is_quantized: bool, max_seqs: int) -> GpuAttentionConfig:
-    """As many blocks as shared memory has room for.
-
-    Two pipelines decode on a multiprocessor where many sequences begin and end, so that one's
-    latencies hide behind the other's pages; one where few do, which splits heads less.
+    Returns:
+      a `Plan` whose `spec` is a `Launch`.
     """
-    prefill_keys = 64 if head_dim == 256 else 128
-    if is_quantized:
-        prefill_slots = {64: 4, 128: 2, 256: 2}[head_dim]
-        if head_dim == 256:
-            keys, slots, raw_slots = 64, 2, 2
-        elif has_few_seqs(max_seqs):
-            keys, slots, raw_slots = 64, 3, {64: 12, 128: 7}[head_dim]
-        else:
-            keys, slots, raw_slots = 128, 2, {64: 6, 128: 3}[head_dim]
-        return GpuAttentionConfig(
-            prefill_keys,
-            prefill_slots,
-            keys,
-            slots,
-            prefill_raw_slots=2,
-            decode_raw_slots=raw_slots,
-        )
-    prefill_slots = {64: 6, 128: 3, 256: 2}[head_dim]
-    if head_dim == 256:
-        return GpuAttentionConfig(prefill_keys, prefill_slots, 64, 3)
-    decode_slots = {64: 6, 128: 3}[head_dim]
-    if has_few_seqs(max_seqs):
-        return GpuAttentionConfig(prefill_keys, prefill_slots, 128, decode_slots)
-    return GpuAttentionConfig(prefill_keys, prefill_slots, 64, decode_slots, decode_pipelines=2)
-
-
-def _shared_bytes(shape: Shape, config: GpuAttentionConfig) -> tuple[int, int]:
-    """Shared memory that a block of threads of the prefill and of the decode kernel takes."""
-
-    def ring(block_keys, slots, raw_slots):
-        raw = raw_slots if shape.is_quantized else 0
-        per_key = slots * shape.q_dtype.itemsize + raw * shape.pool_dtype.itemsize
-        return block_keys * shape.kv_dim * per_key
-
-    queries = WARPGROUP_ROWS * shape.head_dim * shape.q_dtype.itemsize
-    return (
-        prefill.num_consumers(shape) * queries
-        + ring(config.prefill_block_keys, config.prefill_slots, config.prefill_raw_slots),
-        config.decode_pipelines
-        * (
-            (not decode.queries_in_registers(shape)) * queries
-            + ring(config.decode_block_keys, config.decode_slots, config.decode_raw_slots)
-        ),
+    refusal = dispatch.why_no_mosaic_gpu() or _refusal(
+        q, kv_pages, page_indices, options.num_kv_heads
     )
+    if refusal is None and k is not None:
+        refusal = writes.unsupported_pool(kv_pages, q)
+    if refusal is not None:
+        return dispatch.Plan(refusal=refusal)
+    shape = Shape(
+        num_heads=q.shape[1],
+        num_kv_heads=options.num_kv_heads,
+        head_dim=layout.padded_head_dim(q.shape[2]),
+        num_pages=kv_pages.shape[0],
+        page_size=kv_pages.shape[1],
+        table_width=page_indices.shape[1],
+        q_dtype=jnp.dtype(q.dtype),
+        product_dtype=jnp.dtype(q.dtype),
+        pool_dtype=jnp.dtype(kv_pages.dtype),
+        causal=options.causal,
+        soft_cap=options.soft_cap,
+        is_scale_positive=options.is_scale_positive,
+        has_window=options.has_window,
+        return_lse=options.return_lse,
+        is_interpreted=False,
+    )
+    if config is not None:
+        refusal = _refusal_of_sizes(shape, config)
+        if refusal is not None:
+            return dispatch.Plan(refusal=refusal)
+    sizes = config or default_config(
+        shape.head_dim, shape.is_quantized, page_indices.shape[0], shape.page_size
+    )
+    return dispatch.Plan(spec=Launch(shape, sizes, dispatch.num_multiprocessors()))
 
 
-def unsupported(
-    q, kv_pages, page_indices, num_kv_heads: int, config: GpuAttentionConfig | None
+def _refusal(
+    q: jax.Array, kv_pages: jax.Array, page_indices: jax.Array, num_kv_heads: int
 ) -> str | None:
-    """Why the kernels cannot run a call, as a sentence; None if they can."""
-    reason = dispatch.why_no_mosaic_gpu()
-    if reason is not None:
-        return reason
+    """Why the kernels cannot run a call with any block sizes, as a sentence; None if they can."""
     num_heads, head_dim = q.shape[1], layout.padded_head_dim(q.shape[2])
-    num_pages, page_size, num_rows, _ = kv_pages.shape
-    del num_pages
+    _, page_size, num_rows, _ = kv_pages.shape
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"q is {q.dtype} and the matrix unit takes bfloat16 and float16: cast q"
     if kv_pages.dtype not in (q.dtype, jnp.float8_e4m3fn, jnp.float8_e5m2):
@@ -185,84 +146,69 @@ def unsupported(
             f"page_indices [{max_seqs}, {table_width}] has room for 2**31 blocks of keys or more, "
             "and blocks are counted in int32"
         )
-    if config is not None:
-        shape = _shape_of(q, kv_pages, page_indices, num_kv_heads)
-        if shape.is_quantized and config.decode_pipelines > 1:
-            return (
-                f"config has {config.decode_pipelines} decode pipelines, and where a pool is "
-                "converted there are registers for one"
-            )
-        for name, needed in zip(("prefill", "decode"), _shared_bytes(shape, config), strict=True):
-            if needed > _SHARED_BYTES:
-                return (
-                    f"config's {name} blocks take {needed} bytes of shared memory, and a "
-                    f"multiprocessor has {_SHARED_BYTES} for them: fewer slots or keys"
-                )
     return None
 
 
-def _shape_of(q, kv_pages, page_indices, num_kv_heads, **options) -> Shape:
-    """The static description of a call."""
-    options = {
-        "causal": True,
-        "soft_cap": None,
-        "is_scale_positive": True,
-        "has_window": False,
-        "return_lse": False,
-        "is_interpreted": False,
-    } | options
-    return Shape(
-        num_heads=q.shape[1],
-        num_kv_heads=num_kv_heads,
-        head_dim=layout.padded_head_dim(q.shape[2]),
-        num_pages=kv_pages.shape[0],
-        page_size=kv_pages.shape[1],
-        table_width=page_indices.shape[1],
-        q_dtype=jnp.dtype(q.dtype),
-        product_dtype=jnp.dtype(q.dtype),
-        pool_dtype=jnp.dtype(kv_pages.dtype),
-        **options,
+def _refusal_of_sizes(shape: Shape, config: GpuAttentionConfig) -> str | None:
+    """Why the kernels cannot run with a caller's block sizes, as a sentence; None if they can."""
+    if shape.is_quantized and config.decode_pipelines > 1:
+        return (
+            f"config has {config.decode_pipelines} decode pipelines, and where a pool is "
+            "converted there are registers for one"
+        )
+    for name, needed in zip(("prefill", "decode"), _shared_bytes(shape, config), strict=True):
+        if needed > _SHARED_BYTES:
+            return (
+                f"config's {name} blocks take {needed} bytes of shared memory, and a "
+                f"multiprocessor has {_SHARED_BYTES} for them: fewer slots or keys"
+            )
+    return None
+
+
+def _shared_bytes(shape: Shape, config: GpuAttentionConfig) -> tuple[int, int]:
+    """Shared memory that a block of threads of the prefill and of the decode kernel takes."""
+
+    def ring(block_kv, slots, raw_stages):
+        raw = raw_stages if shape.is_quantized else 0
+        per_key = slots * shape.q_dtype.itemsize + raw * shape.pool_dtype.itemsize
+        return block_kv * shape.kv_dim * per_key
+
+    queries = WARPGROUP_ROWS * shape.head_dim * shape.q_dtype.itemsize
+    return (
+        prefill.num_consumers(shape) * queries
+        + ring(config.prefill_block_kv, config.prefill_stages, config.prefill_raw_stages),
+        config.decode_pipelines
+        * (
+            (not decode.queries_in_registers(shape)) * queries
+            + ring(config.decode_block_kv, config.decode_stages, config.decode_raw_stages)
+        ),
     )
 
 
-def ragged_paged_attention(
-    q,
-    kv_pages,
-    kv_lens,
-    page_indices,
-    cu_q_lens,
-    num_seqs,
-    *,
-    sm_scale,
-    causal,
-    sliding_window,
-    soft_cap,
-    k_scale,
-    v_scale,
-    sinks,
-    num_kv_heads,
-    return_lse,
-    config,
-    is_scale_positive,
-):
-    """Returns the output, q's dtype [T, N, H], and the log-sum-exp, f32[T, N] or None; see api."""
+def attend(
+    spec: Launch,
+    q: jax.Array,
+    new: None,
+    kv_pages: jax.Array,
+    batch: Batch,
+    factors: Factors,
+) -> tuple[jax.Array, jax.Array | None, None]:
+    """Prepares the operands and launches the kernels.
+
+    Args:
+      spec: of `plan`.
+      q: [T, N, H].
+      new: None: new keys and values are in the pool already.
+      kv_pages: [P, page_size, R, C].
+      batch, factors: what else the call is given.
+
+    Returns:
+      the output, q's dtype [T, N, H], the log-sum-exp f32[T, N] or None, and None.
+    """
+    shape, config = spec.shape, spec.config
     num_tokens, _, head_dim = q.shape
-    shape = _shape_of(
-        q,
-        kv_pages,
-        page_indices,
-        num_kv_heads,
-        causal=causal,
-        soft_cap=soft_cap,
-        has_window=sliding_window is not None,
-        return_lse=return_lse,
-        is_scale_positive=is_scale_positive,
-    )
-    config = config or default_config(
-        shape.head_dim, shape.is_quantized, page_indices.shape[0], shape.page_size
-    )
-    num_sms = dispatch.num_multiprocessors()
-
+    kv_lens, page_indices, cu_q_lens, num_seqs = batch
+    sm_scale, sliding_window, k_scale, v_scale, sinks = factors
     # Tensor copies see rows in tiles of 8, and heads as wide as the pool has them; a batch of other
     # sizes is copied.
     q = jnp.pad(layout.pad_heads(q), ((0, -num_tokens % ROW_TILE), (0, 0), (0, 0)))
@@ -288,17 +234,17 @@ def ragged_paged_attention(
         sliding_window,
         q.shape[0],
         shape,
-        config.decode_block_keys,
+        config.decode_block_kv,
         prefill.tile_rows(shape),
     )
 
-    launch = functools.partial(_launch, shape, config, num_sms)
+    launch = functools.partial(_launch, shape, config, spec.num_multiprocessors)
     out, lse = lax.platform_dependent(
         operands,
         cuda=functools.partial(launch, False),
         default=functools.partial(launch, True),
     )
-    return out[:num_tokens, :, :head_dim], (lse[:num_tokens] if return_lse else None)
+    return out[:num_tokens, :, :head_dim], (lse[:num_tokens] if shape.return_lse else None), None
 
 
 def _launch(shape: Shape, config: GpuAttentionConfig, num_sms: int, is_interpreted: bool, operands):

@@ -110,9 +110,9 @@ def prefill(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array
     """
     names = tuple(operands)
     outs = (out,) if lse is None else (out, lse)
-    num_raw = config.prefill_raw_slots if shape.is_quantized else 0
+    num_raw = config.prefill_raw_stages if shape.is_quantized else 0
 
-    @named(f"prefill_{config.prefill_block_keys}_{config.prefill_slots}_{num_raw}")
+    @named(f"prefill_{config.prefill_block_kv}_{config.prefill_stages}_{num_raw}")
     def body(*refs):
         inputs = dict(zip(names, refs[: len(names)], strict=True))
         out_ref, lse_ref = (*refs[len(names) :], None)[:2]
@@ -129,8 +129,8 @@ def prefill(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array
             barrier,
             blocks.scratch(
                 shape,
-                config.prefill_block_keys,
-                config.prefill_slots,
+                config.prefill_block_kv,
+                config.prefill_stages,
                 num_raw,
                 num_consumers(shape),
             ),
@@ -168,8 +168,8 @@ def _kernel(inputs, out, lse, scoped, shape: Shape, config, num_raw: int):
       scoped: scratch: queries [2, 64, H] and their barriers (full, empty), the rings
     """
     queries, queries_full, queries_empty, ring_scratch = scoped
-    block = config.prefill_block_keys
-    ready, raw = blocks.rings(ring_scratch, config.prefill_slots, num_raw)
+    block = config.prefill_block_kv
+    ready, raw = blocks.rings(ring_scratch, config.prefill_stages, num_raw)
     warpgroup = lax.axis_index("warpgroup")
     window = clip_window(inputs["window"][0]) if shape.has_window else None
 

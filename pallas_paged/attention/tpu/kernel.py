@@ -116,7 +116,7 @@ def _behind(at: _Taken):
 
 def _decode(walk: Walk, refs: Refs, index, unit: Unit, block):
     """Takes one block of a decode, or many, of it or of decodes behind it; returns what is next."""
-    state, many, parts = refs.state, walk.blocks_per_body, walk.full_parts
+    state, many, parts = refs.state, walk.kv_blocks_per_iteration, walk.full_parts
     pl.when(block == 0)(lambda: windows.open_decode(walk, refs, unit.row))
     first = _Taken(index, unit, block)
     one = functools.partial(_decode_blocks, walk, refs, [first], is_full=False)

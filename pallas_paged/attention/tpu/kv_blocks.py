@@ -214,7 +214,7 @@ def start_block(walk: Walk, refs: Refs, fetch: Fetch):
 def fill_ring(walk: Walk, refs: Refs):
     """Starts the first blocks, so many that a body's are always all on their way."""
 
-    @pl.loop(0, walk.ring - walk.blocks_per_body)
+    @pl.loop(0, walk.ring - walk.kv_blocks_per_iteration)
     def _fill(_):
         issues(walk, refs, next_fetches(walk, refs, 1), 1)()
 

@@ -96,12 +96,17 @@ class Walk:
     piece: int  # tokens of a page that one DMA brings: a page, or an equal part of it
     block: int  # tokens of a buffer: whole register tiles
     ring: int  # buffers
-    blocks_per_body: int  # blocks that a long decode takes at a time
+    kv_blocks_per_iteration: int  # blocks that a long decode takes at a time
     window: int  # rows of a window
     new: Slots | None  # of the new k and v that the call writes; None if it only reads
     mask_dtype: jnp.dtype  # as what a prefill's weights are masked
     table_part: int  # entries of a streamed page table that come at a time; 0 if all are there
     is_interpreted: bool
+
+    @property
+    def writes(self) -> bool:
+        """Whether the call writes new tokens."""
+        return self.new is not None
 
     @property
     def pieces_per_block(self) -> int:
@@ -128,8 +133,8 @@ class Walk:
     def full_parts(self) -> int:
         """Decodes that a body of full blocks may be of, as many blocks of each: two where the body
         is so long that few decodes fill it."""
-        is_long = self.blocks_per_body * self.block >= _LONG_BODY
-        return 2 if is_long and self.blocks_per_body % 2 == 0 else 1
+        is_long = self.kv_blocks_per_iteration * self.block >= _LONG_BODY
+        return 2 if is_long and self.kv_blocks_per_iteration % 2 == 0 else 1
 
     @property
     def kept(self) -> tuple[str, ...]:

@@ -142,8 +142,9 @@ def find_unit(walk: Walk, refs: Refs):
 
 def kept_unit(walk: Walk, refs: Refs, index) -> Unit:
     """The unit found as number `index`, but for what only `with_new_tokens` reads."""
-    of_new = dict.fromkeys(OF_NEW_TOKENS)
-    return Unit(**(_read(walk, refs, index, set(Unit._fields) - set(OF_NEW_TOKENS)) | of_new))
+    # In their order, not as a set: a set's order, and so the program, would differ by process.
+    others = Unit._fields[: -len(OF_NEW_TOKENS)]
+    return Unit(**_read(walk, refs, index, others), **dict.fromkeys(OF_NEW_TOKENS))
 
 
 def with_new_tokens(walk: Walk, refs: Refs, index, unit: Unit) -> Unit:
