@@ -13,6 +13,7 @@ import sys
 import pytest
 
 import pallas_paged
+import reference_engine
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PAGES = sorted(
@@ -105,6 +106,10 @@ def test_the_page_of_block_sizes_has_every_field():
     for name in CONFIGS:
         fields = getattr(pallas_paged, name).__dataclass_fields__
         assert name in text and [field for field in fields if f"{field}`" not in text] == []
+    example = re.search(r"^config = .*?^\)$", text, re.MULTILINE | re.DOTALL)
+    names = {"pallas_paged": pallas_paged}
+    exec(example[0], names)
+    assert names["config"] == pallas_paged.TpuAttentionConfig(512, 128, 8, 4)
 
 
 def test_tables_of_tuned_block_sizes_have_every_entry(generate):
@@ -148,6 +153,33 @@ def test_every_module_stands_in_the_tables_of_files(generate):
         for file in (ROOT / package).rglob("*.py"):
             if file.name != "__init__.py" and not file.name.startswith("test_"):
                 assert f"| `{file.name}` |" in text, file
+
+
+def resolve(name: str):
+    """A module, or an attribute of one, by its dotted name."""
+    module, _, attribute = name.rpartition(".")
+    if importlib.util.find_spec(module) is not None and attribute in dir(
+        importlib.import_module(module)
+    ):
+        return getattr(importlib.import_module(module), attribute)
+    return importlib.import_module(name)
+
+
+def test_the_new_names_of_the_changelog_exist():
+    renames = re.findall(r"^\| (.*) \| (.*) \|$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    resolved = []
+    for old, new in renames:
+        old_names, new_names = (re.findall(r"`([\w.]+)`", names) for names in (old, new))
+        assert len(old_names) == len(new_names) or "--" in old or old == "old"
+        if old.startswith("its "):
+            fields = resolved[-1].__dataclass_fields__
+            assert set(new_names) <= set(fields) and not set(old_names) & set(fields), new
+        elif new_names and new.startswith("`pallas_paged"):
+            resolved.append(resolve(new_names[0]))
+        elif new.startswith("`EngineConfig"):
+            fields = reference_engine.EngineConfig.__dataclass_fields__
+            assert new_names[0].split(".")[1] in fields and old_names[0].split(".")[1] not in fields
+    assert len(resolved) >= 9
 
 
 def test_the_changelog_knows_the_version():
