@@ -35,10 +35,11 @@ def make_tiny_model(folder: pathlib.Path) -> pathlib.Path:
     )
     tokenizer.save(str(folder / "tokenizer.json"))
 
+    vocab_size = tokenizer.get_vocab_size()
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": tokenizer.get_vocab_size(),
+        "vocab_size": vocab_size,
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -54,7 +55,7 @@ def make_tiny_model(folder: pathlib.Path) -> pathlib.Path:
 
     # The names and shapes of the tensors in a checkpoint; matrices are [out, in].
     width, inner, q_width, kv_width = 32, 64, 4 * 16, 2 * 16
-    shapes = {"model.embed_tokens.weight": (config["vocab_size"], width)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab_size, width)}
     for i in range(2):
         layer = f"model.layers.{i}."
         shapes |= {

@@ -39,7 +39,7 @@ def make_sharded_pool(mesh: jax.sharding.Mesh) -> jax.Array:
     each shard's pool is made for its own number of heads.
     """
 
-    def of_shard():
+    def of_shard() -> jax.Array:
         return pp.make_kv_pages(
             NUM_PAGES, PAGE_SIZE, NUM_KV_HEADS // NUM_SHARDS, HEAD_DIM, jnp.float32
         )
@@ -48,7 +48,16 @@ def make_sharded_pool(mesh: jax.sharding.Mesh) -> jax.Array:
     return jax.jit(make)()
 
 
-def step(q, k, v, pool, kv_lens, page_indices, cu_q_lens, num_seqs):
+def step(
+    q: jax.Array,  # [T, N, H]
+    k: jax.Array,  # [T, K, H]
+    v: jax.Array,  # [T, K, H]
+    pool: jax.Array,  # [P, page_size, R, C]
+    kv_lens: jax.Array,  # int32[S]
+    page_indices: jax.Array,  # int32[S, M]
+    cu_q_lens: jax.Array,  # int32[S + 1]
+    num_seqs: jax.Array,  # int32[1]
+) -> tuple[jax.Array, ...]:
     """What one device computes: its heads of the new tokens, its rows of the pool."""
     return pp.write_and_attend(
         q, k, v, pool, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale=HEAD_DIM**-0.5
@@ -84,13 +93,14 @@ def main() -> None:
     arguments = (*arrays, make_sharded_pool(mesh), *metadata)
 
     text = program.lower(*arguments).compile().as_text()
+    assert text is not None
     assert not any(name in text for name in ("all-gather", "all-reduce", "all-to-all", "permute("))
 
     out, pool = program(*arguments)
     print("the pool of one device:", pool.addressable_shards[0].data.shape)
 
     whole = pp.make_kv_pages(NUM_PAGES, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, jnp.float32)
-    expected, _ = step(q, k, v, whole, *metadata)
+    expected, _ = step(*(jnp.asarray(x) for x in (q, k, v)), whole, *metadata)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
     print(f"{NUM_SHARDS} devices computed what one computes, without a collective.")
 
