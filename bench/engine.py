@@ -376,7 +376,7 @@ def _real(on_cpu: bool) -> _Part:
     setup = engine_real.Setup(
         engine_real.MODELS[name],
         shrink=16 if name == "tiny" else 1,
-        attention=_ATTENTION.value,
+        attention_backend=_ATTENTION.value,
         write_backend=_WRITE_BACKEND.value,
     )
     page_sizes = report.require_sizes("page_sizes", _page_sizes_or_16())
@@ -404,7 +404,7 @@ def _real(on_cpu: bool) -> _Part:
         )
     how = (
         f"Measured on {device}: {name}, random weights, {setup.model.dtype}, attention by"
-        f" {setup.attention}, writes by {setup.write_backend}"
+        f" {setup.attention_backend}, writes by {setup.write_backend}"
         + (f"; batches and lengths divided by {setup.shrink}" if setup.shrink > 1 else "")
     )
     table = report.table([tables.real_row(row) for row in rows], indent=2)

@@ -7,7 +7,8 @@ from reference_engine import engine as engine_lib
 from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.engine import Engine
 from reference_engine.page_pool import PagePool
-from reference_engine.request import Request, SamplingParams
+from reference_engine.request import Request
+from reference_engine.sampling_params import SamplingParams
 from reference_engine.scheduler import Scheduler
 from reference_engine.weights import random_params
 

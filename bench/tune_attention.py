@@ -208,7 +208,7 @@ def _likely(num_kv_heads: int) -> list[tuple[int, int, int, int]]:
         (keys, 128, buffers, body)
         for keys in block_kv
         for buffers, body in ((8, 4), (16, 8))
-        if keys * body * num_kv_heads <= tpu_config._MAX_BODY
+        if keys * body * num_kv_heads <= tpu_config.MAX_ITERATION_KEYS
     ]
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Static checks shared by the ops: a ValueError names op, argument, what came, what was wanted."""
+"""Static checks that the ops share. Each raises a ValueError with what came and what was wanted."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -10,8 +10,8 @@ import numpy as np
 
 from pallas_paged import layout, scalars
 
-# Numbers that a caller divides by, or whose inverse a kernel takes, lie between these: then both
-# are float32's normal numbers. Chips take others for 0 or infinite.
+# A number that is divided by, or whose inverse a kernel takes, must lie between these: then both it
+# and its inverse are normal float32 numbers. Chips may treat others as 0 or as infinite.
 _LEAST, _MOST = 2.0**-126, 2.0**126
 
 
@@ -28,7 +28,7 @@ def require(condition: bool, op: str, argument: str, *, got: Any, wanted: str, h
 
 
 def describe(x: Any) -> str:
-    """dtype[shape] of an array, or the value itself, in one line that is not too long.
+    """The dtype[shape] of an array, or the value itself, in one line that is not too long.
 
     >>> describe(jnp.zeros((2, 3)))
     'float32[2,3]'
@@ -38,7 +38,7 @@ def describe(x: Any) -> str:
 
 
 def require_array(op: str, argument: str, x: Any) -> None:
-    """Refuses what is no array (lists, None, Python numbers, other libraries' tensors)."""
+    """Refuses what is not an array: lists, None, Python numbers, tensors of other libraries."""
     require(
         scalars.is_array(x),
         op,
@@ -50,7 +50,7 @@ def require_array(op: str, argument: str, x: Any) -> None:
 
 
 def require_int32(op: str, argument: str, x: Any, ndim: int, shape: str) -> None:
-    """Refuses anything but int32 of `ndim` dimensions (no silent cast: int64 ids would wrap)."""
+    """Refuses all but int32 of `ndim` dimensions. A silent cast would let int64 ids wrap."""
     require_array(op, argument, x)
     require(
         x.dtype == jnp.int32 and x.ndim == ndim,
@@ -63,7 +63,7 @@ def require_int32(op: str, argument: str, x: Any, ndim: int, shape: str) -> None
 
 
 def require_pool(op: str, kv_pages: Any) -> None:
-    """Refuses what `make_kv_pages` or a caller's own pool of that form could not be."""
+    """Refuses what cannot be a pool, made by `make_kv_pages` or by the caller in its form."""
     require_array(op, "kv_pages", kv_pages)
     require(
         kv_pages.ndim == 4 and 0 not in kv_pages.shape,
@@ -95,7 +95,7 @@ def require_pool(op: str, kv_pages: Any) -> None:
         "kv_pages",
         got=describe(kv_pages),
         wanted="P * page_size below 2**31",
-        hint="a slot is an int32: use fewer pages or several pools",
+        hint="a slot is an int32: use fewer pages or multiple pools",
     )
 
 
@@ -158,14 +158,14 @@ def infer_heads(op: str, kv_pages: Any, k: Any, num_kv_heads: int | None) -> tup
 def _heads_of_flat(op: str, kv_pages: Any, k: Any) -> int:
     """K of k [T, K*H] where exactly one K and H make such a pool."""
     found = layout.heads_of_width(k.shape[1], kv_pages.shape[2], kv_pages.shape[3], kv_pages.dtype)
-    several = " or ".join(f"{n} head{'s' * (n > 1)} of {head_dim}" for n, head_dim in found)
+    pools = " or ".join(f"{n} head{'s' * (n > 1)} of {head_dim}" for n, head_dim in found)
     require(
         len(found) == 1,
         op,
         "num_kv_heads",
         got=None,
         wanted=f"the number of KV heads of k {describe(k)}",
-        hint=f"kv_pages {describe(kv_pages)} is the pool of {several or 'other heads'}: say which",
+        hint=f"kv_pages {describe(kv_pages)} is the pool of {pools or 'other heads'}: say which",
     )
     return found[0][0]
 
@@ -223,8 +223,8 @@ def require_write(
     return heads, head_dim, k_scale, v_scale
 
 
-# ---- Numbers that a caller gives. Python's, numpy's and jax's are alike. A value is checked here
-# unless it is traced or lies on an accelerator: no call waits for a device to have it checked.
+# ---- Numbers that a caller passes. Those of Python, numpy and jax are treated alike. A value is
+# checked unless it is traced or lies on an accelerator: no call waits for a device to check one.
 
 
 def require_heads(op: str, num_kv_heads: Any, hint: str) -> int:
@@ -245,7 +245,7 @@ def require_bool(op: str, argument: str, x: Any) -> bool:
 
 
 def require_scale(op: str, argument: str, scale: Any, num_kv_heads: int, kv_pages: Any) -> Any:
-    """None, float32[] or float32[K] of a scale, which only 8-bit pools have."""
+    """A scale as None, float32[] or float32[K]; only 8-bit pools have one."""
     if scale is None:
         return None
     if not layout.is_quantized(kv_pages.dtype):
@@ -258,12 +258,12 @@ def require_scale(op: str, argument: str, scale: Any, num_kv_heads: int, kv_page
         (num_kv_heads,),
         lambda x: (x >= _LEAST) & (x <= _MOST),
         wanted=f"a number or float32[{num_kv_heads}], > 0, of which float32 holds the inverse too",
-        hint="one scale for the tensor or one a KV head; None means 1",
+        hint="one scale for the tensor or one per KV head; None means 1",
     )
 
 
 def require_sm_scale(op: str, sm_scale: Any, head_dim: int) -> Any:
-    """float32[] of the factor on q . k; None means `head_dim ** -0.5`."""
+    """The factor on q . k as float32[]; None means `head_dim ** -0.5`."""
     if sm_scale is None:
         return np.float32(head_dim**-0.5)
     return _require_floats(
@@ -303,7 +303,7 @@ def require_soft_cap(op: str, soft_cap: Any) -> float | None:
 
 
 def require_mask_value(op: str, mask_value: Any) -> float | None:
-    """None or a static float; one that is -inf in float32 leaves hidden keys out, as None does."""
+    """None or a static float. One that is -inf in float32 leaves hidden keys out, as None does."""
     if mask_value is None:
         return None
     value = scalars.read_real(mask_value)
@@ -315,13 +315,13 @@ def require_mask_value(op: str, mask_value: Any) -> float | None:
 
 
 def require_window(op: str, sliding_window: Any) -> Any:
-    """None or int32[]. An int that int32 does not hold sees all keys, as the largest one does."""
+    """None or int32[]. A window too large for int32 shows all keys, as the largest int32 does."""
     if sliding_window is None:
         return None
     is_scalar = scalars.shape_of(sliding_window) in ((), (1,))
     is_good = scalars.is_integer(sliding_window) and is_scalar
     if is_good:
-        values = scalars.known_values(sliding_window)
+        values = scalars.host_values(sliding_window)
         is_good = values is None or bool((values >= 1).all())
     if not is_good:
         hint = "None turns it off; a query always sees its own key, so the smallest window is 1"
@@ -342,13 +342,13 @@ def _require_floats(
 ) -> Any:
     """float32[] of a number, or float32 of an array of floats of `shape`.
 
-    `is_good` says of float32 values which are taken; it sees those that are known.
+    `is_good` says which float32 values are taken; it gets those that can be read without a wait.
     """
     came = scalars.shape_of(x)
     is_number = came == () or (came == (1,) and shape != (1,))
     if not (scalars.is_real(x) and (is_number or came == shape and not scalars.is_integer(x))):
         _refuse(op, argument, x, wanted, hint)
-    values = scalars.known_values(x)
+    values = scalars.host_values(x)
     if values is not None:
         is_bad = ~np.asarray(is_good(scalars.to_float32(values)))
         if is_bad.any():
@@ -360,12 +360,12 @@ def _require_floats(
 def _refuse(
     op: str, argument: str, x: Any, wanted: str, hint: str, is_bad: np.ndarray | None = None
 ) -> NoReturn:
-    """Raises the sentence, with the value where it is known, of an array the first bad one."""
+    """Raises the error, with the value if it can be read; of an array, with the first bad one."""
     is_array = scalars.is_array(x)
     got = scalars.show(x) if scalars.is_real(x) else describe(x)
     if isinstance(x, jax.core.Tracer):
         got += ", traced"
-    elif is_array and scalars.is_real(x) and (values := scalars.known_values(x)) is not None:
+    elif is_array and scalars.is_real(x) and (values := scalars.host_values(x)) is not None:
         if values.ndim == 0:
             got += f" {values}"
         elif is_bad is not None:
@@ -376,20 +376,20 @@ def _refuse(
 
 
 def refuse_transforms(op: str, arrays: Any) -> Any:
-    """Returns `arrays` as they are; differentiating or vmapping through it is a sentence.
+    """Returns `arrays` as they are; differentiating or vmapping through them raises an error.
 
-    `arrays` is a pytree of all that the op is given: what is left out may lower without a word.
-    The rules sit on an identity in front of the op, so that they also hold where the caller's own
-    jit stands between the transformation and the op. Under a shard_map that checks what varies, all
-    arrays then vary alike.
+    `arrays` is a pytree of all that the op is given: a transformation of what is left out might go
+    unnoticed. The rules belong to an identity function in front of the op, so that they also hold
+    where the caller's own jit stands between the transformation and the op. Under a shard_map that
+    checks what varies, all arrays vary alike afterwards.
     """
 
     @jax.custom_batching.custom_vmap
-    def batched(arrays):
+    def batched(arrays: Any) -> Any:
         return arrays
 
     @batched.def_vmap
-    def _refuse_vmap(axis_size, in_batched, arrays):
+    def _refuse_vmap(axis_size: int, in_batched: Any, arrays: Any) -> NoReturn:
         del axis_size, in_batched, arrays
         raise NotImplementedError(
             f"{op}: vmap is not supported: the op is batched already; pack the sequences into one "
@@ -398,11 +398,11 @@ def refuse_transforms(op: str, arrays: Any) -> Any:
         )
 
     @jax.custom_jvp
-    def differentiated(arrays):
+    def differentiated(arrays: Any) -> Any:
         return batched(arrays)
 
     @differentiated.defjvp
-    def _refuse_jvp(primals, tangents):
+    def _refuse_jvp(primals: Any, tangents: Any) -> NoReturn:
         del primals, tangents
         raise NotImplementedError(
             f"{op}: no derivative is defined, it serves inference: keep it out of the function "
@@ -414,17 +414,18 @@ def refuse_transforms(op: str, arrays: Any) -> Any:
 
 
 def _vary_alike(arrays: Any) -> Any:
-    """Arrays of which each varies over a shard_map's axes where any of them does.
+    """The arrays, each varying over every axis of a shard_map over which any of them varies.
 
-    So do the results then: each shard's are its own though only its page table, say, is.
+    The results then vary over these axes too: where, say, only the page table differs from shard to
+    shard, the results differ as well.
     """
 
-    def axes_of(x):
+    def axes_of(x: jax.Array) -> frozenset[str]:
         return jax.typeof(x).manual_axis_type.varying
 
     axes = frozenset().union(*map(axes_of, jax.tree.leaves(arrays)))
 
-    def vary(x):
+    def vary(x: jax.Array) -> jax.Array:
         missing = axes - axes_of(x)
         return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Which backend runs an op: their names, their order per platform, and the only platform test."""
+"""Which backend runs an op: the backends' names, their order, and the only platform test."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from pallas_paged import scalars
 
 Backend = Literal["auto", "oracle", "mosaic_tpu", "mosaic_gpu"]
 
-# The platform that each backend's kernels are for; None for plain jax.numpy, which is for all.
-# "auto" takes the first backend in this order that is for the platform and can run the call.
+# The platform that the kernels of each backend are for, or None for plain jax.numpy, which runs on
+# all. "auto" takes the first backend in this order that is for the platform and can run the call.
 _PLATFORM: dict[str, str | None] = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu", "oracle": None}
 
 BACKENDS = tuple(name for name in get_args(Backend) if name != "auto")
@@ -23,10 +23,11 @@ BACKENDS = tuple(name for name in get_args(Backend) if name != "auto")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a backend would run for a call, or why it cannot: one of the two.
+    """What a backend would run for a call, or why it cannot run the call.
 
     Attributes:
-      spec: the static description that the backend launches its kernel from; None for the oracle.
+      spec: the static parameters that the backend launches its kernels with; None for the oracle
+        and for a call that cannot run.
       refusal: why the backend cannot run the call, as a sentence; None if it can.
     """
 
@@ -35,13 +36,14 @@ class Plan:
 
 
 def _device() -> Any:
-    """The device that a call made now is traced for: the mesh's in context, else the default one.
+    """The device that a call made now is traced for.
 
-    In an ahead-of-time trace that is the topology's, or an AbstractDevice that only says its kind.
+    It is that of the mesh in context, if there is one, else the default device. In an ahead-of-time
+    trace it is a device of the topology, or an AbstractDevice that only says its kind.
     """
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
-        config: Any = jax.config  # has its flags as attributes that not every jax declares
+        config: Any = jax.config  # its flags are attributes, which not every jax declares
         device = config.jax_default_device
     if device is None or isinstance(device, str):
         device = jax.devices(device)[0]
@@ -54,17 +56,17 @@ def platform() -> str:
 
 
 def tpu_generation() -> int | None:
-    """The generation of the TPU that a call is traced for (7 for tpu7x), None elsewhere."""
+    """The generation of the TPU of a call (7 for tpu7x); None on other platforms."""
     return pltpu.get_tpu_info().generation if pltpu.is_tpu_device() else None
 
 
 def tpu_vmem_bytes() -> int | None:
-    """VMEM of a core of the TPU that a call is traced for, None elsewhere."""
+    """The bytes of VMEM of a core of the TPU of a call; None on other platforms."""
     return pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else None
 
 
 def tpu_device_kind() -> str | None:
-    """What jax calls the TPU that a call is traced for ("TPU v6 lite"), None elsewhere."""
+    """What jax calls the TPU of a call ("TPU v6 lite"); None on other platforms."""
     return _device().device_kind if pltpu.is_tpu_device() else None
 
 
@@ -77,7 +79,7 @@ def why_no_mosaic_gpu() -> str | None:
         )
     device = _gpu()
     if device is None:
-        return None  # lowered for another machine, or interpreted
+        return None  # the call is lowered for another machine, or interpreted
     capability = getattr(device, "compute_capability", "unknown")
     if capability != "9.0":
         return (
@@ -88,24 +90,24 @@ def why_no_mosaic_gpu() -> str | None:
 
 
 def gpu_device_kind() -> str | None:
-    """What jax calls the GPU that a call is made for ("NVIDIA H100 80GB HBM3"), None elsewhere."""
+    """What jax calls the GPU of a call ("NVIDIA H100 80GB HBM3"); None on other platforms."""
     return _device().device_kind if platform() == "gpu" else None
 
 
 def num_multiprocessors() -> int:
-    """Multiprocessors of the GPU that a call is made for; those of an H100 elsewhere."""
+    """The multiprocessors of the GPU of a call; those of an H100 on other platforms."""
     device = _gpu()
     return 132 if device is None else device.core_count
 
 
 def _gpu() -> Any:
-    """The GPU of this machine that a call made now is traced for, None elsewhere."""
+    """The GPU of this machine that a call made now is traced for; None if there is none."""
     if platform() != "gpu":
         return None
     device = _device()
     if hasattr(device, "compute_capability"):
         return device
-    # A device of a mesh that only says its kind: any of this machine's that is of it.
+    # The mesh's device only says its kind: take any device of this machine that is of that kind.
     return next((d for d in jax.devices() if d.device_kind == device.device_kind), None)
 
 
@@ -115,13 +117,14 @@ def choose(op: str, backend: str, plan_of: Callable[[str], Plan]) -> tuple[str, 
     Args:
       op: the op's name, for the message.
       backend: "auto" or the name of a backend. A named backend is used or refused, never replaced.
-      plan_of: `plan_of(name)` is the plan of a backend. The oracle runs every call and needs none.
+      plan_of: `plan_of(name)` returns the plan of a backend. It is not asked for the oracle, which
+        runs every call.
 
     Returns:
-      the backend's name, and the `spec` of its plan.
+      the name of the backend, and the `spec` of its plan.
 
     Raises:
-      ValueError: `backend` is no backend's name.
+      ValueError: `backend` is not the name of a backend.
       NotImplementedError: the named backend cannot run this call; the message says why.
 
     >>> choose("page_write", "oracle", lambda name: Plan(refusal="it is not here"))
@@ -143,19 +146,19 @@ def choose(op: str, backend: str, plan_of: Callable[[str], Plan]) -> tuple[str, 
 
 
 def require_lowering(op: str, backend: str, is_auto: bool, x: jax.Array) -> jax.Array:
-    """Returns `x` as it is; lowering it for a platform that the call was not traced for is refused.
+    """Returns `x` as it is, and refuses to lower it for a platform that the backend may not suit.
 
-    jit may trace here and lower for another machine (`jax.export`, ahead-of-time compilation), and
-    only the lowering knows for which.
+    jit may trace a call on one machine and lower it for another (`jax.export`, ahead-of-time
+    compilation), and only the lowering knows the platform of the latter.
 
     Args:
       op: the op's name, for the message.
-      backend: the backend that runs it.
-      is_auto: whether "auto" chose it, by the platform of the trace.
+      backend: the backend that runs the op.
+      is_auto: whether "auto" chose the backend, by the platform of the trace.
       x: an array that the op computes with.
 
     Raises:
-      NotImplementedError: when it is lowered; the message says what to do.
+      NotImplementedError: at the lowering. The message says what to do.
     """
     return _require_lowering_p.bind(
         x,
@@ -178,7 +181,17 @@ _TRACE_FOR = (
 )
 
 
-def _lower_require_lowering(ctx, x, *, op, backend, is_auto, traced_for, knows_tpu):
+def _lower_require_lowering(
+    ctx: mlir.LoweringRuleContext,
+    x: Any,
+    *,
+    op: str,
+    backend: str,
+    is_auto: bool,
+    traced_for: str,
+    knows_tpu: bool,
+) -> list[Any]:
+    """The lowering rule of `require_lowering`: `x` as it is, or an error."""
     for name in ctx.platforms or ctx.module_context.platforms:
         lowered_for = "gpu" if name in ("cuda", "rocm") else name
         if is_auto and lowered_for != traced_for:

@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""The pool's layout: shapes, slots, and where K and V of a head lie. Nothing else knows it.
+"""The layout of the pool: shapes, slots, and where K and V of a head lie. Only this file knows it.
 
 A pool is ``kv_pages[P, page_size, R, C]``. One *slot* is the ``[R, C]`` of one token.
 
@@ -71,7 +71,7 @@ def num_rows(num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike) -> i
 
 
 def heads_of_rows(num_rows_of_pool: int, head_dim: int, dtype: jax.typing.DTypeLike) -> list[int]:
-    """Every K whose pool has that many rows; for rows that no pool is made with, the K they fill.
+    """Every K whose pool has this many rows; if no pool is made with them, the K that fill them.
 
     >>> heads_of_rows(8, 128, jnp.bfloat16), heads_of_rows(6, 128, jnp.bfloat16)
     ([3, 4], [3])
@@ -129,15 +129,15 @@ def make_kv_pages(
     """Makes an empty pool of `num_pages` pages of `page_size` tokens.
 
     Args:
-      num_pages: P; for a model with L layers one flat pool of `L * P` pages keeps `lax.scan` over
-        the layers free of copies.
+      num_pages: P. For a model with L layers make one flat pool of `L * P` pages: a `lax.scan` over
+        the layers then needs no copy of it.
       page_size: tokens in a page, >= 1.
       num_kv_heads: K, >= 1.
       head_dim: H, 1 to 256.
       dtype: float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8.
 
     Returns:
-      zeros, `kv_pages[P, page_size, R, C]`.
+      The pool, `kv_pages[P, page_size, R, C]`, all zeros.
 
     Raises:
       ValueError: a size or the dtype is outside these bounds.
@@ -174,13 +174,13 @@ def make_kv_pages(
     if num_pages * page_size >= 2**31:
         raise ValueError(
             f"make_kv_pages: num_pages * page_size is {num_pages * page_size}; wanted below 2**31, "
-            "because a slot is an int32: use fewer pages or several pools"
+            "because a slot is an int32: use fewer pages or multiple pools"
         )
     return jnp.zeros(pool_shape(num_pages, page_size, num_kv_heads, head_dim, dtype), dtype)
 
 
 def _dtype_or_none(dtype: jax.typing.DTypeLike) -> np.dtype | None:
-    """None for what names no dtype: an array has one, and for numpy None is float64."""
+    """The dtype that is named, or None. An array only has a dtype; numpy takes None for float64."""
     if dtype is None or isinstance(dtype, jax.Array | np.ndarray | np.generic):
         return None
     try:
@@ -206,7 +206,7 @@ def pad_heads(x: jax.Array) -> jax.Array:
 
 
 def merge_kv(k: jax.Array, v: jax.Array, num_rows: int) -> jax.Array:
-    """Slots `[T, R, C]` of k and v `[T, K, H]`, padding rows and lanes zero."""
+    """Slots `[T, R, C]` of k and v `[T, K, H]`, with zeros in the padding rows and lanes."""
     num_tokens, num_kv_heads, head_dim = k.shape
     if packs_kv_in_row(head_dim):
         pad = ((0, 0), (0, 0), (0, HALF_LANES - head_dim))
@@ -241,7 +241,7 @@ def result_like(kv_pages: jax.Array) -> jax.ShapeDtypeStruct:
 def to_words(slots: jax.Array) -> jax.Array:
     """Slots `[..., R, C]` of a 16- or 8-bit dtype as uint32 words `[..., words, C]`.
 
-    Several rows share a word, the first in the low bits: what a TPU's tiling does in memory.
+    Two or four rows share a word, the first in the low bits, as in the memory of a TPU.
     """
     per_word = 4 // slots.dtype.itemsize
     *rest, num_rows, num_lanes = slots.shape

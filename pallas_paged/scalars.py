@@ -1,7 +1,7 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Reads the numbers that a caller gives: Python's, numpy's and jax's alike.
+"""Reads the numbers that a caller passes: those of Python, numpy and jax alike.
 
-A bool is no number here, nor is a string or a list. What is wrong with a number is said in checks.
+A bool is not a number here, and neither is a string or a list. checks.py raises the errors.
 """
 
 import operator
@@ -13,15 +13,16 @@ import numpy as np
 
 
 def is_array(x: Any) -> bool:
-    """Whether x is jax's or numpy's: not another library's tensor, nor a wrapper of an array.
+    """Whether x is an array of jax or numpy: no tensor of another library, no wrapper of an array.
 
-    A struct is one whose form can be checked; jax says by name that it cannot compute with it.
+    A ShapeDtypeStruct counts as one, because its form can be checked; jax itself says clearly that
+    it cannot compute with it.
     """
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 def read_int(x: Any) -> int | None:
-    """The int of a Python, numpy or concrete jax integer of shape []; None for all else."""
+    """The int of a concrete integer of Python, numpy or jax of shape []; None for all else."""
     if isinstance(x, bool | jax.core.Tracer):
         return None
     try:
@@ -31,9 +32,9 @@ def read_int(x: Any) -> int | None:
 
 
 def read_bool(x: Any) -> bool | None:
-    """The bool of a Python, numpy or concrete jax bool of shape []; None for all else.
+    """The bool of a concrete bool of Python, numpy or jax of shape []; None for all else.
 
-    Waits for a jax array.
+    It waits for a jax array.
     """
     if isinstance(x, bool):
         return x
@@ -43,13 +44,13 @@ def read_bool(x: Any) -> bool | None:
 
 
 def read_real(x: Any) -> float | None:
-    """The float of a Python, numpy or concrete jax number of shape [] or [1]; None for all else.
+    """The float of a concrete number of Python, numpy or jax of shape [] or [1]; else None.
 
-    Waits for a jax array.
+    It waits for a jax array.
     """
     if not is_real(x) or isinstance(x, jax.core.Tracer) or shape_of(x) not in ((), (1,)):
         return None
-    values = np.asarray(x) if isinstance(x, jax.Array) else known_values(x)
+    values = np.asarray(x) if isinstance(x, jax.Array) else host_values(x)
     return None if values is None else float(values.reshape(()))
 
 
@@ -73,11 +74,11 @@ def shape_of(x: Any) -> tuple[int, ...]:
     return tuple(x.shape) if is_array(x) else ()
 
 
-def known_values(x: Any) -> np.ndarray | None:
-    """The values of what `is_real`, where reading them waits for no accelerator; else None.
+def host_values(x: Any) -> np.ndarray | None:
+    """The values of a number or an array of them, if they can be read without a wait; else None.
 
-    That is, not of a traced array, nor of one that lies on an accelerator. A Python int that no
-    float holds is infinite.
+    They cannot if the array is traced or lies on an accelerator. A Python int that is too large for
+    a float is taken as infinite.
     """
     if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
         return None
@@ -96,24 +97,25 @@ def _lies_on_host(x: jax.Array) -> bool:
 
 
 def to_float32(values: np.ndarray) -> np.ndarray:
-    """float32 of values, infinite where they are too large and 0 where too small for it."""
+    """The values as float32: infinite where they are too large for it, 0 where too small."""
     with np.errstate(over="ignore", under="ignore"):
         return values.astype(np.float32)
 
 
 def as_float32(x: Any) -> Any:
-    """float32 of what `is_real`: a jax array stays one, where it is; all else becomes numpy's.
+    """A real number or an array of them as float32.
 
-    A number becomes a np.float32, and no array of shape [].
+    A jax array remains one and stays where it is; a numpy array remains one; a number becomes a
+    np.float32, not an array of shape [].
     """
     if isinstance(x, jax.Array):
         return x if x.dtype == jnp.float32 else x.astype(jnp.float32)
-    values = known_values(x)
+    values = host_values(x)
     return x if values is None else to_float32(values)[()]
 
 
 def as_int32(x: Any) -> Any:
-    """int32 of what `is_integer`, the nearest one where it is out of range, not its low bits."""
+    """An integer or an array of them as int32: saturated where out of range, not wrapped."""
     least, most = -(2**31), 2**31 - 1
     if not is_array(x):
         return np.int32(min(max(x, least), most))
@@ -136,7 +138,7 @@ def as_scalar(x: Any) -> Any:
 
 
 def show(x: Any) -> str:
-    """What came, for a sentence: dtype[shape] of an array, else the value, in one short line.
+    """What came, for an error: the dtype[shape] of an array, else the value, in one short line.
 
     >>> show(jnp.zeros((2, 3))), show([1, "a"])
     ('float32[2,3]', "[1, 'a']")

@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""jax's global settings, which the ops do not depend on: they are traced under jax's defaults."""
+"""Makes the ops independent of jax's global settings: they are traced under jax's defaults."""
 
 import contextlib
 import functools
@@ -28,10 +28,11 @@ _NO_DEBUG_NANS = (jax.debug_nans, "jax_debug_nans", False)
 
 @contextlib.contextmanager
 def defaults() -> Iterator[None]:
-    """A context in which jax traces by its own defaults, whatever the process or a caller set.
+    """A context in which jax traces by its own defaults, whatever the process or a caller has set.
 
-    A Python int is an int32 here and not an int64, a product has the precision that it names, and
-    arrays broadcast. What is lowered later, outside, is settled by then: jaxprs have their dtypes.
+    In it a Python int becomes an int32 and not an int64, a product has the precision that it names,
+    and arrays broadcast. The settings no longer matter when the result is lowered, outside of the
+    context: a jaxpr has its dtypes.
     """
     with contextlib.ExitStack() as stack:
         _reset(stack, _DEFAULTS)
@@ -39,10 +40,10 @@ def defaults() -> Iterator[None]:
 
 
 def _reset(stack: contextlib.ExitStack, wanted: tuple[tuple[Any, str, Any], ...]) -> None:
-    """Enters what is not as wanted: entering them all takes 20 to 40 us of every call."""
+    """Enters the settings that are not as wanted: all of them would take 20 to 40 us per call."""
     for context, name, value in wanted:
         found = getattr(jax.config, name)
-        if getattr(found, "value", found) != value:  # some are enums of their words
+        if getattr(found, "value", found) != value:  # some are enums
             stack.enter_context(context(value))
 
 
@@ -50,20 +51,20 @@ def independent(*, checks_nans: bool = False) -> Callable[[Any], Any]:
     """Decorates a jitted function so that jax's settings change nothing about it.
 
     Args:
-      checks_nans: whether `jax_debug_nans` still looks at the results. Not where a pool is one:
-        its unused rows may hold anything. `jax_debug_infs` never does: the log-sum-exp of a row
-        without work is -inf.
+      checks_nans: whether `jax_debug_nans` still looks at the results. It must not where the pool
+        is one of them, because unused rows may hold anything. `jax_debug_infs` never looks at them,
+        because the log-sum-exp of a row without work is -inf.
     """
 
     wanted = (*_DEFAULTS, _NO_DEBUG_INFS, *(() if checks_nans else (_NO_DEBUG_NANS,)))
 
-    def decorate(jitted):
+    def decorate(jitted: Any) -> Any:
         @functools.wraps(jitted)
-        def call(*args, **kwargs):
+        def call(*args: Any, **kwargs: Any) -> Any:
             with contextlib.ExitStack() as stack:
                 args, kwargs = jax.tree.map(_narrow, (args, kwargs))
                 _reset(stack, wanted)
-                # Numbers go to the device as they always do; who forbids that means arrays.
+                # Numbers are sent to the device even under a guard, which is meant for arrays.
                 if not any(isinstance(x, np.ndarray) for x in jax.tree.leaves((args, kwargs))):
                     stack.enter_context(jax.transfer_guard_host_to_device("allow"))
                 return jitted(*args, **kwargs)
@@ -74,7 +75,7 @@ def independent(*, checks_nans: bool = False) -> Callable[[Any], Any]:
 
 
 def _narrow(x: Any) -> Any:
-    """A 64-bit array (`jax_enable_x64` makes them) as 32 bits; integers saturate."""
+    """A 64-bit array, which `jax_enable_x64` makes, as 32 bits; integers saturate."""
     dtype = getattr(x, "dtype", None)
     if dtype == jnp.float64:
         return x.astype(jnp.float32)

@@ -18,11 +18,11 @@ Arrays = TypeVar("Arrays")
 
 
 def unfused(arrays: Arrays) -> Arrays:
-    """Returns a pytree of arrays as it is, behind a barrier that XLA fuses nothing across.
+    """Returns a pytree of arrays as it is, with a barrier after it that XLA does not fuse across.
 
-    Every operand and every result of a call that updates an operand in place goes through here.
-    The barrier is gone when XLA assigns buffers, so that it copies nothing by itself; what was
-    sliced is copied to an array of its own, as XLA does for every call that it does not fuse.
-    One barrier an array: XLA may look through a barrier of a tuple.
+    Every operand and every result of a call that updates an operand in place goes through here. The
+    barrier is gone when XLA assigns buffers, so it copies nothing by itself. A slice is copied to
+    an array of its own, as XLA does for every call that it does not fuse. Each array has its own
+    barrier, because XLA may look through a barrier of a tuple.
     """
     return jax.tree.map(lax.optimization_barrier, arrays)

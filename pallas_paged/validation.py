@@ -1,8 +1,9 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Checks of what only exists at run time: page ids, slots, slices and lengths. On the host, numpy.
+"""Checks of values that only exist at run time: page ids, slots, slices and lengths.
 
-The ops skip an entry that is out of range and leave two entries for one slot undefined; they
-cannot tell a mistake from a wish. This can: for tests, for debugging, for the first step of a run.
+The ops skip an entry that is out of range and leave two entries for one slot undefined, because
+they cannot tell a mistake from an intention. `validate` can, on the host and in numpy: in tests,
+while debugging, and in the first step of a run.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,16 +33,17 @@ def validate(
     cu_q_lens: Any = None,
     num_seqs: Any = None,
 ) -> None:
-    """Refuses metadata that an op would skip or give undefined results for.
+    """Refuses metadata that an op would skip or for which its result would be undefined.
 
-    Give what one call, or several calls on one batch, will get: everything given together must
-    write every slot at most once, so `write_indices` results go in as pages and slices, or as
-    slots, not as both. An entry whose id or slot is -1 is a wish to skip and checked no further.
-    Reads the values, so it waits for device arrays; it cannot be traced.
+    Pass what one call, or multiple calls on one batch, will get. All that is passed together must
+    write every slot at most once: the results of `write_indices` go in as pages and slices, or as
+    slots, but not as both. An entry whose id or slot is -1 is meant to be skipped and not checked
+    further. The function reads the values, so it waits for device arrays and cannot be traced.
 
     Args:
       kv_pages: [P, page_size, R, C], the pool; only its shape is read.
-      num_tokens: T, the tokens of k and v; None checks no source's upper end (`slots` imply it).
+      num_tokens: T, the tokens of k and v; `slots` imply it. If it is None and there are no slots,
+        it is not checked whether an entry's tokens end inside the batch.
       page_ids: integer[n], for `page_write`.
       token_starts: integer[n]; needs `page_ids`. None means `i * page_size`.
       slices: integer[3, max_slices], for `slice_write`; needs `num_slices`.
@@ -51,18 +53,23 @@ def validate(
       page_indices: integer[S, M], the page table; needs `kv_lens` and `num_seqs`.
       kv_lens: integer[S], tokens of each sequence, the new ones included; needs `num_seqs`.
       cu_q_lens: integer[S + 1], prefix sums of the new tokens; needs `num_seqs`.
-      num_seqs: integer[1]; needs one of the three above. Rows beyond it may hold anything, as may
-        table entries beyond a sequence's length and those of a sequence without new tokens.
+      num_seqs: integer[1]; needs one of the three above. Rows from it on may hold anything. So may
+        the table's entries after the end of a sequence, and all those of a sequence without new
+        tokens.
 
     Raises:
-      ValueError: naming the argument, its first offending index, what came, what was wanted, and
-        what to do: an id or slot outside the pool other than -1; a page or slot written twice; a
-        slice that is empty or leaves its page; a source outside the batch; a page copied both from
-        and to; `num_slices` or `num_seqs` beyond its array; `cu_q_lens` that decrease or leave the
-        batch; a `kv_lens` that is negative, less than the new tokens, or more than the table row
-        holds; a table entry in use outside the pool; a page for new tokens that another entry in
-        use has too, be it to write or to read; an argument of the wrong form or without one that
-        it needs.
+      ValueError: one of the following, with the argument, the first index at which it holds, what
+        came, what was wanted, and what to do.
+        - An argument has the wrong form, or is given without one that it needs.
+        - An id or slot lies outside the pool and is not -1.
+        - A page or slot is written twice, or a page is both copied from and copied to.
+        - A slice is empty or leaves its page, or an entry's tokens leave the batch.
+        - `num_slices` or `num_seqs` is more than its array holds.
+        - `cu_q_lens` decrease or leave the batch.
+        - A length in `kv_lens` is negative, less than the new tokens, or more than the row of the
+          table has room for.
+        - An entry of the table that is in use lies outside the pool, or has a page for new tokens
+          that another entry in use has too, to write it or to read it.
 
     >>> import numpy as np
     >>> from pallas_paged.layout import make_kv_pages
@@ -94,14 +101,14 @@ use -1 to skip an entry
     _require_forms(arrays)
     num_tokens = _num_tokens(num_tokens, arrays)
 
-    runs = []
+    writes = []
     if "page_ids" in arrays:
-        runs.append(_check_pages(arrays, num_pages, page_size, num_tokens))
+        writes.append(_check_pages(arrays, num_pages, page_size, num_tokens))
     if "slices" in arrays:
-        runs.append(_check_slices(arrays, num_pages, page_size, num_tokens))
+        writes.append(_check_slices(arrays, num_pages, page_size, num_tokens))
     if "slots" in arrays:
-        runs.append(_check_slots(arrays["slots"], num_pages * page_size))
-    _check_written_once(runs, page_size)
+        writes.append(_check_slots(arrays["slots"], num_pages * page_size))
+    _check_written_once(writes, page_size)
     if "src_ids" in arrays:
         _check_copies(arrays["src_ids"], arrays["dst_ids"], num_pages)
     if "num_seqs" in arrays:
@@ -133,7 +140,7 @@ _NEEDS = (
 
 
 def _to_numpy(argument: str, x: Any) -> np.ndarray:
-    """int64 of an integer array of the right dimensions, so that no sum below overflows."""
+    """An integer array of the right dimensions as int64, so that no sum below overflows."""
     checks.require(
         not isinstance(x, jax.core.Tracer),
         _OP,
@@ -145,7 +152,7 @@ def _to_numpy(argument: str, x: Any) -> np.ndarray:
     shape = _SHAPES.get(argument, "[n]")
     try:
         array = np.asarray(x)
-    except (TypeError, ValueError):  # a list of lists of several lengths, random keys
+    except (TypeError, ValueError):  # a list of lists of different lengths, random keys
         array = np.empty((), object)
     is_integer = np.issubdtype(array.dtype, np.integer) or (isinstance(x, list) and not array.size)
     checks.require(
@@ -154,7 +161,7 @@ def _to_numpy(argument: str, x: Any) -> np.ndarray:
         argument,
         got=checks.describe(x),
         wanted=f"integers{shape}",
-        hint="give what the op gets",
+        hint="pass what the op gets",
     )
     return array.astype(np.int64)
 
@@ -233,7 +240,7 @@ def _num_tokens(num_tokens: int | None, arrays: dict[str, np.ndarray]) -> int | 
         _OP,
         "slots",
         got=f"of shape [{count}]",
-        wanted=f"[{num_tokens}], one for each of num_tokens",
+        wanted=f"[{num_tokens}], one per token of num_tokens",
         hint="-1 skips a token",
     )
     return count
@@ -243,7 +250,7 @@ def _num_tokens(num_tokens: int | None, arrays: dict[str, np.ndarray]) -> int | 
 
 
 class _Fault(NamedTuple):
-    """One way to be wrong: where it holds, and the words for an index."""
+    """One way in which values can be wrong: at which indices, and the words for an index."""
 
     is_bad: np.ndarray
     got: Callable[[int], str]
@@ -252,7 +259,7 @@ class _Fault(NamedTuple):
 
 
 def _refuse_first(argument: str, faults: Sequence[_Fault]) -> None:
-    """Raises the sentence of the first index at which anything is wrong."""
+    """Raises the error of the first index at which any of the faults holds."""
     bad = np.flatnonzero(np.stack([fault.is_bad for fault in faults]).any(axis=0))
     if not bad.size:
         return
@@ -274,16 +281,18 @@ def _outside(ids: np.ndarray, size: int, what: str) -> _Fault:
     )
 
 
-class _Runs(NamedTuple):
-    """What an argument's entries write: consecutive slots inside one page each."""
+class _Writes(NamedTuple):
+    """What an argument's live entries write: each of them consecutive slots inside one page."""
 
     argument: str
-    entry: np.ndarray  # where in the argument
-    first: np.ndarray
-    length: np.ndarray
+    entry: np.ndarray  # the index of each entry in the argument
+    first: np.ndarray  # its first slot
+    length: np.ndarray  # its slots
 
 
-def _check_pages(arrays, num_pages, page_size, num_tokens) -> _Runs:
+def _check_pages(
+    arrays: dict[str, np.ndarray], num_pages: int, page_size: int, num_tokens: int | None
+) -> _Writes:
     ids = arrays["page_ids"]
     _refuse_first("page_ids", [_outside(ids, num_pages, "page")])
     is_live = ids != -1
@@ -307,17 +316,19 @@ def _check_pages(arrays, num_pages, page_size, num_tokens) -> _Runs:
         ],
     )
     index = np.flatnonzero(is_live)
-    return _Runs("page_ids", index, ids[index] * page_size, np.full(index.size, page_size))
+    return _Writes("page_ids", index, ids[index] * page_size, np.full(index.size, page_size))
 
 
-def _check_slices(arrays, num_pages, page_size, num_tokens) -> _Runs:
+def _check_slices(
+    arrays: dict[str, np.ndarray], num_pages: int, page_size: int, num_tokens: int | None
+) -> _Writes:
     slices, count = arrays["slices"], arrays["num_slices"]
     max_slices = slices.shape[1]
     _refuse_first("num_slices", [_count_fault(count, max_slices, "columns of slices")])
     first, token, length = slices[:, : count[0]]
     is_live = first != -1
 
-    def got(i):
+    def got(i: int) -> str:
         return f"(slot {first[i]}, token {token[i]}, length {length[i]}) at index {i}"
 
     outside = _outside(first, num_pages * page_size, "slot")
@@ -339,13 +350,13 @@ def _check_slices(arrays, num_pages, page_size, num_tokens) -> _Runs:
     )
     _refuse_first("slices", faults)
     index = np.flatnonzero(is_live)
-    return _Runs("slices", index, first[index], length[index])
+    return _Writes("slices", index, first[index], length[index])
 
 
-def _check_slots(slots, num_slots) -> _Runs:
+def _check_slots(slots: np.ndarray, num_slots: int) -> _Writes:
     _refuse_first("slots", [_outside(slots, num_slots, "slot")])
     index = np.flatnonzero(slots != -1)
-    return _Runs("slots", index, slots[index], np.ones(index.size, np.int64))
+    return _Writes("slots", index, slots[index], np.ones(index.size, np.int64))
 
 
 def _count_fault(count: np.ndarray, most: int, what: str) -> _Fault:
@@ -357,19 +368,20 @@ def _count_fault(count: np.ndarray, most: int, what: str) -> _Fault:
     )
 
 
-def _check_written_once(runs: list[_Runs], page_size: int) -> None:
+def _check_written_once(writes: list[_Writes], page_size: int) -> None:
     """Refuses the first entry that writes a slot of an earlier one."""
-    if not runs:
+    if not writes:
         return
     index, first, length = (
-        np.concatenate([getattr(r, field) for r in runs]) for field in ("entry", "first", "length")
+        np.concatenate([getattr(w, field) for w in writes])
+        for field in ("entry", "first", "length")
     )
     order = np.argsort(first, kind="stable")
     is_hit = first[order][1:] < (first + length)[order][:-1]
     if not is_hit.any():
         return
-    # Runs lie inside a page, so two that overlap have neighbours in their page that do: slot by
-    # slot only there.
+    # An entry lies inside one page. So the search slot by slot is only needed in pages where two
+    # entries that are neighbours in slot order overlap.
     pages = np.unique(first[order][1:][is_hit] // page_size)
     entry = np.flatnonzero(np.isin(first // page_size, pages))
     owner = np.repeat(entry, length[entry])
@@ -381,7 +393,7 @@ def _check_written_once(runs: list[_Runs], page_size: int) -> None:
     at = np.flatnonzero(is_again)[owner[is_again].argmin()]
     again = int(owner[at])
     earlier = int(owner[np.searchsorted(slot, slot[at])])
-    argument = np.repeat([r.argument for r in runs], [r.entry.size for r in runs])
+    argument = np.repeat([w.argument for w in writes], [w.entry.size for w in writes])
     page, row = divmod(int(slot[at]), page_size)
     value = page if argument[again] == "page_ids" else first[again]
     checks.require(
@@ -390,7 +402,7 @@ def _check_written_once(runs: list[_Runs], page_size: int) -> None:
         str(argument[again]),
         got=f"{value} at index {index[again]}, slot {slot[at]} (page {page}, row {row}) once more",
         wanted=f"no slot that {argument[earlier]} at index {index[earlier]} writes",
-        hint="which of two writes stays is undefined; keep one, or skip one with -1",
+        hint="it is undefined which of two writes stays; keep one, or skip one with -1",
     )
 
 
@@ -411,13 +423,15 @@ def _check_copies(src: np.ndarray, dst: np.ndarray, num_pages: int) -> None:
 
 
 def _is_repeated(values: np.ndarray) -> np.ndarray:
-    """Which values came before."""
+    """Which values also stand at an earlier index."""
     is_again = np.ones(values.size, bool)
     is_again[np.unique(values, return_index=True)[1]] = False
     return is_again
 
 
-def _check_batch(arrays, num_pages, page_size, num_tokens) -> None:
+def _check_batch(
+    arrays: dict[str, np.ndarray], num_pages: int, page_size: int, num_tokens: int | None
+) -> None:
     max_seqs = _max_seqs(arrays)
     _refuse_first("num_seqs", [_count_fault(arrays["num_seqs"], max_seqs, "rows")])
     num_seqs = int(arrays["num_seqs"][0])
@@ -473,8 +487,14 @@ def _check_lengths(kv_lens: np.ndarray, q_len: np.ndarray | None, most: int | No
     _refuse_first("kv_lens", faults)
 
 
-def _check_table(table, kv_lens, q_len, num_pages, page_size) -> None:
-    """Entries in use lie in the pool; the page of one that gets new tokens is in use nowhere else.
+def _check_table(
+    table: np.ndarray,
+    kv_lens: np.ndarray,
+    q_len: np.ndarray | None,
+    num_pages: int,
+    page_size: int,
+) -> None:
+    """Refuses entries in use outside the pool, and pages for new tokens that are in use elsewhere.
 
     A sequence without new tokens has no queries, so it reads nothing and none of its entries is in
     use.
@@ -487,10 +507,10 @@ def _check_table(table, kv_lens, q_len, num_pages, page_size) -> None:
         is_new = is_used & (column >= ((kv_lens - q_len) // page_size)[:, None])
     conflict = _first_conflicts(table, is_used, is_new)
 
-    def got(i):
+    def got(i: int) -> str:
         return f"{table.flat[i]} at index {divmod(i, table.shape[1])}"
 
-    def place(i):
+    def use(i: int) -> str:
         row, column = divmod(int(i), table.shape[1])
         verb = "writes" if is_new[row, column] else "reads"
         return f"index {row, column}, where sequence {row} {verb}"
@@ -504,7 +524,7 @@ def _check_table(table, kv_lens, q_len, num_pages, page_size) -> None:
         ),
         _Fault(
             conflict < np.arange(table.size),
-            lambda i: f"{table.flat[i]} at {place(i)}, and at {place(conflict[i])}",
+            lambda i: f"{table.flat[i]} at {use(i)}, and at {use(conflict[i])}",
             "a page of its own for every sequence's new tokens",
             "share a page only after the call that writes it; copy a shared page before writing it "
             "(copy_pages)",
@@ -513,12 +533,12 @@ def _check_table(table, kv_lens, q_len, num_pages, page_size) -> None:
     _refuse_first("page_indices", faults)
 
 
-def _first_conflicts(table, is_used, is_new) -> np.ndarray:
-    """The flat index of the first entry that an entry's page cannot be shared with: [table.size].
+def _first_conflicts(table: np.ndarray, is_used: np.ndarray, is_new: np.ndarray) -> np.ndarray:
+    """For each entry the flat index of the first one that cannot share its page, [table.size].
 
-    That is the page's first use where the entry writes it, and its first write where the entry only
-    reads it. It is no offence unless it comes earlier than the entry itself, so `table.size` stands
-    where there is none.
+    That is the first use of the page if the entry writes it, and the first write of the page if the
+    entry only reads it. Only an index before the entry itself is a conflict, so `table.size` stands
+    for none.
     """
     used = np.flatnonzero(is_used)
     writes = is_new.flat[used]

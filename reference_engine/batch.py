@@ -1,7 +1,8 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""From segments to padded device arrays: the only such place, and the closed set of their shapes.
+"""The batch: segments as padded arrays, whose shapes come from a closed set.
 
-The batch is dense: segment after segment, no gap between them, padding at the end alone.
+No other module pads. The batch is dense: segment follows segment without a gap, and padding is only
+at the end.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax import lax
 
@@ -23,14 +23,14 @@ from reference_engine.write_plan import plan_writes
 
 @dataclasses.dataclass(frozen=True, order=True)
 class BatchShape:
-    """One allowed set of static sizes; a step runs in the smallest that holds it.
+    """One allowed set of static sizes. A step runs in the smallest shape that holds it.
 
     Attributes:
-      num_tokens: T, length of the packed batch.
-      num_seqs: S, sequence slots.
-      num_page_writes: capacity of `page_ids`.
-      num_slices: capacity of `slices`.
-      num_slots: capacity of `slots`.
+      num_tokens: T, the length of the packed batch.
+      num_seqs: S, the number of sequences.
+      num_page_writes: W, the capacity of `page_ids`.
+      num_slices: X, the capacity of `slices`.
+      num_slots: the capacity of `slots`.
     """
 
     num_tokens: int
@@ -40,18 +40,21 @@ class BatchShape:
     num_slots: int
 
 
-Array = np.ndarray | jax.Array
+Array = Any  # numpy's where the host packs it, jax's in the model
 
 
 class Batch(NamedTuple):
-    """What the model takes. Writes are given in the form that EngineConfig.kv_write names; the
-    arrays of the other forms have length 0, with "fused" those of all."""
+    """The model's input of one step.
+
+    The writes are given in the form that EngineConfig.kv_write names. The arrays of the other forms
+    have length 0; with "fused", the arrays of all forms have.
+    """
 
     token_ids: Array  # i32[T]
     positions: Array  # i32[T]
     kv_lens: Array  # i32[S], new tokens included
     page_indices: Array  # i32[S, M], -1 past a sequence's pages
-    cu_q_lens: Array  # i32[S + 1], the total past the last sequence
+    cu_q_lens: Array  # i32[S + 1], the total number of tokens past the last sequence
     num_seqs: Array  # i32[1]
     page_ids: Array  # i32[W], -1 past the whole pages
     token_starts: Array  # i32[W]
@@ -62,7 +65,7 @@ class Batch(NamedTuple):
 
 @functools.cache
 def batch_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
-    """Every shape that a step can have: no other is ever compiled.
+    """Every shape that a step can have. No other shape is ever compiled.
 
     >>> config = EngineConfig(max_num_batched_tokens=48, max_num_seqs=2, page_size=16)
     >>> [(s.num_tokens, s.num_seqs) for s in batch_shapes(config)]
@@ -74,7 +77,7 @@ def batch_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
 
 
 def describe_shapes(config: EngineConfig) -> str:
-    """The closed set of shapes, in one line.
+    """The shapes in one line, for people.
 
     >>> print(describe_shapes(EngineConfig(max_num_batched_tokens=48, max_num_seqs=2)))
     6 shapes: {16, 32, 48} tokens x {1, 2} sequences
@@ -84,12 +87,12 @@ def describe_shapes(config: EngineConfig) -> str:
         "{" + ", ".join(f"{size:,}" for size in sorted(set(sizes))) + "}"
         for sizes in zip(*((shape.num_tokens, shape.num_seqs) for shape in shapes), strict=True)
     )
-    return f"{len(shapes)} shapes: {tokens} tokens x {seqs} sequences"
+    return f"{len(shapes)} shape{'s' * (len(shapes) > 1)}: {tokens} tokens x {seqs} sequences"
 
 
 @functools.lru_cache(maxsize=65536)
 def choose_shape(num_tokens: int, num_seqs: int, config: EngineConfig) -> BatchShape:
-    """The smallest shape that holds a step."""
+    """The smallest shape that holds a step with this number of tokens and sequences."""
     return min(
         shape
         for shape in batch_shapes(config)
@@ -98,11 +101,11 @@ def choose_shape(num_tokens: int, num_seqs: int, config: EngineConfig) -> BatchS
 
 
 def make_batch(segments: Sequence[Segment], config: EngineConfig) -> Batch:
-    """Packs the segments, in order, and plans their writes.
+    """Packs the segments in order, and plans their writes.
 
     Args:
-      segments: one step's, as the scheduler planned them.
-      config: gives page size, shapes and the form of the writes.
+      segments: the segments of one step, as the scheduler has planned them.
+      config: it gives the page size, the shapes and the form of the writes.
     """
     lengths = [len(segment.token_ids) for segment in segments]
     shape = choose_shape(sum(lengths), len(segments), config)
@@ -110,7 +113,7 @@ def make_batch(segments: Sequence[Segment], config: EngineConfig) -> Batch:
 
 
 def make_batch_of(shape: BatchShape, segments: Sequence[Segment], config: EngineConfig) -> Batch:
-    """The same in a given shape; without segments, a batch that computes nothing."""
+    """As `make_batch`, in a given shape. Without segments, the batch computes nothing."""
     lengths = np.array([len(segment.token_ids) for segment in segments], np.int64)
     total = int(lengths.sum())
     starts = np.array([segment.start for segment in segments], np.int64)
@@ -120,7 +123,7 @@ def make_batch_of(shape: BatchShape, segments: Sequence[Segment], config: Engine
         row[: len(segment.page_ids)] = segment.page_ids
     token_ids = itertools.chain.from_iterable(segment.token_ids for segment in segments)
 
-    # The fused op finds its writes in the page table.
+    # The fused op finds in the page table what to write where.
     planned = () if config.kv_write == "fused" else segments
     writes = plan_writes(planned, config.page_size)
     nothing = np.empty(0, np.int32)
@@ -145,11 +148,14 @@ def make_batch_of(shape: BatchShape, segments: Sequence[Segment], config: Engine
     )
 
 
-Spec = tuple[tuple[tuple[int, ...], str], ...]
+Spec = tuple[tuple[tuple[int, ...], str], ...]  # shape and dtype of each packed array
 
 
 def pack(arrays: Sequence[Array]) -> tuple[np.ndarray, Spec]:
-    """Arrays of 32-bit numbers as one, so that a step costs one transfer, and what they were.
+    """Packs arrays of 32-bit numbers into one array, so that a step costs one transfer.
+
+    Returns:
+      The array, i32[n], and the spec with which `unpack` gets the arrays back.
 
     >>> packed, spec = pack([np.array([1, 2], np.int32), np.array([[0.5]], np.float32)])
     >>> [x.tolist() for x in unpack(packed, spec)]
@@ -161,7 +167,7 @@ def pack(arrays: Sequence[Array]) -> tuple[np.ndarray, Spec]:
 
 
 def unpack(packed: Array, spec: Spec) -> list[Any]:
-    """What `pack` packed; jittable, with a static spec."""
+    """The arrays that `pack` has packed. It can be traced; the spec is static."""
     arrays, start = [], 0
     for shape, dtype in spec:
         end = start + int(np.prod(shape, dtype=np.int64))
@@ -176,7 +182,7 @@ def unpack(packed: Array, spec: Spec) -> list[Any]:
 
 def _shape(num_tokens: int, num_seqs: int, config: EngineConfig) -> BatchShape:
     whole = num_tokens // config.page_size
-    # A segment is inside a page at most at its two ends.
+    # Only the first page and the last page of a segment can be partial.
     ends = min(num_tokens, 2 * num_seqs)
     return BatchShape(
         num_tokens,
@@ -196,7 +202,7 @@ def _powers_of_two(smallest: int, largest: int) -> tuple[int, ...]:
     return (*sizes, largest)
 
 
-def _pad(values, size: int, fill: int) -> np.ndarray:
+def _pad(values: np.ndarray, size: int, fill: int) -> np.ndarray:
     array = np.full(size, fill, np.int32)
     array[: len(values)] = values
     return array

@@ -1,8 +1,8 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Chat templates: a conversation as the model was taught to read it.
+"""Chat templates: a conversation as one text, in the form on which the model was trained.
 
-A template is a Jinja program of the model's folder. It finds the variables, filters, tags and
-globals that transformers gives it, for it may test for each of them, and it runs in a sandbox.
+A template is a Jinja program in the model's folder. It runs in a sandbox, and gets the variables,
+filters, tags and globals that transformers gives it, because it may test for any of them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from reference_engine.added_tokens import CONFIG
-from reference_engine.checkpoint import import_extra, read_object
+from reference_engine.chat_messages import (
+    REASONING,
+    Message,
+    is_in_parts,
+    plain,
+    plain_messages,
+    plain_objects,
+)
+from reference_engine.extras import import_extra
+from reference_engine.json_fields import read_object
 
-Message = Mapping[str, Any]
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing, the usual first
-_SPEAKERS = ("system", "developer", "user", "assistant")
 _FORMATS = ("auto", "string", "openai")
-_OF_PARTS = ("map", "selectattr", "rejectattr")  # filters that only a list of parts has use for
+_OF_PARTS = ("map", "selectattr", "rejectattr")  # filters that are only useful on a list of parts
 _OF_LISTS = ("list", "select", "reject", "reverse", "default", "d")
-# Arguments of transformers' method that have no meaning for one that returns a text.
+# Arguments of transformers' method that mean nothing where the result is a text.
 _NOT_SERVED = (
     "tokenize",
     "padding",
@@ -36,31 +42,32 @@ _NOT_SERVED = (
     "tokenizer_kwargs",
     "sanitize_control_tokens",
 )
-# Stands behind the message that is to go on, until the text has been cut there. The space at its
-# end says whether the template strips the message.
+# A mark that is appended to the message that is to go on; the text is cut there afterwards. If the
+# space at its end is missing, the template has stripped the message.
 _CUT = "<<the-message-goes-on-here>> "
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A template's text, and where it stands, for errors."""
+    """A template's text, and the file that holds it, for errors."""
 
     text: str
     where: str
 
 
 def read_templates(folder: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, ChatTemplate]:
-    """The chat templates of a folder by their names; "default" is the one for no name.
+    """The chat templates of a folder by their names; "default" is the one that has no name.
 
-    Files (chat_template.jinja, additional_chat_templates/NAME.jinja) take the place of whatever
-    tokenizer_config.json has. chat_template.json, of processors, is read where there is no other.
+    If there are files (chat_template.jinja, additional_chat_templates/NAME.jinja), the templates of
+    tokenizer_config.json are ignored. The file of processors, chat_template.json, is read if there
+    is no other template.
 
     Args:
-      folder: the model's.
-      settings: tokenizer_config.json.
+      folder: the model's folder.
+      settings: the content of tokenizer_config.json.
 
     Raises:
-      ValueError: a file has no template where one should be; the message names it.
+      ValueError: a file has no template where one should be; the message names the file.
     """
     files = {file.stem: file for file in (folder / "additional_chat_templates").glob("*.jinja")}
     if (folder / "chat_template.jinja").exists():
@@ -89,7 +96,16 @@ def render(
     chat_template_content_format: str = "auto",
     **variables: Any,
 ) -> str:
-    """A conversation as one text; see `Tokenizer.apply_chat_template`."""
+    """A conversation as one text; see `Tokenizer.apply_chat_template`.
+
+    Args:
+      templates: what `read_templates` has read.
+      folder: the name of the model's folder, for errors.
+      special_tokens: name -> text of the special tokens.
+      messages, chat_template, tools, documents, add_generation_prompt, continue_final_message,
+        chat_template_content_format: see `Tokenizer.apply_chat_template`.
+      **variables: variables for the template.
+    """
     template = _choose(templates, folder, chat_template, tools)
     if add_generation_prompt is None:
         add_generation_prompt = not continue_final_message
@@ -114,16 +130,16 @@ def render(
     form = chat_template_content_format
     if form == "auto":
         form = "as it came" if _takes_parts(template) else "string"
-    chat = _messages(messages, form)
+    chat = plain_messages(messages, form)
     marked = _mark_final(chat, continue_final_message) if continue_final_message else ""
     text = _run(
         template,
         dict(special_tokens)
-        | _plain(variables, "chat_template_kwargs")
+        | plain(variables, "chat_template_kwargs")
         | {
             "messages": chat,
-            "tools": _objects(tools, "tools"),
-            "documents": _objects(documents, "documents"),
+            "tools": plain_objects(tools, "tools"),
+            "documents": plain_objects(documents, "documents"),
             "add_generation_prompt": add_generation_prompt,
         },
     )
@@ -133,13 +149,13 @@ def render(
 def _choose(
     templates: Mapping[str, ChatTemplate], folder: str, wanted: str | None, tools: Any
 ) -> ChatTemplate:
-    """The template of that name, or that text, or the folder's own for tools or for none."""
+    """The template with the wanted name or text; without one, the folder's own for these tools."""
     if wanted is not None:
         if not isinstance(wanted, str):
             raise ValueError(
                 f"chat: chat_template is {wanted!r}; wanted a template's name or its text"
             )
-        if wanted not in templates and "{" not in wanted:  # a name, then
+        if wanted not in templates and "{" not in wanted:  # it is a name
             raise ValueError(
                 f"chat: {folder} has no chat template {wanted!r}; wanted a template's text, or one"
                 f" of its names: {', '.join(sorted(templates)) or 'it has none'}"
@@ -162,7 +178,7 @@ def _choose(
 def _run(template: ChatTemplate, variables: Mapping[str, Any]) -> str:
     try:
         return _compile(template.text).render(variables)
-    except Exception as error:  # a template is a program, which fails in every way
+    except Exception as error:  # a template is a program, and may fail in any way
         is_its_own = isinstance(error, import_extra("jinja2").TemplateError)
         kind = "" if is_its_own else f"{type(error).__name__}: "
         raise ValueError(f"chat: the template of {template.where} says: {kind}{error}") from error
@@ -175,12 +191,12 @@ def _compile(text: str) -> Any:
 
 @functools.cache
 def _environment() -> Any:
-    """What a template finds beside its variables."""
+    """The sandbox in which templates run, with all that they get beside their variables."""
     jinja2 = import_extra("jinja2")
     nodes = import_extra("jinja2.nodes")
 
     class Generation(import_extra("jinja2.ext").Extension):  # type: ignore[misc]
-        """`{% generation %}`: what the assistant says, which only training asks for."""
+        """`{% generation %}` marks what the assistant says; only training needs the mark."""
 
         tags = {"generation"}
 
@@ -190,7 +206,7 @@ def _environment() -> Any:
             return nodes.Scope(body, lineno=line)
 
     class Namespace(import_extra("jinja2.utils").Namespace):  # type: ignore[misc]
-        """Without names that the sandbox would take for Python's own."""
+        """A namespace that refuses names which the sandbox would take for Python's own."""
 
         def __init__(*args: Any, **attributes: Any):  # noqa: N805 - `self` may be an attribute
             self, *given = args
@@ -213,7 +229,7 @@ def _environment() -> Any:
         separators: Any = None,
         sort_keys: bool = False,
     ) -> str:
-        # Jinja's own escapes what HTML must escape.
+        # Jinja's own filter also escapes characters for HTML.
         return json.dumps(
             value,
             ensure_ascii=ensure_ascii,
@@ -234,123 +250,12 @@ def _environment() -> Any:
     return sandbox
 
 
-def _messages(messages: Any, form: str) -> list[dict[str, Any]]:
-    """A copy of the conversation: plain data, without fields that are None.
-
-    Args:
-      messages: as they came.
-      form: of each `content`: "string", "openai" (a list of parts) or "as it came".
-    """
-    if isinstance(messages, str | Mapping) or not hasattr(messages, "__iter__"):
-        raise ValueError(
-            f"chat: messages is a {type(messages).__name__}; wanted a list of messages, such as"
-            ' [{"role": "user", "content": "..."}]'
-        )
-    chat = []
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        message = _plain(message, where)
-        if not isinstance(message, dict):
-            raise ValueError(
-                f"chat: {where} is a {type(message).__name__}; wanted an object with `role` and"
-                " `content`, and one conversation at a time"
-            )
-        message = {name: value for name, value in message.items() if value is not None}
-        content: Any = message.get("content")
-        if _is_in_parts(message):
-            parts = [_text_part(part, f"{where}.content[{j}]") for j, part in enumerate(content)]
-            message["content"] = parts
-            if form == "string":
-                message["content"] = "\n".join(part["text"] for part in parts)
-        elif isinstance(content, str) and form == "openai":
-            message["content"] = [{"type": "text", "text": content}]
-        reasoning = next((message[name] for name in _REASONING if name in message), None)
-        if reasoning is not None:
-            message = {"thinking": reasoning} | message | {"reasoning_content": reasoning}
-        chat.append(message)
-    if not chat:
-        raise ValueError("chat: messages is empty; wanted a message or more")
-    return chat
-
-
-def _is_in_parts(message: Mapping[str, Any]) -> bool:
-    """Whether a message's content is a list of parts: what a tool returns may be any list."""
-    content = message.get("content")
-    return isinstance(content, list | tuple) and (
-        message.get("role") in _SPEAKERS
-        or any(isinstance(part, dict) and "type" in part for part in content)
-    )
-
-
-def _text_part(part: Any, where: str) -> dict[str, Any]:
-    """A part of a message in the form that templates know: of type "text", with a `text`."""
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    if not isinstance(part, dict):
-        raise ValueError(f"chat: {where} is {part!r}; wanted an object with `type` and `text`")
-    kind = part.get("type", "text")
-    if kind not in ("text", "input_text", "output_text", "refusal"):
-        raise ValueError(
-            f"chat: {where} is of type {kind!r}; only text is served: wanted"
-            ' {"type": "text", "text": "..."}'
-        )
-    name = "refusal" if kind == "refusal" else "text"
-    if not isinstance(part.get(name), str):
-        raise ValueError(f"chat: {where}.{name} is {part.get(name)!r}; wanted a text")
-    return part if kind == "text" else {"type": "text", "text": part[name]}
-
-
-def is_object(value: Any) -> bool:
-    """Whether it becomes an object as JSON has it: a dict, a dataclass or a pydantic model."""
-    return (
-        isinstance(value, Mapping)
-        or callable(getattr(value, "model_dump", None))
-        or dataclasses.is_dataclass(value)
-    ) and not isinstance(value, type)
-
-
-def _plain(value: Any, where: str) -> Any:
-    """A copy out of JSON's types alone: a template can neither change nor call what it sees."""
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    for kind in (str, int, float):  # enums, NumPy's strings and floats
-        if isinstance(value, kind):
-            return getattr(kind, "__str__" if kind is str else f"__{kind.__name__}__")(value)
-    if isinstance(value, Mapping):
-        return {_plain(key, where): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-        return items if isinstance(value, list) else tuple(items)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        return {name: _plain(getattr(value, name), f"{where}.{name}") for name in names}
-    for method in ("model_dump", "item"):  # pydantic's models, NumPy's scalars
-        if callable(getattr(value, method, None)) and getattr(value, "shape", ()) == ():
-            return _plain(getattr(value, method)(), where)
-    raise ValueError(
-        f"chat: {where} is a {type(value).__name__}; wanted what JSON has: texts, numbers, lists"
-        " and objects (a tool is its JSON schema)"
-    )
-
-
-def _objects(value: Any, where: str) -> list[dict[str, Any]] | None:
-    if value is None:
-        return None
-    if isinstance(value, str | Mapping) or not hasattr(value, "__iter__"):
-        raise ValueError(f"chat: {where} is {value!r}; wanted a list of objects")
-    plain = _plain(list(value), where)
-    for i, item in enumerate(plain):
-        if not isinstance(item, dict):
-            raise ValueError(f"chat: {where}[{i}] is {item!r}; wanted an object")
-    return plain
-
-
 def _mark_final(chat: list[dict[str, Any]], field: bool | str) -> str:
-    """Puts the mark behind the last message's text; returns that text."""
+    """Appends the mark to the text of the last message; returns the text without it."""
     name = field if isinstance(field, str) else "content"
     final = chat[-1]
     value = final.get(name)
-    if name == "content" and value and _is_in_parts(final):  # its last part
+    if name == "content" and value and is_in_parts(final):  # the mark goes to the last part
         *parts, last = value
         final[name] = [*parts, last | {"text": last["text"] + _CUT}]
         return last["text"]
@@ -359,14 +264,14 @@ def _mark_final(chat: list[dict[str, Any]], field: bool | str) -> str:
             f"chat: continue_final_message: the last message's `{name}` is {value!r}; wanted a"
             " text to go on with"
         )
-    names = [n for n in _REASONING if final.get(n) == value] if name in _REASONING else [name]
+    names = [n for n in REASONING if final.get(n) == value] if name in REASONING else [name]
     for n in names:  # a template may read it under any of its names
         final[n] = value + _CUT
     return value
 
 
 def _cut(text: str, marked: str, template: ChatTemplate) -> str:
-    """The text up to the mark."""
+    """The text before the mark."""
     at = text.rfind(_CUT.rstrip())
     if at < 0 or marked.strip() not in text:
         raise ValueError(
@@ -385,7 +290,7 @@ def _read_template(file: pathlib.Path) -> ChatTemplate:
 
 
 def _templates_in(file: pathlib.Path, raw: Mapping[str, Any]) -> dict[str, ChatTemplate]:
-    """`chat_template`: one text, or texts by name."""
+    """The templates of the field `chat_template`, which is one text or has texts by name."""
     found = raw.get("chat_template")
     if found is None:
         return {}
@@ -408,19 +313,19 @@ def _templates_in(file: pathlib.Path, raw: Mapping[str, Any]) -> dict[str, ChatT
 
 @functools.lru_cache(maxsize=32)
 def _takes_parts(template: ChatTemplate) -> bool:
-    """Whether a template goes through a message's content part by part.
+    """Whether a template reads a message's content part by part.
 
-    One that does not would print Python's form of a list, fail, or leave the content out. Seen are
-    loops over a message's `content`, filters that take its parts' attributes and parts taken by
-    number, also by way of a variable or a macro's argument. One that never looks at a content, or
-    only puts it into JSON, takes it as it comes.
+    If it does not, a list of parts would make it print Python's form of the list, fail, or leave
+    the content out. It does if it loops over a message's `content`, applies a filter to attributes
+    of the parts, or takes a part by its number, also through a variable or a macro's argument. A
+    template that never reads a content, or only writes it as JSON, accepts parts as well.
     """
     nodes = import_extra("jinja2.nodes")
     try:
         tree = _environment().parse(template.text)
     except import_extra("jinja2").TemplateError:
         return False  # which `_run` reports
-    names: set[str] = set()  # of variables that hold a message's content
+    names: set[str] = set()  # the variables that hold a message's content
 
     def is_content(node: Any) -> bool:
         if isinstance(node, nodes.Filter):
@@ -446,7 +351,7 @@ def _takes_parts(template: ChatTemplate) -> bool:
         )
 
     pairs = list(_bindings(tree, nodes))
-    for _ in pairs:  # at the most so many steps
+    for _ in pairs:  # a chain of variables is at most this long
         names |= {name for name, value in pairs if is_content(value)}
     filters = list(tree.find_all(nodes.Filter))
     accesses = list(tree.find_all((nodes.Getattr, nodes.Getitem)))
@@ -460,7 +365,7 @@ def _takes_parts(template: ChatTemplate) -> bool:
 
 
 def _bindings(tree: Any, nodes: Any) -> Iterator[tuple[str, Any]]:
-    """Every name with a value that it may get: by `set`, or as a macro's argument."""
+    """Every name with each value that it may get, by `set` or as a macro's argument."""
     for assignment in tree.find_all(nodes.Assign):
         if isinstance(assignment.target, nodes.Name):
             yield assignment.target.name, assignment.node

@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""How often XLA has compiled in this process, and where it keeps what it compiled."""
+"""Counts the compilations of XLA in this process, and sets jax's persistent cache."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ def _count_compile(event: str, duration_secs: float, **_: str | int) -> None:
     _num_compiles += event == "/jax/core/compile/backend_compile_duration"
 
 
-# jax has no counter that could be read; every backend compile reports its duration here.
+# jax has no counter to read, but it reports the duration of every compilation to listeners.
 jax.monitoring.register_event_duration_secs_listener(_count_compile)
 
 
 def num_compiles() -> int:
-    """Programs compiled, or read from the persistent cache, since this module was imported."""
+    """The programs compiled, or read from the persistent cache, since this module was imported."""
     return _num_compiles
 
 
 def use_persistent_cache(folder: str | os.PathLike) -> None:
-    """Keeps compiled programs in a folder, for this process and later ones; made if missing.
+    """Keeps compiled programs in a folder, for this process and for later ones.
 
-    jax's own cache, for everything that the process compiles from here on, however small.
+    The folder is made if it is missing. The cache is jax's own; from now on it keeps everything
+    that the process compiles, however small.
     """
     os.makedirs(folder, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))

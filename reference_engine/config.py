@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""What a model looks like and what an engine may do: frozen, and checked where they are made."""
+"""The shape of a model, and the limits and choices of an engine. Both check themselves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from pallas_paged import dispatch
 from pallas_paged.checks import require
-from reference_engine.request import as_int
+from pallas_paged.scalars import read_int
 from reference_engine.rope import RopeScaling
 
 KV_WRITES = ("tokens", "slices", "pages", "fused")
@@ -21,27 +21,28 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a dense decoder of the Llama family.
+    """The shape of a dense decoder of the Llama family.
 
     Attributes:
-      vocab_size: number of token ids; an id is in [0, vocab_size).
-      hidden_size: width of the residual stream.
-      intermediate_size: width of the gated MLP.
-      num_layers: number of decoder layers.
-      num_heads: query heads, a multiple of `num_kv_heads`.
-      num_kv_heads: key and value heads.
-      head_dim: width of one head, even (RoPE rotates its two halves).
-      rope_theta: base of the rotary frequencies.
-      rope_scaling: how they are stretched.
-      rms_norm_eps: added to the mean square in every norm.
+      vocab_size: the number of token ids; an id is in [0, vocab_size).
+      hidden_size: the width of the residual stream.
+      intermediate_size: the width of the gated MLP.
+      num_layers: the number of decoder layers.
+      num_heads: the number of query heads, a multiple of `num_kv_heads`.
+      num_kv_heads: the number of key and value heads.
+      head_dim: the width of one head, even because RoPE rotates its two halves.
+      rope_theta: the base of the rotary frequencies.
+      rope_scaling: how the frequencies are scaled for longer contexts.
+      rms_norm_eps: what every norm adds to the mean square.
       qkv_bias, o_bias, mlp_bias: whether these projections have biases.
       qk_norm: whether each head of queries and keys is normalised before it is rotated.
       tie_embeddings: whether the output projection is the embedding.
-      max_position: longest context that the model was made for; None for no bound.
-      dtype: dtype name of parameters, activations and pool.
+      max_position: the longest context that the model can serve; None for no bound.
+      dtype: the name of the dtype of parameters, activations and pool.
 
     Raises:
-      ValueError: a size is below 1, heads do not divide, head_dim is odd, or the dtype is none.
+      ValueError: a size is below 1, num_heads is no multiple of num_kv_heads, head_dim is odd, or
+        the dtype is not served.
     """
 
     vocab_size: int
@@ -62,7 +63,7 @@ class ModelConfig:
     max_position: int | None = None
     dtype: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in (
             "vocab_size",
             "hidden_size",
@@ -101,35 +102,37 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Limits and choices of one engine.
+    """The limits and choices of one engine.
 
     Attributes:
-      page_size: tokens in a page.
-      num_pages: pages in the pool, per layer.
-      max_model_len: most tokens, prompt and output together, of one request.
-      max_num_batched_tokens: most new tokens in one step (the step's budget).
-      max_num_seqs: most requests that run at a time.
-      page_aligned_scheduling: end every chunk of a prefill but the last on a page boundary. That
-        costs least where max_num_batched_tokens is a multiple of the page and room for decodes.
-      long_prefill_token_threshold: most new tokens that one request gets in a step while another
-        request competes with it; 0 for no such limit.
-      max_deferrals: most steps in a row that alignment may make a request wait; after that it
-        takes a chunk that ends inside a page, and the next chunk returns to the boundary.
-      enable_prefix_caching: let requests share the full pages of common fronts.
-      kv_write: how new keys and values reach the pool. "tokens": one index a token; "slices": one
-        slice a page touched; "pages": whole pages by page id, and slices for the rest; "fused": the
-        attention's own call writes them, from the page table (`pallas_paged.write_and_attend`).
-      write_backend: backend of the writes, see `pallas_paged.dispatch`. "mosaic_tpu" on a CPU wants
-        jax's TPU interpret mode around the engine.
-      attention: backend of the attention, and of the writes too where kv_write is "fused"; as
-        write_backend.
-      token_buckets: allowed padded lengths of the packed batch; None for powers of two.
-      seq_buckets: allowed padded numbers of sequences; None for powers of two. With one token
-        bucket and one sequence bucket a request's numbers do not depend on how it is chunked.
-      return_logits: hand back, with every token, the logits that it was taken from.
+      page_size: the number of tokens in a page.
+      num_pages: the number of pages in the pool, per layer.
+      max_model_len: the most tokens of one request, prompt and output together.
+      max_num_batched_tokens: the most new tokens in one step, which is the step's budget.
+      max_num_seqs: the most requests that run at a time.
+      page_aligned_scheduling: whether every chunk of a prefill but the last ends on a page
+        boundary. That costs least if max_num_batched_tokens is a multiple of the page size plus one
+        token for each decode.
+      long_prefill_token_threshold: the most new tokens that one request gets in a step while
+        another request competes with it; 0 for no such limit.
+      max_deferrals: the most steps in a row that alignment may make a request wait. After that, the
+        request gets a chunk that ends inside a page, and its next chunk ends on a boundary again.
+      enable_prefix_caching: whether requests share the full pages of a common prefix.
+      kv_write: how new keys and values are written to the pool. "tokens": one index per token;
+        "slices": one slice per page that has new tokens; "pages": whole pages by their page ids,
+        and slices for the rest; "fused": the attention's own call writes them, as the page table
+        says (`pallas_paged.write_and_attend`).
+      write_backend: the backend of the writes, see `pallas_paged.dispatch`. On a CPU, "mosaic_tpu"
+        needs jax's TPU interpret mode around the engine.
+      attention_backend: the backend of the attention; with "fused", of the writes too. The values
+        are those of write_backend.
+      token_buckets: the padded lengths that the packed batch may have; None for powers of two.
+      seq_buckets: the padded numbers of sequences; None for powers of two. With one token bucket
+        and one sequence bucket, a request's logits do not depend on how it is chunked.
+      return_logits: whether to return, with every token, the logits that it was chosen from.
 
     Raises:
-      ValueError: a value that cannot work, by a sentence.
+      ValueError: a value cannot work; the message says why.
     """
 
     page_size: int = 16
@@ -143,12 +146,12 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     kv_write: str = "pages"
     write_backend: str = "auto"
-    attention: str = "auto"
+    attention_backend: str = "auto"
     token_buckets: tuple[int, ...] | None = None
     seq_buckets: tuple[int, ...] | None = None
     return_logits: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in (
             "page_size",
             "num_pages",
@@ -167,7 +170,7 @@ class EngineConfig:
                 name,
                 got=f"{value!r}",
                 wanted="True or False",
-                hint="numbers and strings are not taken for it",
+                hint="numbers and strings are not accepted",
             )
             self._set(name, bool(value))
         require(
@@ -184,11 +187,11 @@ class EngineConfig:
         if self.page_aligned_scheduling:
             self._check_alignment()
 
-    def _set(self, name: str, value: object):
+    def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def _check_backends(self):
-        for name in ("write_backend", "attention"):
+    def _check_backends(self) -> None:
+        for name in ("write_backend", "attention_backend"):
             value = getattr(self, name)
             require(
                 value in BACKENDS,
@@ -199,19 +202,20 @@ class EngineConfig:
                 hint="auto takes the fastest that runs here",
             )
         require(
-            self.kv_write != "fused" or self.write_backend in ("auto", self.attention),
+            self.kv_write != "fused" or self.write_backend in ("auto", self.attention_backend),
             "EngineConfig",
             "write_backend",
             got=f"{self.write_backend!r}",
-            wanted=f"'auto' or attention={self.attention!r}, as kv_write is 'fused'",
-            hint="one call writes and attends: name its backend in attention",
+            wanted=f"'auto' or attention_backend={self.attention_backend!r},"
+            " because kv_write is 'fused'",
+            hint="one call writes and attends: name its backend in attention_backend",
         )
 
-    def _check_buckets(self, name: str, largest: int):
+    def _check_buckets(self, name: str, largest: int) -> None:
         given = getattr(self, name)
         if given is None:
             return
-        buckets = tuple(map(as_int, given)) if isinstance(given, Iterable) else ()
+        buckets = tuple(map(read_int, given)) if isinstance(given, Iterable) else ()
         rising = sorted({bucket for bucket in buckets if bucket is not None and bucket >= 1})
         require(
             bool(rising) and tuple(rising) == buckets and rising[-1] >= largest,
@@ -223,7 +227,7 @@ class EngineConfig:
         )
         self._set(name, buckets)
 
-    def _check_alignment(self):
+    def _check_alignment(self) -> None:
         budget, page_size = self.max_num_batched_tokens, self.page_size
         threshold = self.long_prefill_token_threshold
         require(
@@ -245,7 +249,7 @@ class EngineConfig:
         if budget < self.max_num_seqs + page_size:
             warnings.warn(
                 f"EngineConfig: max_num_batched_tokens={budget} is below max_num_seqs + page_size ="
-                f" {self.max_num_seqs} + {page_size}: with all sequences decoding, less than a page"
+                f" {self.max_num_seqs} + {page_size}: while all sequences decode, less than a page"
                 f" is left for a prefill, which then waits up to max_deferrals={self.max_deferrals}"
                 " steps for each chunk that ends inside a page",
                 stacklevel=3,
@@ -253,12 +257,12 @@ class EngineConfig:
 
     @property
     def max_pages_per_seq(self) -> int:
-        """Width of the page table."""
+        """The width of the page table."""
         return num_pages_for(self.max_model_len, self.page_size)
 
 
 def num_pages_for(num_tokens: int, page_size: int) -> int:
-    """Pages that hold `num_tokens` tokens.
+    """The number of pages that hold `num_tokens` tokens.
 
     >>> [num_pages_for(n, 16) for n in (0, 1, 16, 17)]
     [0, 1, 1, 2]
@@ -267,8 +271,8 @@ def num_pages_for(num_tokens: int, page_size: int) -> int:
 
 
 def _whole(where: str, name: str, given: object, *, low: int) -> int:
-    """The number as Python's; numpy's and jax's are taken."""
-    value = as_int(given)
+    """The int of a whole number of Python, numpy or jax, if it is at least `low`."""
+    value = read_int(given)
     require(
         value is not None and value >= low,
         where,

@@ -1,92 +1,49 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""The loop: schedule, run, commit."""
+"""The engine: the loop that schedules, runs and commits steps."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from pallas_paged import dispatch, layout, settings
+from pallas_paged import layout
 from pallas_paged.checks import require
+from pallas_paged.scalars import read_int
 from reference_engine import compiles
-from reference_engine.batch import (
-    Array,
-    Batch,
-    BatchShape,
-    Spec,
-    batch_shapes,
-    make_batch,
-    make_batch_of,
-    pack,
-    unpack,
-)
-from reference_engine.config import EngineConfig, ModelConfig, num_pages_for
-from reference_engine.model import forward, make_pool
+from reference_engine.batch import Batch, BatchShape, batch_shapes, make_batch, make_batch_of, pack
+from reference_engine.config import EngineConfig, ModelConfig
+from reference_engine.model import make_pool, run_step
 from reference_engine.one_thread import OneThread
+from reference_engine.outputs import Extra, Output, make_outputs, read_extras
 from reference_engine.page_pool import PagePool
-from reference_engine.request import (
-    MAX_STOP_IDS,
-    FinishReason,
-    Request,
-    SamplingParams,
-    as_int,
-)
-from reference_engine.sampler import (
-    add_bias,
-    greedy,
-    is_greedy,
-    log_probabilities,
-    make_bias,
-    make_penalties,
-    make_sampling,
-    penalise,
-    sample,
-)
+from reference_engine.request import FinishReason, Request, check_request
+from reference_engine.sampler import next_tokens, run_every_program
+from reference_engine.sampling_params import SamplingParams
 from reference_engine.scheduler import Scheduler, StepPlan
 from reference_engine.weights import Params
 
 
-class Output(NamedTuple):
-    """One new token.
-
-    Attributes:
-      request_id: whose it is.
-      token_id: the token.
-      finish_reason: why the request ended with it; None if it goes on.
-      logits: the model's f32[vocab_size], before any bias or penalty; None unless asked for.
-      logprobs: id -> log probability, the token's first, then the likeliest; None unless asked for.
-    """
-
-    request_id: int
-    token_id: int
-    finish_reason: FinishReason | None
-    logits: np.ndarray | None = None
-    logprobs: dict[int, float] | None = None
-
-
 @dataclasses.dataclass
 class Stats:
-    """Counts over an engine's life.
+    """Counts over the life of an engine.
 
     Attributes:
-      num_steps: steps that computed something.
-      num_tokens: tokens computed, recomputed ones included.
-      num_padding: rows of the batches that held no token.
-      num_cached: tokens that the prefix cache spared.
-      num_deferrals: times that alignment made a request wait a step.
-      num_preemptions: times that a request lost its pages.
-      seconds: in steps.
-      device_seconds: of them, from a program's dispatch to its tokens; in the rest the device waits
-        for the host.
-      num_recompiles: programs that XLA compiled in steps after `warm_up`; 0 as it should be.
+      num_steps: the steps that computed something.
+      num_tokens: the tokens computed, including those that were computed again.
+      num_padding: the rows of the batches that held no token.
+      num_cached: the tokens that were found in the prefix cache.
+      num_deferrals: how often alignment made a request wait for a step.
+      num_preemptions: how often a request lost its pages.
+      seconds: the time spent in steps.
+      device_seconds: the part of it from the dispatch of a step's program to its tokens. In the
+        other part, the device waits for the host.
+      num_recompiles: the programs that XLA compiled in steps after `warm_up`; it should be 0.
     """
 
     num_steps: int = 0
@@ -100,116 +57,20 @@ class Stats:
     num_recompiles: int = 0
 
 
-def model_step(
-    params: Params,
-    kv_pages: jax.Array,
-    packed: jax.Array,
-    *,
-    spec: Spec,
-    model: ModelConfig,
-    kv_write: str,
-    write_backend: str,
-    attention: str,
-) -> tuple[jax.Array, jax.Array]:
-    """The model's step as one program with one input from the host.
-
-    Args:
-      params: the model's.
-      kv_pages: [L*P, page_size, R, C].
-      packed: i32[n]; a packed Batch.
-      spec: what `batch.pack` said of it.
-      model, kv_write, write_backend, attention: see model.forward.
-
-    Returns:
-      Logits of each sequence's last new token, f32[S, vocab_size], and the pool.
-    """
-    return forward(
-        params,
-        kv_pages,
-        Batch(*unpack(packed, spec)),
-        config=model,
-        kv_write=kv_write,
-        write_backend=write_backend,
-        attention=attention,
-    )
-
-
-# XLA's own matrix products for a GPU take whole arrays, so that a loop over layers would copy each
-# layer's weights out of theirs in every step, and so would several products made one. cuBLAS's
-# read the weights where they are.
-_COMPILER_OPTIONS = {
-    "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
-}
-
-
-@functools.cache
-def jitted_step(platform: str) -> Any:
-    """`model_step`, the pool donated, compiled as is best for a platform."""
-    return jax.jit(
-        model_step,
-        static_argnames=("spec", "model", "kv_write", "write_backend", "attention"),
-        donate_argnames=("kv_pages",),
-        compiler_options=_COMPILER_OPTIONS.get(platform),
-    )
-
-
-@settings.defaults()
-def run_step(
-    params: Params, kv_pages: jax.Array, packed: Array, **options: Any
-) -> tuple[jax.Array, jax.Array]:
-    """`model_step` on the device of now; donates the pool."""
-    return jitted_step(dispatch.platform())(params, kv_pages, packed, **options)
-
-
-def _outputs(
-    plan: StepPlan,
-    tokens: list[int],
-    extras: list,
-    finished: Sequence[Request],
-    aborted: Set[int],
-) -> list[Output]:
-    """Of every request that got a token and is there to take it."""
-    reasons = {request.request_id: request.finish_reason for request in finished}
-    return [
-        Output(segment.request_id, token, reasons.get(segment.request_id), *extra)
-        for segment, token, extra in zip(plan.segments, tokens, extras, strict=True)
-        if segment.samples and segment.request_id not in aborted
-    ]
-
-
-def next_tokens(logits: jax.Array, requests: Sequence[Request], max_model_len: int) -> jax.Array:
-    """The next token of each row: f32[S, V] -> i32[S].
-
-    A batch pays for what one of its requests asks for and for nothing else: what changes logits,
-    and what draws, are programs of their own.
-
-    Args:
-      logits: the model's.
-      requests: of the first rows; the others' tokens mean nothing.
-      max_model_len: most tokens of a request.
-    """
-    num_seqs = logits.shape[0]
-    if any(request.has_bias for request in requests):
-        logits = add_bias(logits, make_bias(requests, num_seqs))
-    if any(request.has_penalties for request in requests):
-        logits = penalise(logits, make_penalties(requests, num_seqs, max_model_len))
-    if all(map(is_greedy, requests)):
-        return greedy(logits)
-    return sample(logits, make_sampling(requests, num_seqs))
-
-
 class Engine:
-    """Serves token-id prompts from one paged pool.
+    """Serves prompts of token ids from one paged pool.
 
-    One thread at a time: a call from a thread while another thread is inside one is a RuntimeError,
-    and changes nothing. Threads that take turns are fine. Callbacks may call everything but `step`
+    One thread at a time may use it: a call while another thread is in a call is a RuntimeError, and
+    changes nothing. Threads may use it one after another. Callbacks may call everything but `step`
     and `run`.
 
     Attributes:
-      scheduler: requests and their pages.
-      last_plan: what the last step computed; None before the first.
+      config: the limits and choices of the engine.
+      model_config: the shape of the model.
+      scheduler: the requests and their pages.
+      last_plan: the plan of the last step; None before the first step.
       stats: see Stats.
-      alone: what keeps other threads out.
+      alone: keeps other threads out.
 
     >>> from reference_engine.weights import random_params
     >>> model = ModelConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_layers=1,
@@ -229,18 +90,18 @@ class Engine:
         eos_token_ids: Sequence[int] = (),
         seed: int = 0,
         on_finish: Callable[[Request], None] | None = None,
-    ):
-        """Makes the pool; nothing is compiled before the first step.
+    ) -> None:
+        """Makes the pool. Nothing is compiled before the first step.
 
         Args:
           params: the model's parameters, see weights.
           model_config: their shape.
           config: see EngineConfig.
-          eos_token_ids: ids that end a request unless it ignores them.
-          seed: at least 0; gives every request without a seed of its own one.
-          on_finish: called with every request that finished by itself, while its pages are still
-            its own (`read_kv` works). What it raises passes on from `step` when all have been
-            called.
+          eos_token_ids: the ids that end a request unless it ignores them.
+          seed: at least 0; requests without a seed of their own get theirs from it.
+          on_finish: called with every request that has finished and was not aborted, while it still
+            holds its pages, so that `read_kv` works. An error in it is raised by `step`, after all
+            calls have been made.
         """
         _check_numbers(seed, eos_token_ids)
         self.config = config
@@ -254,10 +115,10 @@ class Engine:
         self._compiles_after_warm_up: int | None = None
         self._on_finish = on_finish
         self.alone = OneThread()
-        self._stepping = threading.Lock()  # held in a step
-        self._is_computing = False  # in a step: whether its plan is not committed yet
-        self._aborts: dict[int, FinishReason] = {}  # what came while a step was computed
-        self._outputs: list[Output] = []  # not handed back yet
+        self._stepping = threading.Lock()  # held during a step
+        self._is_computing = False  # whether a step has not committed its plan yet
+        self._aborts: dict[int, FinishReason] = {}  # requests that are to be ended
+        self._outputs: list[Output] = []  # not returned yet
         self._finished: list[Request] = []  # not released yet
         self._kv_pages = make_pool(model_config, config.num_pages, config.page_size)
         self._next_id = 0
@@ -270,37 +131,51 @@ class Engine:
     def add_request(self, prompt_ids: Sequence[int], params: SamplingParams | None = None) -> int:
         """Queues a prompt and returns the request's id.
 
+        Args:
+          prompt_ids: the prompt's token ids, as ints of Python, numpy or jax.
+          params: how tokens are chosen; None for greedy ones.
+
         Raises:
           ValueError: the prompt is empty, has an id outside the vocabulary, leaves no room for a
-            token below max_model_len, or could outgrow the pool. Nothing else is changed.
+            token below max_model_len, or could outgrow the pool. Nothing is changed then.
         """
         params = params or SamplingParams()
-        self.check_request(prompt_ids, params)
-        with self.alone("Engine.add_request"):
-            return self._add(prompt_ids, params)
+        return self.add_checked(self.check_request(prompt_ids, params), params)
 
-    def _add(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
-        seed = params.seed
-        if seed is None and params.temperature > 0:
-            drawn = np.random.SeedSequence([self._seed, self._next_id]).generate_state(1, np.uint64)
-            seed = int(drawn.view(np.int64)[0])
-        request = Request(
-            self._next_id,
-            tuple(map(int, prompt_ids)),
+    def check_request(self, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
+        """The prompt's ids as Python's ints, if `add_request` would take them with these params.
+
+        Raises:
+          ValueError: see `add_request`.
+        """
+        return check_request(
+            prompt_ids,
             params,
-            stop_ids=self._eos_ids(params),
-            seed=seed or 0,
+            config=self.config,
+            vocab_size=self.model_config.vocab_size,
+            eos_ids=self._eos_token_ids,
         )
-        self._next_id += 1
-        self.scheduler.add(request)
-        return request.request_id
+
+    def add_checked(self, prompt_ids: tuple[int, ...], params: SamplingParams) -> int:
+        """Queues what `check_request` has returned for these params, without a second check."""
+        with self.alone("Engine.add_request"):
+            request_id = self._next_id
+            seed = params.seed
+            if seed is None and params.temperature > 0:
+                source = np.random.SeedSequence([self._seed, request_id])
+                seed = int(source.generate_state(1, np.uint64).view(np.int64)[0])
+            stop_ids = frozenset() if params.ignore_eos else self._eos_token_ids
+            request = Request(request_id, prompt_ids, params, stop_ids=stop_ids, seed=seed or 0)
+            self._next_id += 1
+            self.scheduler.add(request)
+            return request_id
 
     def abort(self, request_id: int, reason: FinishReason = FinishReason.ABORT) -> Request | None:
-        """Ends a request now and frees its pages; returns it, None if no such request is alive.
+        """Ends a request and frees its pages; returns it, or None if no such request is alive.
 
-        No output of it comes any more. It may be called at any time, also by callbacks, finalizers
-        and handlers of signals; a step that is being computed ends the request when it commits.
-        A request that has finished is not alive, also while `on_finish` is told of it.
+        No further output of it is returned. It may be called at any time, also by callbacks,
+        finalizers and signal handlers. A step that is being computed ends the request when it
+        commits. A request that has finished is not alive, even while `on_finish` is called with it.
         """
         with self.alone("Engine.abort"):
             request = self.scheduler.get(request_id)
@@ -312,7 +187,7 @@ class Engine:
             return request
 
     def _take_aborts(self) -> None:
-        """Ends the requests that were taken back."""
+        """Ends the requests that were aborted."""
         try:
             while self._aborts:
                 request_id, reason = next(iter(self._aborts.items()))
@@ -324,10 +199,10 @@ class Engine:
             raise
 
     def warm_up(self, on_shape: Callable[[BatchShape], None] | None = None) -> None:
-        """Compiles every shape that a step can have, by running an empty batch of each.
+        """Compiles every shape that a step can have, by running an empty batch of each shape.
 
         Args:
-          on_shape: called when a shape is ready.
+          on_shape: called after each shape.
         """
         with self.alone("Engine.warm_up"):
             for shape in batch_shapes(self.config):
@@ -339,21 +214,18 @@ class Engine:
     def _warm_up_shape(self, shape: BatchShape) -> None:
         try:
             logits, self._kv_pages = self._run(make_batch_of(shape, (), self.config))
-            tokens = sample(logits, make_sampling([], shape.num_seqs))
-            add_bias(logits, make_bias([], shape.num_seqs))
-            penalise(logits, make_penalties([], shape.num_seqs, self.config.max_model_len))
-            jax.block_until_ready((greedy(logits), log_probabilities(logits, tokens)))
+            run_every_program(logits, self.config.max_model_len)
         except BaseException:
             self._recover()
             raise
 
     def step(self) -> list[Output]:
-        """Computes one batch and returns the tokens it yielded, in the batch's order.
+        """Computes one batch, and returns the tokens that it yielded, in the order of the batch.
 
-        If the model raises, the error passes on, no token is lost, and the next step computes the
-        same tokens again (all of them from the start if the pool went down with the step). If a
-        callback raises, the next step hands this one's tokens back before its own. An interrupt,
-        wherever it strikes, is one or the other.
+        If the model raises an error, no token is lost: the next step computes the same tokens
+        again. If the pool is lost with the step, all live requests are computed again from their
+        start. If a callback raises an error, the next step returns the tokens of this step before
+        its own. An interrupt at any point has one of these effects.
 
         Raises:
           RuntimeError: a callback called it.
@@ -362,11 +234,11 @@ class Engine:
             if self._stepping.locked():
                 raise RuntimeError(
                     "Engine.step: called inside of itself, by a callback; return from the callback"
-                    " first: add_request and abort are what it may call"
+                    " first: it may call add_request and abort"
                 )
             with self._stepping:
                 self._is_computing = False
-                self._end_finished()  # of a step that was interrupted
+                self._end_finished()  # those of a step that was interrupted
                 self._take_aborts()
                 self._is_computing = True
                 self._compute()
@@ -380,7 +252,7 @@ class Engine:
         return outputs
 
     def _compute(self) -> None:
-        """Runs what is scheduled; leaves it in `_outputs` and `_finished`."""
+        """Plans, runs and commits a step; the results are in `_outputs` and `_finished`."""
         start = time.perf_counter()
         plan = self._schedule()
         self.last_plan = plan
@@ -395,8 +267,10 @@ class Engine:
             device_tokens = next_tokens(logits, requests, self.config.max_model_len)
             tokens = np.asarray(device_tokens)[: len(requests)].tolist()
             self.stats.device_seconds += time.perf_counter() - dispatched
-            extras = self._extras(requests, device_tokens, logits)
-            self._kv_pages = kv_pages  # not before the step has come to its end without an error
+            extras = read_extras(
+                requests, device_tokens, logits, return_logits=self.config.return_logits
+            )
+            self._kv_pages = kv_pages  # only after the step has ended without an error
         except BaseException:
             self._recover()
             raise
@@ -405,8 +279,8 @@ class Engine:
         self.stats.seconds += time.perf_counter() - start
 
     def _end_finished(self) -> None:
-        """Tells of the requests that have finished and frees their pages."""
-        with contextlib.ExitStack() as stack:  # all of it is done, whatever one part raises
+        """Calls `on_finish` with the requests that have finished, and frees their pages."""
+        with contextlib.ExitStack() as stack:  # makes all of the calls, even if one of them raises
             stack.callback(self._release_finished)
             if self._on_finish is not None:
                 for request in reversed(self._finished):
@@ -415,7 +289,7 @@ class Engine:
     def _release_finished(self) -> None:
         try:
             for request in self._finished:
-                if self.scheduler.get(request.request_id) is request:  # no restart took it
+                if self.scheduler.get(request.request_id) is request:  # no restart removed it
                     self.scheduler.release(request)
             self._finished = []
         except BaseException:
@@ -430,7 +304,7 @@ class Engine:
             raise
 
     def run(self) -> dict[int, list[int]]:
-        """Steps until no request is left; the tokens yielded meanwhile, by request id."""
+        """Steps until no request is left; returns the new tokens by request id."""
         tokens: dict[int, list[int]] = {}
         while self.has_work or self._outputs:
             for output in self.step():
@@ -438,13 +312,13 @@ class Engine:
         return tokens
 
     def read_kv(self, request: Request) -> np.ndarray:
-        """Keys and values of a live request's computed tokens, [2, L, num_computed, K, H]."""
+        """The keys and values of a live request's computed tokens, [2, L, num_computed, K, H]."""
         with self.alone("Engine.read_kv"):
             return self._read_kv(request)
 
     def _read_kv(self, request: Request) -> np.ndarray:
         config = self.model_config
-        table = np.zeros(self.config.max_pages_per_seq, int)  # one shape, so compiled once
+        table = np.zeros(self.config.max_pages_per_seq, int)  # one shape, so it compiles once
         table[: len(request.page_ids)] = request.page_ids
         first_pages = np.arange(config.num_layers)[:, None] * self.config.num_pages
         slots = self._kv_pages[first_pages + table]  # [L, M, page_size, R, C]
@@ -458,7 +332,7 @@ class Engine:
         return request
 
     def _run(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Dispatches the model's step; its logits, and the pool that takes the engine's place."""
+        """Dispatches the model's step; returns its logits and the new pool."""
         packed, spec = pack(batch)
         return run_step(
             self._params,
@@ -468,28 +342,10 @@ class Engine:
             model=self.model_config,
             kv_write=self.config.kv_write,
             write_backend=self.config.write_backend,
-            attention=self.config.attention,
+            attention_backend=self.config.attention_backend,
         )
 
-    def _extras(
-        self, requests: Sequence[Request], tokens: jax.Array, logits: jax.Array
-    ) -> list[tuple[np.ndarray | None, dict[int, float] | None]]:
-        """What each row hands back beside its token: logits and log probabilities."""
-        rows = np.asarray(logits) if self.config.return_logits else [None] * len(requests)
-        if all(request.params.logprobs is None for request in requests):
-            return [(row, None) for row, _ in zip(rows, requests, strict=False)]
-        own, ids, values = map(np.asarray, log_probabilities(logits, tokens))
-        chosen = np.asarray(tokens)
-        extras = []
-        for i, request in enumerate(requests):
-            count, found = request.params.logprobs, None
-            if count is not None:
-                top = zip(ids[i, :count].tolist(), values[i, :count].tolist(), strict=True)
-                found = {int(chosen[i]): float(own[i])} | dict(top)
-            extras.append((rows[i], found))
-        return extras
-
-    def _commit(self, plan: StepPlan, tokens: list[int], extras: list) -> None:
+    def _commit(self, plan: StepPlan, tokens: list[int], extras: list[Extra]) -> None:
         new_tokens = {
             segment.request_id: token
             for segment, token in zip(plan.segments, tokens, strict=True)
@@ -501,13 +357,14 @@ class Engine:
             self._take_aborts()
             before = self._outputs
             finished = self.scheduler.commit(plan, new_tokens)
-            outputs = _outputs(plan, tokens, extras, finished, aborted)
+            outputs = make_outputs(plan, tokens, extras, finished, aborted)
             self._finished = finished
             self._outputs = before + outputs
         except BaseException:
-            is_known = self._outputs is not before  # to the caller: it is never taken back
-            self._finished = self._finished if is_known else []
-            self.scheduler.restart(None if is_known else plan)
+            # Once the outputs are kept, the caller gets them, and the tokens must stay.
+            is_kept = self._outputs is not before
+            self._finished = self._finished if is_kept else []
+            self.scheduler.restart(None if is_kept else plan)
             raise
 
     def _count(self, plan: StepPlan, batch: Batch, compiled: int) -> None:
@@ -522,107 +379,23 @@ class Engine:
             stats.num_recompiles += compiles.num_compiles() - compiled
 
     def _recover(self) -> None:
-        """After a failed step: the plan was not committed; only a donated pool can be lost."""
+        """Makes a new pool if a failed step has lost the donated one. Its plan is not committed."""
         if self._kv_pages.is_deleted():
-            self.scheduler.restart()  # first: a new pool must never meet the old tables
+            self.scheduler.restart()  # first, because no page table may refer to the new pool
             self._kv_pages = make_pool(
                 self.model_config, self.config.num_pages, self.config.page_size
             )
 
-    def _eos_ids(self, params: SamplingParams) -> frozenset[int]:
-        return frozenset() if params.ignore_eos else self._eos_token_ids
-
-    def check_request(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Raises the ValueError that `add_request` would, and changes nothing."""
-        op, config = "Engine.add_request", self.config
-        require(
-            isinstance(params, SamplingParams),
-            op,
-            "params",
-            got=f"{params!r}",
-            wanted="SamplingParams",
-            hint="or None for greedy ones",
-        )
-        require(
-            hasattr(prompt, "__len__") and not isinstance(prompt, bytes | bytearray | Mapping),
-            op,
-            "prompt_ids",
-            got=f"{prompt!r}",
-            wanted="a list of token ids",
-            hint="an Engine takes no text",
-        )
-        require(
-            len(prompt) > 0,
-            op,
-            "prompt_ids",
-            got="empty",
-            wanted="at least one token id",
-            hint="start the prompt with the model's beginning-of-text token",
-        )
-        vocab_size = self.model_config.vocab_size
-        wrong = [
-            f"{token!r} at index {i}"
-            for i, token in enumerate(prompt)
-            if (type(token) is not int and as_int(token) is None) or not 0 <= token < vocab_size
-        ]
-        require(
-            not wrong,
-            op,
-            "prompt_ids",
-            got=", ".join(wrong[:1]),
-            wanted=f"whole numbers in [0, {vocab_size})",
-            hint="use the tokenizer that the model came with",
-        )
-        require(
-            len(prompt) < config.max_model_len,
-            op,
-            "prompt_ids",
-            got=f"{len(prompt)} tokens long",
-            wanted=f"fewer than max_model_len={config.max_model_len}",
-            hint="shorten it, or raise max_model_len",
-        )
-        # The last token is never written: nothing reads it.
-        most = config.max_model_len if params.max_tokens is None else params.max_tokens
-        longest = min(len(prompt) + most, config.max_model_len) - 1
-        num_pages = num_pages_for(longest, config.page_size)
-        require(
-            num_pages <= config.num_pages,
-            op,
-            "prompt_ids",
-            got=f"{len(prompt)} tokens long with max_tokens={params.max_tokens}: up to"
-            f" {num_pages} pages",
-            wanted=f"at most the pool's {config.num_pages} pages",
-            hint="lower max_tokens, shorten the prompt, or raise num_pages",
-        )
-        params.check_ids(op, vocab_size)
-        require(
-            params.n == 1,
-            op,
-            "n",
-            got=f"{params.n}",
-            wanted="1",
-            hint="LLM.generate returns n outputs; an Engine takes a request for each",
-        )
-        num_stops = len(self._eos_ids(params) | set(params.stop_token_ids))
-        require(
-            params.min_tokens == 0 or num_stops <= MAX_STOP_IDS,
-            op,
-            "stop_token_ids",
-            got=f"{num_stops} ids, the model's own included",
-            wanted=f"at most {MAX_STOP_IDS} with min_tokens",
-            hint="name fewer, or leave min_tokens at 0",
-        )
-
 
 def _check_numbers(seed: int, eos_token_ids: Sequence[int]) -> None:
-    seed_number, eos = as_int(seed), [as_int(token) for token in eos_token_ids]
+    seed_number, eos = read_int(seed), [read_int(token) for token in eos_token_ids]
     require(
         seed_number is not None and seed_number >= 0,
         "Engine",
         "seed",
         got=f"{seed!r}",
         wanted="an int >= 0",
-        hint="it is for requests without a seed of their own",
+        hint="requests without a seed of their own get theirs from it",
     )
     require(
         all(token is not None and 0 <= token < 2**31 for token in eos),

@@ -1,32 +1,43 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""What each step did and why, in words and as a picture."""
+"""Explains what each step did and why, in words and as a picture."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
-from reference_engine.engine import Engine, Output
-from reference_engine.replay import Job, is_decode
+from reference_engine.engine import Engine
+from reference_engine.extras import import_extra
+from reference_engine.outputs import Output
+from reference_engine.replay import Job
 from reference_engine.scheduler import Segment
 from reference_engine.write_plan import plan_writes
 
 
 def explain_step(step: int, engine: Engine, outputs: list[Output], jobs: Sequence[Job]) -> str:
-    """The engine's last step: who was scheduled and what was written where; who waits, and why."""
+    """The engine's last step in words.
+
+    Says which requests were scheduled, what each of them wrote where, which requests wait, and why.
+
+    Args:
+      step: the step's number.
+      engine: the engine after the step.
+      outputs: what the step returned.
+      jobs: the requests by their ids.
+    """
     plan, config = engine.last_plan, engine.config
     assert plan is not None
     lines = [
-        f"step {step}: {plan.num_tokens} of {config.max_num_batched_tokens} tokens;"
-        f" {engine.scheduler.pool.num_free} of {config.num_pages} pages free,"
-        f" {len(engine.scheduler.waiting)} requests waiting"
+        f"step {step}: {plan.num_tokens} of {config.max_num_batched_tokens} tokens; pages free:"
+        f" {engine.scheduler.pool.num_free} of {config.num_pages}; requests waiting:"
+        f" {len(engine.scheduler.waiting)}"
     ]
     for segment in plan.segments:
-        num_prompt = len(jobs[segment.request_id].prompt_ids)
-        kind = "decode " if is_decode(segment, num_prompt) else "prefill"
+        job = jobs[segment.request_id]
         lines.append(
-            f"  request {segment.request_id} {kind} [{segment.start}, {segment.end}) of"
-            f" {num_prompt} + {jobs[segment.request_id].max_tokens}: "
+            f"  request {segment.request_id} {'decode ' if segment.is_decode else 'prefill'}"
+            f" [{segment.start}, {segment.end}) of {len(job.prompt_ids)} + {job.max_tokens}: "
             + _explain_writes(segment, config.page_size)
         )
     for deferral in plan.deferrals:
@@ -50,10 +61,10 @@ def explain_step(step: int, engine: Engine, outputs: list[Output], jobs: Sequenc
 
 
 class Timeline:
-    """Steps to draw: a row a request, a mark a segment, deferral or preemption."""
+    """Steps to draw: one row per request, and one mark per segment, deferral or preemption."""
 
-    def __init__(self, jobs: Sequence[Job], budget: int):
-        self._jobs, self._budget = jobs, budget
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
         # kind -> (step, request) of every mark
         self._marks: dict[str, list[tuple[int, int]]] = {
             "prefill": [],
@@ -61,16 +72,15 @@ class Timeline:
             "deferred": [],
             "preempted": [],
         }
-        self._tokens: list[tuple[int, int, int]] = []  # step, of prefills, of decodes
+        self._tokens: list[tuple[int, int, int]] = []  # step, tokens of prefills, of decodes
 
     def observe(self, step: int, engine: Engine) -> None:
-        """Takes the engine's last step."""
+        """Adds the engine's last step."""
         plan = engine.last_plan
         assert plan is not None
         tokens = {"prefill": 0, "decode": 0}
         for segment in plan.segments:
-            num_prompt = len(self._jobs[segment.request_id].prompt_ids)
-            kind = "decode" if is_decode(segment, num_prompt) else "prefill"
+            kind = "decode" if segment.is_decode else "prefill"
             self._marks[kind].append((step, segment.request_id))
             tokens[kind] += len(segment.token_ids)
         self._marks["deferred"] += [(step, d.request_id) for d in plan.deferrals]
@@ -78,7 +88,7 @@ class Timeline:
         self._tokens.append((step, tokens["prefill"], tokens["decode"]))
 
     def save(self, path: str | os.PathLike, title: str) -> None:
-        """Writes a PNG.
+        """Writes a PNG file.
 
         Raises:
           ImportError: matplotlib is not installed.
@@ -107,19 +117,13 @@ class Timeline:
         figure.savefig(path, format="png")
 
 
-def import_figure():
-    """matplotlib's Figure.
+def import_figure() -> Any:
+    """matplotlib's Figure class. It does without pyplot, which would look for a display.
 
     Raises:
-      ImportError: it is not installed; the message says how to.
+      ImportError: matplotlib is not installed; the message says how to install it.
     """
-    try:
-        from matplotlib.figure import Figure  # no pyplot: it would look for a display
-    except ImportError as error:
-        raise ImportError(
-            "--plot needs matplotlib, which is not installed: pip install 'pallas-paged[plot]'"
-        ) from error
-    return Figure
+    return import_extra("matplotlib.figure", extra="plot", needed_by="--plot").Figure
 
 
 def _explain_writes(segment: Segment, page_size: int) -> str:
@@ -135,7 +139,7 @@ def _explain_writes(segment: Segment, page_size: int) -> str:
 
 
 def _ranges(ids: list[int]) -> str:
-    """Runs of consecutive ids, rising or falling, as first-last.
+    """Page ids as text; consecutive ids, rising or falling, as first-last.
 
     >>> _ranges([3, 4, 5, 9, 8, 1])
     '3-5 9-8 1'

@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""What generation_config.json asks for, as SamplingParams."""
+"""Reads generation_config.json as SamplingParams."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from reference_engine.request import SamplingParams
+from reference_engine.json_fields import read_object
+from reference_engine.sampling_params import SamplingParams
 
-# generation_config.json's field -> SamplingParams': those that hold, and those of do_sample.
+# generation_config.json's field -> SamplingParams' field. Those of _SAMPLED, which have the same
+# names in both, count only if `do_sample` is true.
 _ALWAYS = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -18,9 +20,10 @@ _ALWAYS = {
     "num_return_sequences": "n",
 } | {name: name for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")}
 _SAMPLED = ("temperature", "top_k", "top_p", "min_p")
-# Fields of transformers that would change the tokens and are not served, with what they are where
-# they change nothing (None, or none of it, beside that). Not here is what only concerns speed,
-# other outputs, beams' scores, encoders' models, or max_length, for which EngineConfig has a bound.
+# The fields of transformers that would change the tokens and are not served, with the values that
+# change nothing; None and empty values change nothing either. Not listed are fields that concern
+# only speed, other outputs, the scores of beams, or encoders. Nor is max_length, for which
+# EngineConfig has a bound.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -53,14 +56,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def sampling_params(path: str | pathlib.Path, generation: Mapping[str, Any]) -> SamplingParams:
-    """What generation_config.json asks for, in transformers' meaning; greedy without one.
+    """What generation_config.json asks for, as transformers understands it; greedy without a file.
 
     Args:
       path: the model's folder.
-      generation: what `checkpoint.read_generation_config` read there.
+      generation: what `read_generation_config` has read there.
 
     Raises:
-      ValueError: it asks for what is not served; the message names the file and the field.
+      ValueError: it asks for something that is not served; the message names the file and field.
     """
     file = pathlib.Path(path) / "generation_config.json"
     given = {name: value for name, value in generation.items() if value is not None}
@@ -83,3 +86,25 @@ def sampling_params(path: str | pathlib.Path, generation: Mapping[str, Any]) -> 
             except ValueError as error:
                 raise ValueError(f"{file}: `{name}` is {given[name]!r}: {error}") from error
     return params
+
+
+def read_generation_config(path: str | pathlib.Path) -> dict[str, Any]:
+    """Reads generation_config.json; {} if there is none.
+
+    `eos_token_id` is a tuple of ids in any case. If the file has none, they are config.json's.
+
+    Raises:
+      OSError: there is no config.json either.
+      ValueError: the file is no JSON, or `eos_token_id` is wrong; the message names the file.
+    """
+    folder = pathlib.Path(path)
+    file = folder / "generation_config.json"
+    raw = read_object(file) if file.exists() else {}
+    eos = raw.get("eos_token_id")
+    if eos is None:
+        file = folder / "config.json"
+        eos = read_object(file).get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ValueError(f"{file}: `eos_token_id` is {eos!r}; wanted an id >= 0 or a list of them")
+    return raw | {"eos_token_id": tuple(ids)}

@@ -1,22 +1,27 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """A dense decoder of the Llama family over a paged pool.
 
-All layers share one flat pool of L * P pages, carried through `lax.scan`: layer l has pages
-[l*P, (l+1)*P). A pool stacked as the scan's xs and ys would cost a temporary of its own size.
+All layers share one flat pool of L * P pages, which `lax.scan` carries: layer l has the pages
+[l*P, (l+1)*P). A pool that was stacked as the scan's xs and ys would cost a temporary of its size.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 import pallas_paged
-from pallas_paged.attention.api import ragged_paged_attention
+from pallas_paged import dispatch, settings
 from reference_engine import rope
-from reference_engine.batch import Batch
+from reference_engine.batch import Array, Batch, Spec, unpack
 from reference_engine.config import ModelConfig
 from reference_engine.weights import Params
+
+Rotation = tuple[jax.Array, jax.Array]  # cos and sin of the rotary angles, f32[T, H/2] each
 
 
 def make_pool(config: ModelConfig, num_pages: int, page_size: int) -> jax.Array:
@@ -38,26 +43,26 @@ def forward(
     config: ModelConfig,
     kv_write: str,
     write_backend: str,
-    attention: str,
+    attention_backend: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs one step; to be traced with `kv_pages` donated.
+    """Runs one step. It is meant to be traced with `kv_pages` donated.
 
     Args:
       params: see weights.param_shapes.
       kv_pages: [L*P, page_size, R, C].
       batch: see batch.Batch.
-      config: the parameters' shape.
+      config: the shape of the parameters.
       kv_write: the form of the writes, see EngineConfig.
-      write_backend: backend of the writes; not read where kv_write is "fused".
-      attention: backend of the attention.
+      write_backend: the backend of the writes; not read where kv_write is "fused".
+      attention_backend: the backend of the attention; with "fused", of the writes too.
 
     Returns:
-      Logits of each sequence's last new token, f32[S, vocab_size], and the pool.
+      The logits of each sequence's last new token, f32[S, vocab_size], and the pool.
     """
     pages_per_layer = kv_pages.shape[0] // config.num_layers
     rotation = _rotation(batch.positions, config)
 
-    def layer(carry, xs):
+    def layer(carry: tuple[jax.Array, jax.Array], xs: tuple[Params, jax.Array]) -> Any:
         x, kv_pages = carry
         weights, index = xs
         first_page = index * pages_per_layer
@@ -68,9 +73,9 @@ def forward(
             in_layer(batch, first_page, kv_pages.shape[1]),
             rotation,
             config,
-            kv_write,
-            write_backend,
-            attention,
+            kv_write=kv_write,
+            write_backend=write_backend,
+            attention_backend=attention_backend,
         )
         x += attended
         x += _mlp(_rms_norm(x, weights["mlp_norm"], config), weights)
@@ -85,10 +90,78 @@ def forward(
     return _matmul(x, unembedding.T).astype(jnp.float32), kv_pages
 
 
-def in_layer(batch: Batch, first_page: jax.Array, page_size: int) -> Batch:
-    """The batch with the ids of the pages that one layer has; what is skipped stays skipped."""
+def model_step(
+    params: Params,
+    kv_pages: jax.Array,
+    packed: jax.Array,
+    *,
+    spec: Spec,
+    model: ModelConfig,
+    kv_write: str,
+    write_backend: str,
+    attention_backend: str,
+) -> tuple[jax.Array, jax.Array]:
+    """As `forward`, for a packed batch, so that a step has one input from the host.
 
-    def shift(ids, by):
+    Args:
+      params: see weights.param_shapes.
+      kv_pages: [L*P, page_size, R, C].
+      packed: a packed Batch, i32[n].
+      spec: the spec that `batch.pack` has returned with it.
+      model: the shape of the parameters.
+      kv_write, write_backend, attention_backend: see `forward`.
+
+    Returns:
+      The logits of each sequence's last new token, f32[S, vocab_size], and the pool.
+    """
+    return forward(
+        params,
+        kv_pages,
+        Batch(*unpack(packed, spec)),
+        config=model,
+        kv_write=kv_write,
+        write_backend=write_backend,
+        attention_backend=attention_backend,
+    )
+
+
+# XLA's own matrix products on a GPU take whole arrays. In a loop over layers, they would copy the
+# weights of each layer out of the stacked ones in every step; merged products would do so too.
+# cuBLAS reads the weights where they are.
+_COMPILER_OPTIONS = {
+    "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+}
+
+
+@functools.cache
+def jitted_step(platform: str) -> Any:
+    """`model_step` as a compiled program that donates the pool, with a platform's best options."""
+    return jax.jit(
+        model_step,
+        static_argnames=("spec", "model", "kv_write", "write_backend", "attention_backend"),
+        donate_argnames=("kv_pages",),
+        compiler_options=_COMPILER_OPTIONS.get(platform),
+    )
+
+
+@settings.defaults()
+def run_step(
+    params: Params, kv_pages: jax.Array, packed: Array, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Runs `model_step` on the current device, and donates the pool."""
+    return jitted_step(dispatch.platform())(params, kv_pages, packed, **options)
+
+
+def in_layer(batch: Batch, first_page: jax.Array, page_size: int) -> Batch:
+    """The batch with the page ids and slots of one layer; what is skipped stays skipped.
+
+    Args:
+      batch: with the ids of the first layer.
+      first_page: i32[], the layer's first page in the pool.
+      page_size: tokens in a page.
+    """
+
+    def shift(ids: Array, by: jax.Array) -> jax.Array:
         return jnp.where(ids >= 0, ids + by, ids)
 
     first_slot = first_page * page_size
@@ -100,7 +173,18 @@ def in_layer(batch: Batch, first_page: jax.Array, page_size: int) -> Batch:
     )
 
 
-def _attention(x, weights, kv_pages, batch, rotation, config, kv_write, write_backend, attention):
+def _attention(
+    x: jax.Array,
+    weights: Params,
+    kv_pages: jax.Array,
+    batch: Batch,
+    rotation: Rotation,
+    config: ModelConfig,
+    *,
+    kv_write: str,
+    write_backend: str,
+    attention_backend: str,
+) -> tuple[jax.Array, jax.Array]:
     """Writes the new keys and values, then attends; x [T, D] -> [T, D], and the pool."""
     num_tokens = x.shape[0]
     q = _rotate(_project(x, weights, "q"), rotation, weights.get("q_norm"), config)  # [T, N*H]
@@ -108,22 +192,31 @@ def _attention(x, weights, kv_pages, batch, rotation, config, kv_write, write_ba
     v = _project(x, weights, "v")  # [T, K*H]
     q = q.reshape(num_tokens, config.num_heads, -1)
     metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.num_seqs)
-    options = {
+    options: dict[str, Any] = {
         "sm_scale": config.head_dim**-0.5,
         "num_kv_heads": config.num_kv_heads,
-        "backend": attention,
+        "backend": attention_backend,
     }
+    out: Any  # neither op is asked for the log-sum-exp
     if kv_write == "fused":
-        out, kv_pages = pallas_paged.write_and_attend(q, k, v, kv_pages, *metadata, **options)
+        both: Any = pallas_paged.write_and_attend(q, k, v, kv_pages, *metadata, **options)
+        out, kv_pages = both
     else:
         kv_pages = write_kv(kv_pages, k, v, batch, config, write_backend)
-        out = ragged_paged_attention(q, kv_pages, *metadata, **options)
+        out = pallas_paged.ragged_paged_attention(q, kv_pages, *metadata, **options)
     return _project(out.reshape(num_tokens, -1), weights, "o"), kv_pages
 
 
-def write_kv(kv_pages, k, v, batch, config, backend):
-    """Writes a layer's new keys and values in every form that the batch brings; k, v [T, K*H]."""
-    options = {"num_kv_heads": config.num_kv_heads, "backend": backend}
+def write_kv(
+    kv_pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    batch: Batch,
+    config: ModelConfig,
+    backend: str,
+) -> jax.Array:
+    """Writes a layer's new keys and values, [T, K*H] each, in every form that the batch has."""
+    options: dict[str, Any] = {"num_kv_heads": config.num_kv_heads, "backend": backend}
     if batch.page_ids.size:
         kv_pages = pallas_paged.page_write(
             kv_pages, k, v, batch.page_ids, batch.token_starts, **options
@@ -137,42 +230,43 @@ def write_kv(kv_pages, k, v, batch, config, backend):
     return kv_pages
 
 
-def _mlp(x, weights):
+def _mlp(x: jax.Array, weights: Params) -> jax.Array:
     """SwiGLU; x [T, D] -> [T, D]."""
     gate = jax.nn.silu(_project(x, weights, "gate"))
     return _project(gate * _project(x, weights, "up"), weights, "down")
 
 
-def _project(x, weights, name):
+def _project(x: jax.Array, weights: Params, name: str) -> jax.Array:
     """A projection of the layer, with its bias if it has one."""
     out = _matmul(x, weights[name])
     bias = weights.get(f"{name}_bias")
     return out if bias is None else out + bias
 
 
-def _matmul(x, matrix):
-    # Full precision where the operands are float32, as the attention has it.
+def _matmul(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    # float32 operands are multiplied in full precision, as the attention multiplies them.
     return jnp.dot(x, matrix, precision=lax.Precision.HIGHEST)
 
 
-def _rms_norm(x, scale, config):
+def _rms_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
     return (x32 * lax.rsqrt(mean_square + config.rms_norm_eps)).astype(x.dtype) * scale
 
 
-def _rotation(positions, config):
-    """cos and sin of the rotary angles, f32[T, H/2] each."""
+def _rotation(positions: Array, config: ModelConfig) -> Rotation:
     frequencies, factor = rope.frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     angles = positions[:, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def _rotate(x, rotation, norm, config):
+def _rotate(
+    x: jax.Array, rotation: Rotation, norm: jax.Array | None, config: ModelConfig
+) -> jax.Array:
     """Rotates the two halves of every head against each other; x [T, heads * H].
 
-    Each head is normalised before, if there is a norm. Head by head on the projection's own lanes:
-    through a view [T, heads, H] XLA would copy k on a TPU, there and back.
+    If there is a norm, each head is normalised first. The loop goes through the heads on the lanes
+    of the projection itself: through a view [T, heads, H], XLA would copy k twice on a TPU.
     """
     cos, sin = rotation
     rotated = []

@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""The rule that one thread at a time uses an engine, and the error that says so."""
+"""The rule that one thread at a time uses an engine, and the error of those who break it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 
 class OneThread:
-    """Lets one thread in; others are not made to wait, they are told.
+    """Lets one thread in at a time; for another thread, it raises an error and does not wait.
 
-    The thread inside may come in again, as callbacks do. Threads may take turns.
+    The thread that is inside may enter again, as callbacks do. Threads may enter one after another.
 
     >>> alone = OneThread()
     >>> with alone("Engine.step"), alone("Engine.abort"):
@@ -25,20 +25,23 @@ class OneThread:
 
     @contextlib.contextmanager
     def __call__(self, what: str) -> Iterator[None]:
-        """The part of the program that one thread at a time may be in; `what` names it.
+        """A context that one thread at a time may be in.
+
+        Args:
+          what: the name of the call, for the error.
 
         Raises:
-          RuntimeError: another thread is in it.
+          RuntimeError: another thread is inside.
         """
         if not self._lock.acquire(blocking=False):
             name = self._last.name if self._last is not None else "another"
             raise RuntimeError(
                 f"{what}: thread {threading.current_thread().name!r} calls while thread {name!r} is"
                 f" in {self._what}; an engine is for one thread at a time: call it from one thread,"
-                " or put a lock of yours around every call"
+                " or guard every call with a lock of your own"
             )
-        with self._lock:  # which lets go of it whatever comes, an interrupt included
-            self._lock.release()
+        with self._lock:  # `with` takes it again, and releases it even after an interrupt
+            self._lock.release()  # the first time it was taken
             before = self._what
             self._last, self._what = threading.current_thread(), what
             try:
@@ -47,5 +50,5 @@ class OneThread:
                 self._what = before
 
     def is_mine(self) -> bool:
-        """Whether the thread that was in last, and may still be, is this one, or there is none."""
+        """Whether this thread was the last one inside, or is inside; True if there was none."""
         return self._last in (None, threading.current_thread())

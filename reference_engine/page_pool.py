@@ -1,8 +1,9 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Which pages are free, how many requests hold each of the others, and what full ones hold.
+"""The page pool: which pages are free, how many requests hold the others, and the prefix cache.
 
-Pure Python. The prefix cache is a property of pages: a full page that was published is known by a
-hash of all tokens up to its end, also while it is free, until it is handed out anew.
+Pure Python. The prefix cache belongs to the pages. A full page that was published is found by a
+hash of all tokens up to its end. That holds while the page is free, too, until it is allocated
+again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 
 def page_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Hash of a full page: of its tokens and, through its parent's hash, of all before them.
+    """The hash of a full page: of its tokens and, through the parent's hash, of all before them.
 
     >>> first = page_hash(b"", (1, 2))
     >>> page_hash(first, (3, 4)) == page_hash(b"", (3, 4))
@@ -24,10 +25,11 @@ def page_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
 
 
 class PagePool:
-    """Free list, reference counts and prefix cache of `num_pages` pages.
+    """The free list, the reference counts and the prefix cache of `num_pages` pages.
 
-    A page is free when nobody refers to it. Pages are handed out in the order in which they were
-    freed, the least recently used first; what the prefix cache knows of a page ends there.
+    A page without a reference is free. Free pages are allocated in the order in which they were
+    freed, so the least recently used page comes first. A page that is allocated leaves the prefix
+    cache.
 
     >>> pool = PagePool(4)
     >>> pages = pool.allocate(3)
@@ -41,12 +43,12 @@ class PagePool:
     [0, 3]
     """
 
-    def __init__(self, num_pages: int):
+    def __init__(self, num_pages: int) -> None:
         self._references = [0] * num_pages
         self.reset()
 
     def reset(self) -> None:
-        """Frees every page and empties the prefix cache, in whatever state they were."""
+        """Frees every page and empties the prefix cache, whatever state they are in."""
         num_pages = len(self._references)
         self._free = collections.OrderedDict.fromkeys(range(num_pages))
         self._references = [0] * num_pages
@@ -54,24 +56,28 @@ class PagePool:
 
     @property
     def num_pages(self) -> int:
+        """The number of pages, free or not."""
         return len(self._references)
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds, those with a known content included."""
+        """The number of pages without a reference; the prefix cache may still find some of them."""
         return len(self._free)
 
     @property
     def num_cached(self) -> int:
-        """Contents that can be found; several pages may hold the same."""
+        """The number of page contents that can be found. Multiple pages may hold the same one."""
         return len(self._pages_of)
 
     def references(self, page_id: int) -> int:
-        """How many holders page `page_id` has."""
+        """The number of references to a page."""
         return self._references[page_id]
 
     def allocate(self, num_pages: int) -> list[int] | None:
-        """Takes `num_pages` free pages, one reference each; None, and nothing taken, if too few."""
+        """Takes `num_pages` free pages, with one reference each.
+
+        Returns None, and takes nothing, if fewer are free.
+        """
         if num_pages > len(self._free):
             return None
         page_ids = [self._free.popitem(last=False)[0] for _ in range(num_pages)]
@@ -81,10 +87,13 @@ class PagePool:
         return page_ids
 
     def release(self, page_ids: Sequence[int]) -> None:
-        """Takes one reference from each page; ValueError, and no change, if one of them is free.
+        """Removes one reference from each page.
 
-        The last pages of a request are freed first, so that its front, which other requests are
-        likelier to share, is reused last.
+        The last pages of a request are freed first, so that its first pages, which other requests
+        are more likely to share, are allocated again last.
+
+        Raises:
+          ValueError: one of the pages is free; nothing is changed then.
         """
         self._check_held(page_ids)
         for page_id in reversed(page_ids):
@@ -93,9 +102,12 @@ class PagePool:
                 self._free[page_id] = None
 
     def publish(self, page_id: int, digest: bytes) -> None:
-        """Lets `find` find a held page by the hash of its content, which must not change again.
+        """Lets `find` find a page by the hash of its content, which must not change from now on.
 
-        Where several pages hold the same, the first one that is left is found.
+        Where multiple pages hold the same content, the one that was published first is found.
+
+        Raises:
+          ValueError: the page is free.
         """
         self._check_held([page_id])
         if self._hash_of[page_id] != digest:
@@ -104,7 +116,7 @@ class PagePool:
             self._pages_of.setdefault(digest, {})[page_id] = None
 
     def find(self, digests: Iterable[bytes]) -> list[int]:
-        """The pages of the longest known front of a chain of hashes; takes no reference."""
+        """The pages of the longest prefix of the hashes that is cached; takes no reference."""
         page_ids = []
         for digest in digests:
             pages = self._pages_of.get(digest)
@@ -114,26 +126,26 @@ class PagePool:
         return page_ids
 
     def can_take(self, found: Sequence[int], num_new: int) -> bool:
-        """Whether `take` would."""
+        """Whether enough pages are free for `take`."""
         return num_new + sum(self._references[i] == 0 for i in found) <= len(self._free)
 
     def take(self, found: Sequence[int], num_new: int) -> list[int] | None:
-        """One reference to each page that `find` found, held or free, and `num_new` new pages.
+        """Takes one reference to each page that `find` has found, and `num_new` new pages.
 
-        None, and nothing taken, if too few are free.
+        Returns None, and takes nothing, if too few pages are free.
         """
         if not self.can_take(found, num_new):
             return None
-        for page_id in found:  # before anything is allocated, which could hand them out
+        for page_id in found:  # before the new pages, or one of these could be allocated
             if self._references[page_id] == 0:
                 del self._free[page_id]
             self._references[page_id] += 1
         return [*found, *(self.allocate(num_new) or ())]
 
     def forget_all(self) -> None:
-        """Empties the prefix cache: the pages' contents are lost."""
+        """Empties the prefix cache, because the contents of the pages are lost."""
         self._hash_of: list[bytes | None] = [None] * self.num_pages
-        # The pages of a content in the order in which they were published, as keys.
+        # hash -> the pages with this content, as keys, in the order of their publication.
         self._pages_of: dict[bytes, dict[int, None]] = {}
 
     def _forget(self, page_id: int) -> None:
@@ -149,6 +161,6 @@ class PagePool:
             held = self._references[page_id] if 0 <= page_id < self.num_pages else 0
             if held < count:
                 raise ValueError(
-                    f"PagePool: page {page_id} has {held} references, {count} were named; a page"
-                    " must be allocated first and released once per reference"
+                    f"PagePool: page {page_id} has {held} references, {count} were named;"
+                    " a page must be allocated first, and released once per reference"
                 )

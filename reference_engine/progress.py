@@ -8,7 +8,7 @@ from typing import Any
 
 
 class _NoBar:
-    """What stands in where there is nobody to look."""
+    """Takes the place of a bar where none is drawn."""
 
     def __enter__(self) -> _NoBar:
         return self
@@ -23,7 +23,14 @@ class _NoBar:
 def bar(total: int, what: str, unit: str, *, shown: bool = True) -> Any:
     """A tqdm bar on standard error: a context manager with `update` and `set_postfix_str`.
 
-    Nothing is drawn where standard error is no terminal, or without tqdm (of the extra `models`).
+    Nothing is drawn if standard error is not a terminal, or if tqdm (from the extra `models`) is
+    not installed.
+
+    Args:
+      total: the number of units of work.
+      what: the text before the bar.
+      unit: the name of one unit.
+      shown: False draws nothing.
     """
     if not shown or not sys.stderr.isatty():
         return _NoBar()

@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Runs traffic through an engine and keeps what two runs of it are compared by."""
+"""Runs requests through an engine, and compares what two such runs came to."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from reference_engine.config import EngineConfig, ModelConfig
-from reference_engine.engine import Engine, Output
-from reference_engine.request import Request, SamplingParams
-from reference_engine.scheduler import Segment, StepPlan
+from reference_engine.engine import Engine
+from reference_engine.outputs import Output
+from reference_engine.request import Request
+from reference_engine.sampling_params import SamplingParams
+from reference_engine.scheduler import StepPlan
 from reference_engine.traffic import Arrival
 from reference_engine.weights import Params
 from reference_engine.write_plan import plan_writes
@@ -20,7 +22,7 @@ from reference_engine.write_plan import plan_writes
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
-    """A request to replay: its prompt, how many tokens to generate, and the step it arrives at."""
+    """A request to replay: its prompt, the tokens to generate, and the step in which it arrives."""
 
     prompt_ids: tuple[int, ...]
     max_tokens: int
@@ -29,21 +31,23 @@ class Job:
 
 @dataclasses.dataclass
 class Result:
-    """One run's counts, and what its requests came to, by request id (jobs in order: 0, 1, ...).
+    """What one run did, and what it came to.
+
+    The dicts have request ids as keys: the jobs in order, 0, 1, ...
 
     Attributes:
-      num_steps: steps that computed something.
-      num_tokens: tokens computed, recomputed ones included.
-      num_whole_pages: pages that one step filled from first row to last.
-      num_prefill_partials: other pieces of pages that prefills wrote.
-      num_decode_partials: those that decodes wrote (one token each).
-      num_deferrals: times that alignment made a request wait a step.
-      num_preemptions: times that a request lost its pages.
-      num_cached: tokens that the prefix cache spared.
-      ttft: steps from arrival to first token, both ends included.
-      outputs: tokens generated.
-      logits: f32[vocab_size] of each of them.
-      kv_digests: digest of the keys and values in the pool when the request ended.
+      num_steps: the steps that computed something.
+      num_tokens: the tokens computed, including those that were computed again.
+      num_whole_pages: the pages that one step filled from the first row to the last.
+      num_prefill_partials: the partial pages that prefills wrote.
+      num_decode_partials: the partial pages that decodes wrote, of one token each.
+      num_deferrals: how often alignment made a request wait for a step.
+      num_preemptions: how often a request lost its pages.
+      num_cached: the tokens that were found in the prefix cache.
+      ttft: the steps from a request's arrival to its first token, including both.
+      outputs: the generated tokens.
+      logits: f32[vocab_size] for each generated token.
+      kv_digests: a digest of the keys and values that the pool held when the request ended.
     """
 
     num_steps: int = 0
@@ -61,7 +65,7 @@ class Result:
 
     @property
     def num_slices(self) -> int:
-        """Pieces of pages, whole ones included: what writing by slices alone would issue."""
+        """Whole and partial pages: the number of slices if everything is written by slices."""
         return self.num_whole_pages + self.num_prefill_partials + self.num_decode_partials
 
 
@@ -70,14 +74,14 @@ class Comparison:
     """How two runs of the same jobs differ.
 
     Attributes:
-      num_outputs: generated tokens compared.
-      num_equal_tokens: those that are the same.
-      num_equal_logits: rows of logits that are the same to the last bit.
-      max_logit_difference: over all rows; infinite where NaN or a missing row is met.
-      num_requests: requests compared.
-      num_equal_pools: those whose keys and values in the pool were the same to the last bit.
-      num_distinct_tokens: different tokens in the first run's outputs.
-      num_distinct_outputs: different outputs among the first run's requests.
+      num_outputs: the generated tokens that were compared.
+      num_equal_tokens: those that are equal.
+      num_equal_logits: the rows of logits that are equal, bit for bit.
+      max_logit_difference: the largest of all rows; infinite if there is a NaN or a row is missing.
+      num_requests: the requests that were compared.
+      num_equal_pools: those whose keys and values in the pool are equal, bit for bit.
+      num_distinct_tokens: the number of different tokens in the outputs of the first run.
+      num_distinct_outputs: the number of different outputs of the first run.
     """
 
     num_outputs: int
@@ -91,7 +95,7 @@ class Comparison:
 
     @property
     def is_equal(self) -> bool:
-        """Whether nothing differs, to the last bit."""
+        """Whether everything is equal, bit for bit."""
         return (
             self.num_equal_tokens == self.num_equal_logits == self.num_outputs
             and self.num_equal_pools == self.num_requests
@@ -101,7 +105,7 @@ class Comparison:
 def make_jobs(
     arrivals: Sequence[Arrival], *, vocab_size: int, steps_per_second: float, seed: int
 ) -> list[Job]:
-    """Gives every arrival a random prompt and a step."""
+    """Gives each arrival a random prompt, and the step that its time means."""
     rng = np.random.default_rng(seed)
     return [
         Job(
@@ -123,14 +127,14 @@ def replay(
 ) -> Result:
     """Runs the jobs to their end.
 
-    Time is counted in steps. Where nothing is left to do, it jumps to the next arrival.
+    Time is counted in steps. When nothing is left to do, it jumps to the next arrival.
 
     Args:
-      jobs: in order of arrival.
-      params: the model's.
-      model_config: the model's.
-      config: the engine's; logits are recorded if it returns them.
-      observe: called after every step with its number, the engine, and the step's outputs.
+      jobs: the requests in the order of their arrival.
+      params: the model's parameters.
+      model_config: their shape.
+      config: the engine's. Logits are recorded if it returns them.
+      observe: called after every step with the step's number, the engine, and the step's outputs.
     """
     result = Result()
 
@@ -149,7 +153,7 @@ def replay(
             arrived += 1
         outputs = engine.step()
         assert engine.last_plan is not None
-        _count_plan(result, engine.last_plan, jobs, config.page_size)
+        _count_plan(result, engine.last_plan, config.page_size)
         for output in outputs:
             request_id = output.request_id
             result.ttft.setdefault(request_id, now - jobs[request_id].arrival_step + 1)
@@ -164,7 +168,7 @@ def replay(
 
 
 def compare(ours: Result, other: Result) -> Comparison:
-    """Compares tokens and logits position by position, and the pools' bytes request by request."""
+    """Compares tokens and logits by position, and the bytes in the pools by request."""
     num_outputs = equal_tokens = equal_logits = 0
     largest = 0.0
     for request_id in sorted(ours.outputs.keys() | other.outputs.keys()):
@@ -193,12 +197,7 @@ def compare(ours: Result, other: Result) -> Comparison:
     )
 
 
-def is_decode(segment: Segment, num_prompt: int) -> bool:
-    """Whether a segment is one generated token and not part of a prompt or of its recomputation."""
-    return segment.start >= num_prompt and len(segment.token_ids) == 1 and segment.samples
-
-
-def _count_plan(result: Result, plan: StepPlan, jobs: Sequence[Job], page_size: int) -> None:
+def _count_plan(result: Result, plan: StepPlan, page_size: int) -> None:
     result.num_steps += bool(plan.segments)
     result.num_tokens += plan.num_tokens
     result.num_deferrals += len(plan.deferrals)
@@ -206,7 +205,7 @@ def _count_plan(result: Result, plan: StepPlan, jobs: Sequence[Job], page_size: 
     for segment in plan.segments:
         writes = plan_writes([segment], page_size)
         result.num_whole_pages += len(writes.page_ids)
-        if is_decode(segment, len(jobs[segment.request_id].prompt_ids)):
+        if segment.is_decode:
             result.num_decode_partials += writes.slices.shape[1]
         else:
             result.num_prefill_partials += writes.slices.shape[1]

@@ -1,9 +1,10 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Rotary frequencies: the plain ones, and those of the ways to stretch them to longer contexts.
+"""Rotary frequencies, plain or scaled for longer contexts.
 
-The rotation is by position * frequency, so a stretched context is a set of other frequencies, fixed
-before the first token. Ways whose frequencies change with the sequence's length ("dynamic",
-"longrope") are left out: every cached key would have to be rotated anew.
+RoPE rotates by position * frequency, so a longer context means other frequencies. Here they are
+fixed before the first token. Kinds of scaling whose frequencies change with the length of the
+sequence ("dynamic", "longrope") are left out, because every cached key would have to be rotated
+again.
 """
 
 from __future__ import annotations
@@ -20,25 +21,26 @@ KINDS = ("default", "linear", "llama3", "yarn")
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How frequencies are stretched; fields that a kind does not name are not read by it.
+    """How frequencies are scaled. A kind reads only the fields that are named for it.
 
     Attributes:
-      kind: "default" leaves them as they are. "linear" divides all by `factor`. "llama3" divides
-        those that turn less than `low_freq_factor` times in the original context, keeps those that
-        turn more than `high_freq_factor` times, and blends between. "yarn" (arXiv 2309.00071) does
-        the like between `beta_slow` and `beta_fast` turns, and scales queries and keys.
-      factor: by how much the context is stretched, >= 1.
-      original_max_position: length of the original context ("llama3", "yarn").
+      kind: "default" leaves the frequencies as they are. "linear" divides all of them by `factor`.
+        "llama3" counts how many periods of a frequency the original context holds: below
+        `low_freq_factor` periods, the frequency is divided by `factor`; above `high_freq_factor`,
+        it is kept; between the two, it is blended. "yarn" (arXiv 2309.00071) blends in a similar
+        way between `beta_slow` and `beta_fast` periods, and scales queries and keys as well.
+      factor: how many times longer the context becomes, >= 1.
+      original_max_position: the length of the original context ("llama3", "yarn").
       low_freq_factor, high_freq_factor: see "llama3".
       beta_fast, beta_slow: see "yarn".
-      attention_factor: of "yarn": what cos and sin are multiplied by; None for
-        0.1 * ln(factor) + 1, or what mscale and mscale_all_dim make of it.
-      mscale, mscale_all_dim: of "yarn": where neither is 0 and there is no attention_factor, it is
-        (0.1 * mscale * ln(factor) + 1) / (0.1 * mscale_all_dim * ln(factor) + 1).
-      truncate: of "yarn": whether the blend starts and ends at whole frequencies.
+      attention_factor: for "yarn", the factor of cos and sin. None means 0.1 * ln(factor) + 1, or
+        the value from mscale and mscale_all_dim.
+      mscale, mscale_all_dim: for "yarn", where neither is 0 and attention_factor is None, the
+        factor is (0.1 * mscale * ln(factor) + 1) / (0.1 * mscale_all_dim * ln(factor) + 1).
+      truncate: for "yarn", whether the blend starts and ends at whole indices.
 
     Raises:
-      ValueError: an unknown kind, or numbers that mean nothing for it.
+      ValueError: the kind is unknown, or the numbers mean nothing for it.
     """
 
     kind: str = "default"
@@ -53,14 +55,14 @@ class RopeScaling:
     mscale: float = 0.0
     mscale_all_dim: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(
             self.kind in KINDS,
             "RopeScaling",
             "kind",
             got=f"{self.kind!r}",
             wanted=f"one of {KINDS}",
-            hint="frequencies that change with the length are not served",
+            hint="frequencies that change with the sequence's length are not served",
         )
         require(
             self.factor >= 1,
@@ -77,7 +79,7 @@ class RopeScaling:
                 "original_max_position",
                 got=f"{self.original_max_position}",
                 wanted="an int >= 1",
-                hint="give the length of the context before it was stretched",
+                hint="give the length of the context before it was scaled",
             )
         require(
             self.kind != "llama3" or self.low_freq_factor < self.high_freq_factor,
@@ -90,7 +92,15 @@ class RopeScaling:
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, float]:
-    """Angle per position of each pair of lanes, f32[head_dim / 2], and the factor of cos and sin.
+    """The angle per position of each pair of lanes, and the factor of cos and sin.
+
+    Args:
+      head_dim: the width of a head, even.
+      theta: the base of the frequencies.
+      scaling: see RopeScaling.
+
+    Returns:
+      f32[head_dim / 2], and a number.
 
     >>> frequencies(4, 100.0, RopeScaling())[0].tolist()
     [1.0, 0.10000000149011612]
@@ -103,9 +113,9 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.n
     if scaling.kind == "linear":
         plain = plain / scaling.factor
     elif scaling.kind == "llama3":
-        turns = scaling.original_max_position * plain / (2 * math.pi)
+        periods = scaling.original_max_position * plain / (2 * math.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        plain = _blend(plain, scaling.factor, kept=np.clip((turns - low) / (high - low), 0, 1))
+        plain = _blend(plain, scaling.factor, kept=np.clip((periods - low) / (high - low), 0, 1))
     elif scaling.kind == "yarn":
         first, last = _yarn_range(head_dim, theta, scaling)
         ramp = (np.arange(head_dim // 2) - first) / (last - first or 1e-3)
@@ -128,10 +138,10 @@ def _yarn_attention_factor(scaling: RopeScaling) -> float:
 
 
 def _yarn_range(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[float, float]:
-    """Indices of the frequencies that turn beta_fast and beta_slow times in the old context."""
+    """The indices of the frequencies of beta_fast and beta_slow periods in the original context."""
 
-    def index(turns):
-        wavelength = scaling.original_max_position / (turns * 2 * math.pi)
+    def index(periods: float) -> float:
+        wavelength = scaling.original_max_position / (periods * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(theta))
 
     first, last = index(scaling.beta_fast), index(scaling.beta_slow)

@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""From logits to tokens, row by row: no row's token depends on another row."""
+"""The sampler: from logits to tokens. The token of a row depends on no other row."""
 
 from __future__ import annotations
 
@@ -13,36 +13,37 @@ from jax import lax
 
 from pallas_paged import settings
 from reference_engine.batch import Array
-from reference_engine.request import MAX_BIASED_IDS, MAX_LOGPROBS, MAX_STOP_IDS, Request
+from reference_engine.request import Request
+from reference_engine.sampling_params import MAX_BIASED_IDS, MAX_LOGPROBS, MAX_STOP_IDS
 
-_NO_TOKEN = 2**31 - 1  # outside every vocabulary
+_NO_TOKEN = 2**31 - 1  # an id outside every vocabulary
 _FLOAT32 = np.finfo(np.float32)
 _MAX_INT32 = 2**31 - 1
 
 
 class Sampling(NamedTuple):
-    """SamplingParams of S rows, and where each is in its output."""
+    """The SamplingParams of S rows, and how far each row's output has come."""
 
     temperature: Array  # f32[S], 0 for greedy
     top_k: Array  # i32[S], 0 for all
     top_p: Array  # f32[S]
     min_p: Array  # f32[S]
     seed: Array  # i32[S, 2], the two halves of 64 bits
-    num_output: Array  # i32[S], tokens generated before
-    banned: Array  # i32[S, MAX_STOP_IDS], ids that must not come yet
+    num_output: Array  # i32[S], the number of tokens generated so far
+    banned: Array  # i32[S, MAX_STOP_IDS], the ids that must not come yet
 
 
 class Bias(NamedTuple):
-    """What is added to the logits of S rows: logit_bias, and -inf for what bad_words forbid."""
+    """What is added to the logits of S rows: logit_bias, and -inf for ids that bad_words forbid."""
 
     ids: Array  # i32[S, MAX_BIASED_IDS]
     values: Array  # f32[S, MAX_BIASED_IDS]
 
 
 class Penalties(NamedTuple):
-    """Penalties of S rows, and the tokens that they are for."""
+    """The penalties of S rows, and the tokens to which they apply."""
 
-    token_ids: Array  # i32[S, max_model_len], a row's prompt and then its output
+    token_ids: Array  # i32[S, max_model_len], the prompt of a row and then its output
     num_prompt: Array  # i32[S]
     repetition: Array  # f32[S], 1 for none
     presence: Array  # f32[S]
@@ -50,13 +51,13 @@ class Penalties(NamedTuple):
 
 
 def is_greedy(request: Request) -> bool:
-    """Whether the request's next token is its largest logit's, whatever that is."""
+    """Whether the request's next token is the one with the largest logit, whichever that is."""
     params = request.params
     return params.temperature == 0 and len(request.output_ids) >= params.min_tokens
 
 
 def make_sampling(requests: Sequence[Request], num_seqs: int) -> Sampling:
-    """Numpy arrays of `num_seqs` rows: those of the requests, and greedy ones."""
+    """Numpy arrays of `num_seqs` rows: the rows of the requests, then greedy rows."""
     sampling = Sampling(
         temperature=np.zeros(num_seqs, np.float32),
         top_k=np.zeros(num_seqs, np.int32),
@@ -69,7 +70,7 @@ def make_sampling(requests: Sequence[Request], num_seqs: int) -> Sampling:
     for row, request in enumerate(requests):
         params = request.params
         if params.temperature > 0:
-            # A number that float32 calls 0, or subnormal, is as good as the least that it has.
+            # A temperature that is 0 or subnormal in float32 is as good as the smallest normal one.
             sampling.temperature[row] = max(params.temperature, _FLOAT32.tiny)
             sampling.top_k[row] = min(params.top_k, _MAX_INT32)
             sampling.top_p[row] = params.top_p
@@ -82,7 +83,7 @@ def make_sampling(requests: Sequence[Request], num_seqs: int) -> Sampling:
 
 
 def make_bias(requests: Sequence[Request], num_seqs: int) -> Bias:
-    """Numpy arrays of `num_seqs` rows: those of the requests, and rows without a bias."""
+    """Numpy arrays of `num_seqs` rows: the rows of the requests, then rows without a bias."""
     bias = Bias(
         ids=np.full((num_seqs, MAX_BIASED_IDS), _NO_TOKEN, np.int32),
         values=np.zeros((num_seqs, MAX_BIASED_IDS), np.float32),
@@ -97,17 +98,17 @@ def make_bias(requests: Sequence[Request], num_seqs: int) -> Bias:
 
 
 def _forbidden(request: Request) -> list[int]:
-    """The last ids of the bad words whose others are the output's last."""
+    """The last ids of the bad words whose other ids are the end of the output."""
     output, forbidden = request.output_ids, []
-    for front, last in request.bad_words:
-        start = len(output) - len(front)
-        if start >= 0 and output[start:] == front:
+    for prefix, last in request.bad_words:
+        start = len(output) - len(prefix)
+        if start >= 0 and output[start:] == prefix:
             forbidden.append(last)
     return forbidden
 
 
 def make_penalties(requests: Sequence[Request], num_seqs: int, max_model_len: int) -> Penalties:
-    """Numpy arrays of `num_seqs` rows: those of the requests, and rows without a penalty."""
+    """Numpy arrays of `num_seqs` rows: the rows of the requests, then rows without a penalty."""
     penalties = Penalties(
         token_ids=np.full((num_seqs, max_model_len), _NO_TOKEN, np.int32),
         num_prompt=np.zeros(num_seqs, np.int32),
@@ -127,10 +128,45 @@ def make_penalties(requests: Sequence[Request], num_seqs: int, max_model_len: in
     return penalties
 
 
+def next_tokens(logits: jax.Array, requests: Sequence[Request], max_model_len: int) -> jax.Array:
+    """The next token of each row: f32[S, V] -> i32[S].
+
+    Changing logits and sampling are separate programs, and only those run that a request of the
+    batch asks for.
+
+    Args:
+      logits: the model's logits.
+      requests: the requests of the first rows; the tokens of the other rows mean nothing.
+      max_model_len: the most tokens of a request.
+    """
+    num_seqs = logits.shape[0]
+    if any(request.has_bias for request in requests):
+        logits = add_bias(logits, make_bias(requests, num_seqs))
+    if any(request.has_penalties for request in requests):
+        logits = penalise(logits, make_penalties(requests, num_seqs, max_model_len))
+    if all(map(is_greedy, requests)):
+        return greedy(logits)
+    return sample(logits, make_sampling(requests, num_seqs))
+
+
+def run_every_program(logits: jax.Array, max_model_len: int) -> None:
+    """Runs each program of this module once, so that all are compiled for these logits' shape.
+
+    Args:
+      logits: f32[S, V].
+      max_model_len: the most tokens of a request.
+    """
+    num_seqs = logits.shape[0]
+    tokens = sample(logits, make_sampling([], num_seqs))
+    add_bias(logits, make_bias([], num_seqs))
+    penalise(logits, make_penalties([], num_seqs, max_model_len))
+    jax.block_until_ready((greedy(logits), log_probabilities(logits, tokens)))
+
+
 @settings.defaults()
 @jax.jit
 def add_bias(logits: jax.Array, bias: Bias) -> jax.Array:
-    """Logits with what their rows add: f32[S, V] -> f32[S, V]."""
+    """Adds the bias of each row to its logits: f32[S, V] -> f32[S, V]."""
     rows = jnp.arange(logits.shape[0])[:, None]
     return _finite_above(logits.at[rows, bias.ids].add(bias.values, mode="drop"))
 
@@ -138,34 +174,34 @@ def add_bias(logits: jax.Array, bias: Bias) -> jax.Array:
 @settings.defaults()
 @jax.jit
 def penalise(logits: jax.Array, penalties: Penalties) -> jax.Array:
-    """Logits with their rows' penalties, see SamplingParams: f32[S, V] -> f32[S, V].
+    """Applies the penalties of each row, see SamplingParams: f32[S, V] -> f32[S, V].
 
-    A row without penalties keeps its bits, so that it does not depend on the others.
+    A row without penalties keeps its bits, so that it does not depend on the other rows.
     """
     p = penalties
     rows = jnp.arange(logits.shape[0])[:, None]
-    places = jnp.arange(p.token_ids.shape[1], dtype=jnp.int32)[None, :]
-    is_output = (places >= p.num_prompt[:, None]).astype(jnp.float32)
-    nothing = jnp.zeros_like(logits)
-    counts = nothing.at[rows, p.token_ids].add(is_output, mode="drop")
-    known = nothing.at[rows, p.token_ids].set(1.0, mode="drop") > 0
+    positions = jnp.arange(p.token_ids.shape[1], dtype=jnp.int32)[None, :]
+    is_output = (positions >= p.num_prompt[:, None]).astype(jnp.float32)
+    zeros = jnp.zeros_like(logits)
+    counts = zeros.at[rows, p.token_ids].add(is_output, mode="drop")
+    is_present = zeros.at[rows, p.token_ids].set(1.0, mode="drop") > 0
     repetition = p.repetition[:, None]
     penalised = jnp.where(logits > 0, logits / repetition, logits * repetition)
-    logits = jnp.where(known, penalised, logits)
+    logits = jnp.where(is_present, penalised, logits)
     logits -= p.frequency[:, None] * counts
     logits -= p.presence[:, None] * (counts > 0).astype(jnp.float32)
     return _finite_above(logits)
 
 
 def _finite_above(logits: jax.Array) -> jax.Array:
-    """No logit above float32's largest: the difference of two infinite ones is no number."""
+    """Keeps logits below infinity, because the difference of two infinite logits is NaN."""
     return jnp.minimum(logits, float(_FLOAT32.max))
 
 
 @settings.defaults()
 @jax.jit
 def greedy(logits: jax.Array) -> jax.Array:
-    """The id of the largest logit, the lowest id among equals: f32[S, V] -> i32[S].
+    """The id of the largest logit, the lowest id among equal ones: f32[S, V] -> i32[S].
 
     >>> greedy(jnp.array([[0.0, 2.0, 2.0]])).tolist()
     [1]
@@ -189,9 +225,9 @@ def sample(logits: jax.Array, sampling: Sampling) -> jax.Array:
 def _draw(logits: jax.Array, s: Sampling) -> jax.Array:
     """One row's token: f32[V] -> i32[]."""
     size = logits.shape[0]
-    # From the largest down: 0 is the largest's, so that no temperature overflows.
+    # The largest becomes 0, and the others are below, so that no temperature overflows.
     scaled = (logits - jnp.max(logits)) / jnp.where(s.temperature > 0, s.temperature, 1.0)
-    order = jnp.argsort(-scaled)  # stable: the lowest id first among equals
+    order = jnp.argsort(-scaled)  # stable: among equal ones, the lowest id comes first
     scaled = scaled[order]
     weights = jnp.exp(scaled)
     kept = (jnp.arange(size) < jnp.where(s.top_k > 0, s.top_k, size)) & (weights >= s.min_p)
@@ -202,7 +238,8 @@ def _draw(logits: jax.Array, s: Sampling) -> jax.Array:
     key = jax.random.key(0)
     for number in (s.seed[0], s.seed[1], s.num_output):
         key = jax.random.fold_in(key, number)
-    # The largest of logits plus Gumbel noise is a draw from their softmax. Noise goes by id.
+    # The largest of logits plus Gumbel noise is a draw from their softmax. The noise belongs to the
+    # id, not to the rank.
     noise = jax.random.gumbel(key, (size,))[order]
     return order[jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf))].astype(jnp.int32)
 
@@ -212,14 +249,15 @@ def _draw(logits: jax.Array, s: Sampling) -> jax.Array:
 def log_probabilities(
     logits: jax.Array, tokens: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each row: its token's, the largest MAX_LOGPROBS ids from the likeliest down, and theirs.
+    """The log probabilities of each row's token and of its likeliest ids.
 
     Args:
       logits: f32[S, V].
       tokens: i32[S].
 
     Returns:
-      f32[S], i32[S, n], f32[S, n], n = min(V, MAX_LOGPROBS).
+      With n = min(V, MAX_LOGPROBS): the log probability of the token, f32[S]; the n likeliest ids,
+      i32[S, n], the likeliest first; and their log probabilities, f32[S, n].
     """
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     own = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]

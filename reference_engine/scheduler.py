@@ -1,8 +1,8 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Which tokens each step computes. Pure Python.
+"""The scheduler: which tokens each step computes. Pure Python.
 
-A request has no phase: each step lets `num_computed` catch up with `num_tokens`. One function,
-`limit`, states every limit on a request's next chunk, for running and waiting requests alike.
+A request has no phase: each step lets its `num_computed` catch up with its `num_tokens`. One
+function, `limit`, states every limit on the next chunk of a request, whether it runs or waits.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ class Segment(NamedTuple):
     """The new tokens of one request in one step.
 
     Attributes:
-      request_id: whose they are.
-      start: position of the first of them; also how many tokens are in the pool already.
-      token_ids: the tokens, at positions [start, end).
-      page_ids: the request's pages, in order, enough for `end` tokens; not a copy, it may grow.
-      samples: whether `end` is the last known token, so that the step yields a new one.
+      request_id: the request.
+      start: the position of the first token; as many tokens are in the pool already.
+      token_ids: the tokens at positions [start, end).
+      page_ids: the request's pages in order, enough for `end` tokens. It is no copy: it may grow.
+      samples: whether the request has no token after `end`, so that the step yields a new one.
+      is_decode: whether it is a decode; every other segment is part of a prefill.
     """
 
     request_id: int
@@ -34,6 +35,7 @@ class Segment(NamedTuple):
     token_ids: tuple[int, ...]
     page_ids: Sequence[int]
     samples: bool
+    is_decode: bool
 
     @property
     def end(self) -> int:
@@ -42,7 +44,7 @@ class Segment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Deferral:
-    """A request that alignment made wait: `budget` tokens did not reach the next page boundary."""
+    """A request that alignment makes wait: `budget` tokens do not reach the next page boundary."""
 
     request_id: int
     num_computed: int
@@ -51,8 +53,11 @@ class Deferral:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Blocked:
-    """The first in the queue, which wants `num_pages` new pages of `num_free`, or, where those
-    are enough, one of the places of max_num_seqs."""
+    """The first request of the queue, if it cannot be admitted.
+
+    It wants `num_pages` new pages, and `num_free` are free. Where those are enough, max_num_seqs
+    requests are running already.
+    """
 
     request_id: int
     num_pages: int
@@ -61,8 +66,14 @@ class Blocked:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: what to compute, who waits for a page boundary, whose pages were taken away, and
-    who could not be admitted."""
+    """One step.
+
+    Attributes:
+      segments: what to compute.
+      deferrals: the requests that wait for a page boundary.
+      preempted: the ids of the requests that lost their pages, in the order in which they did.
+      blocked: the request that could not be admitted, if there is one.
+    """
 
     segments: tuple[Segment, ...]
     deferrals: tuple[Deferral, ...] = ()
@@ -77,11 +88,20 @@ class StepPlan:
 def charge(num_new_tokens: int) -> int:
     """What a chunk costs of the step's budget.
 
-    The batch is packed densely, so a chunk costs its tokens and no more. Pages are the currency of
-    the pool: rounding the charge up to pages as well would stall a tail whose pages exceed what the
-    budget can ever hold.
+    The batch is packed densely, so a chunk costs its tokens and no more. Pages are counted by the
+    pool. If this charge were rounded up to pages too, the end of a prompt would wait for ever where
+    its pages hold more tokens than the budget.
     """
     return num_new_tokens
+
+
+def is_decode(request: Request, computed: int) -> bool:
+    """Whether the next tokens of `request`, after `computed` of them, are a decode.
+
+    They are if the whole prompt is computed, and every token but the newest. A request that was
+    preempted computes its outputs again as a prefill, except for the newest.
+    """
+    return computed >= max(request.num_prompt, request.num_tokens - 1)
 
 
 def limit(
@@ -90,30 +110,28 @@ def limit(
     """How many tokens of `request` the step may compute next, after `computed` of them.
 
     Args:
-      request: read only.
-      computed: tokens already in the pool.
+      request: the request, which is only read.
+      computed: the number of its tokens that are in the pool already.
       budget: what is left of the step's budget.
       contended: whether another request competes for the step.
       config: see EngineConfig.
 
     Returns:
-      A count that fits every limit; 0 for "not in this step".
+      A number of tokens within every limit; 0 if the request gets nothing in this step.
     """
-    num_tokens = request.num_tokens
-    last = min(num_tokens, config.max_model_len)
+    last = min(request.num_tokens, config.max_model_len)
     n = min(last - computed, budget)
     if contended and config.long_prefill_token_threshold:
         n = min(n, config.long_prefill_token_threshold)
     if n <= 0:
         return 0
-    # A resumed request replays its outputs as a prefill, all but the newest.
-    is_decode = computed >= num_tokens - 1 and computed >= request.num_prompt
-    if is_decode or not config.page_aligned_scheduling:
+    if not config.page_aligned_scheduling or is_decode(request, computed):
         return n
     end = computed + n
     if end == last and charge(n) <= budget:
         return n
-    # The end is a position, not a length: a start inside a page returns to the boundary here.
+    # The end is rounded as a position, not as a length, so that a chunk that starts inside a page
+    # ends on a boundary too.
     aligned = end // config.page_size * config.page_size - computed
     if aligned > 0:
         return aligned
@@ -121,34 +139,37 @@ def limit(
 
 
 class Scheduler:
-    """Requests in arrival order, and the pages they hold.
+    """The requests in the order of their arrival, and the pages that they hold.
 
     Attributes:
-      waiting: requests without pages, first come first; a preempted one returns to the front.
-      running: requests with pages, in order of admission.
-      num_cached: tokens that admitted requests found in the prefix cache, so far.
+      waiting: the requests without pages, the first to be admitted first. A request that is
+        preempted becomes the first again.
+      running: the requests with pages, in the order of their admission.
+      num_cached: the number of tokens that admitted requests have found in the prefix cache.
     """
 
-    def __init__(self, config: EngineConfig, pool: PagePool):
+    def __init__(self, config: EngineConfig, pool: PagePool) -> None:
         self.config = config
         self.pool = pool
         self.waiting: collections.deque[Request] = collections.deque()
         self.running: list[Request] = []
         self.num_cached = 0
-        self._requests: dict[int, Request] = {}  # both of them, by id
+        self._requests: dict[int, Request] = {}  # the waiting and the running ones, by id
 
     def add(self, request: Request) -> None:
+        """Puts a new request at the end of the queue."""
         self._requests[request.request_id] = request
         self.waiting.append(request)
 
     def get(self, request_id: int) -> Request | None:
-        """The live request of that number."""
+        """The live request with this id, None if there is none."""
         return self._requests.get(request_id)
 
     def schedule(self) -> StepPlan:
-        """Plans one step. Pages are taken here; `commit` counts the tokens once they are computed.
+        """Plans one step.
 
-        A plan that is never committed costs nothing: the next one holds the same tokens again.
+        The pages are taken here; `commit` counts the tokens when they have been computed. A plan
+        that is never committed does no harm: the next plan holds the same tokens again.
         """
         segments: list[Segment] = []
         deferrals: list[Deferral] = []
@@ -169,7 +190,8 @@ class Scheduler:
             computed = request.num_computed
             n = limit(request, computed, budget, contended, config)
             if n == 0:
-                # Whoever cannot use what is left must not stop those behind it, decodes above all.
+                # A request that cannot use the rest of the budget must not stop the requests after
+                # it, above all the decodes.
                 defer(request, computed)
                 continue
             if computed + n > len(request.page_ids) * page_size and not self._grow(
@@ -179,12 +201,12 @@ class Scheduler:
             segments.append(_segment(request, computed, computed + n))
             budget -= charge(n)
 
-        # Whoever was preempted needs the pages that an admission would take.
+        # A preempted request needs the pages that an admission would take.
         while self.waiting and budget > 0 and not preempted:
             request = self.waiting[0]
             cached = self._find_cached(request)
-            # Pages for all known tokens at once: a half-admitted prompt could only wait for pages
-            # that other half-admitted prompts hold.
+            # A request gets pages for all of its tokens at once. Requests that had got only some
+            # of their pages could wait for each other's pages for ever.
             num_new = num_pages_for(request.num_tokens, page_size) - len(cached)
             if len(self.running) >= config.max_num_seqs or not self.pool.can_take(cached, num_new):
                 blocked = Blocked(request.request_id, num_new, self.pool.num_free)
@@ -201,26 +223,26 @@ class Scheduler:
         return StepPlan(tuple(segments), tuple(deferrals), tuple(preempted), blocked)
 
     def commit(self, plan: StepPlan, new_tokens: dict[int, int]) -> list[Request]:
-        """Counts the plan's tokens as computed and appends the tokens that the step yielded.
+        """Counts the plan's tokens as computed, and appends the tokens that the step yielded.
 
-        Requests that were aborted or lost their pages since are passed over.
+        Requests that were aborted or lost their pages since the plan was made are skipped.
 
-        Full pages are published to the prefix cache here and not before: within one step nobody
-        may read a page that another request writes.
+        Pages that have become full are published to the prefix cache here, and not before: within
+        one step, no request may read a page that another request writes.
 
         Args:
           plan: what was computed.
-          new_tokens: request id -> token, for every segment that samples.
+          new_tokens: request id -> new token, for every segment that samples.
 
         Returns:
-          The requests that finished. They hold their pages until `release`.
+          The requests that have finished. They hold their pages until `release`.
         """
         finished = []
         page_size, requests = self.config.page_size, self._requests
-        for request_id, start, token_ids, page_ids, samples in plan.segments:
+        for request_id, start, token_ids, page_ids, samples, _ in plan.segments:
             request = requests.get(request_id)
             if request is None or request.page_ids is not page_ids or request.num_computed != start:
-                continue  # what the step computed of it has no place any more
+                continue  # the pages that the step wrote are not this request's any more
             request.num_computed = end = start + len(token_ids)
             request.num_deferrals = 0
             if end >= (request.num_published + 1) * page_size:
@@ -240,10 +262,10 @@ class Scheduler:
         self._free_pages(request)
 
     def abort(self, request_id: int, reason: FinishReason = FinishReason.ABORT) -> Request | None:
-        """Ends a request, waiting or running, and returns it; None if there is none.
+        """Ends a waiting or running request and returns it; returns None if there is none.
 
-        A plan may hold it: `commit` passes over it then. One that has finished and waits for its
-        `release` is left alone: None as well.
+        A plan may hold the request: `commit` skips it then. A request that has finished and waits
+        for its `release` is left as it is, and None is returned.
         """
         request = self._requests.get(request_id)
         if request is None or request.finish_reason is not None:
@@ -257,19 +279,19 @@ class Scheduler:
         return request
 
     def preempt_all(self) -> None:
-        """Sends all running requests back to the front of the queue, in order, to be recomputed."""
+        """Moves all running requests to the start of the queue, in order, to be recomputed."""
         while self.running:
             self._preempt_last()
 
     def restart(self, plan: StepPlan | None = None) -> None:
-        """Lets all requests that are alive wait again, in order of arrival, with every page free.
+        """Frees every page and lets all live requests wait again, in the order of their arrival.
 
-        That is the way on from an error inside any other method, which leaves the books half
-        written: nothing of them is read but which requests there are, and their tokens.
+        That is how the scheduler goes on after an error inside another method. The error may have
+        left its state half written, so only the requests and their tokens are read from it.
 
         Args:
-          plan: what a `commit` that did not come to its end was called with: the tokens that it
-            has appended are taken back.
+          plan: the argument of a `commit` that did not end. The tokens that it has appended are
+            removed.
         """
         for segment in plan.segments if plan is not None else ():
             request = self._requests.get(segment.request_id)
@@ -287,10 +309,10 @@ class Scheduler:
         self.running, self.waiting = [], collections.deque(alive)
 
     def _find_cached(self, request: Request) -> list[int]:
-        """Pages of the longest front of the request that the prefix cache holds.
+        """The pages of the longest prefix of the request that the prefix cache holds.
 
-        At least one token is left to compute, because the next one is sampled from its logits; as
-        chunks start on boundaries, a full hit recomputes its last page.
+        At least one token is left to compute, because the next token is sampled from its logits.
+        Shared pages are full, so a request that is cached as a whole recomputes its last page.
         """
         if not self.config.enable_prefix_caching:
             return []
@@ -299,7 +321,7 @@ class Scheduler:
         return self.pool.find(request.page_hashes[:num_full])
 
     def _publish(self, request: Request) -> None:
-        """Offers the pages that have become full to the prefix cache."""
+        """Publishes the pages that have become full to the prefix cache."""
         num_full = request.num_computed // self.config.page_size
         if self.config.enable_prefix_caching:
             self._extend_hashes(request, num_full)
@@ -324,7 +346,10 @@ class Scheduler:
         self.running.append(request)
 
     def _grow(self, request: Request, num_tokens: int, preempted: list[int]) -> bool:
-        """Gives `request` pages for `num_tokens` tokens, taking those of the last admitted."""
+        """Gives `request` pages for `num_tokens` tokens; False if it lost all of its own instead.
+
+        Where too few pages are free, the requests that were admitted last are preempted.
+        """
         missing = num_pages_for(num_tokens, self.config.page_size) - len(request.page_ids)
         while (page_ids := self.pool.allocate(max(missing, 0))) is None:
             victim = self._preempt_last()
@@ -353,7 +378,8 @@ def _segment(request: Request, start: int, end: int) -> Segment:
         start,
         request.token_ids(start, end),
         request.page_ids,
-        end == request.num_tokens,
+        samples=end == request.num_tokens,
+        is_decode=is_decode(request, start),
     )
 
 

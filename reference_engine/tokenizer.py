@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Text to token ids, and token ids back to text while they are still coming."""
+"""The tokenizer: text to token ids, and token ids to text while they are generated."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 
 from reference_engine import chat_template
 from reference_engine.added_tokens import CONFIG, read_added_tokens
-from reference_engine.chat_template import Message
-from reference_engine.checkpoint import import_extra, read_object
+from reference_engine.chat_messages import Message
+from reference_engine.extras import import_extra
+from reference_engine.json_fields import read_object
 
-_CONTEXT = 6  # tokens of the prompt that the first token's text can depend on
-_MOST_BYTES = 4  # of a character
-_MOST_WAITING = 16  # tokens; so many are no text, whatever comes
+_CONTEXT = 6  # the last tokens of the prompt, on which the text of the first new token can depend
+_MOST_BYTES = 4  # of one character in UTF-8
+_MOST_WAITING = 16  # tokens; this many that end in half a character are no text
 _HALF = "\N{REPLACEMENT CHARACTER}"
-# What `clean_up_tokenization_spaces` means, in this order.
+# The replacements that `clean_up_tokenization_spaces` asks for, in this order.
 _CLEANING = (
     (" .", "."),
     (" ?", "?"),
@@ -31,26 +32,30 @@ _CLEANING = (
     (" 're", "'re"),
 )
 _CLEANS_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
-# No replacement reaches over a character that it does not know, or over three without a space.
+# No replacement matches across a character that occurs in none, or across three without a space.
 _SETTLED = re.compile(r"[^ .?!,'ntmsver]|[^ ]{3}")
 
 
 class Tokenizer:
-    """The tokenizer of a Hugging Face folder: tokenizer.json and what stands beside it.
+    """The tokenizer of a Hugging Face folder: tokenizer.json and the files beside it.
 
-    It makes of a text the ids that transformers' PreTrainedTokenizerFast makes of it.
+    For every text, it gives the ids that transformers' PreTrainedTokenizerFast gives.
     """
 
-    def __init__(self, path: str | pathlib.Path):
-        """Reads tokenizer.json and, where they exist, tokenizer_config.json, the older
-        special_tokens_map.json and added_tokens.json, and the chat templates.
+    def __init__(self, path: str | pathlib.Path) -> None:
+        """Reads the files.
 
-        Settings that serve training are left aside: truncation, padding, dropout. `add_bos_token`
-        and `add_eos_token` are not read either: what stands around a text is tokenizer.json's.
+        They are tokenizer.json and, if they exist, tokenizer_config.json, the older
+        special_tokens_map.json and added_tokens.json, and the chat templates. Settings for training
+        are ignored: truncation, padding and dropout. `add_bos_token` and `add_eos_token` are not
+        read either, because tokenizer.json says which tokens surround a text.
+
+        Args:
+          path: the folder.
 
         Raises:
           OSError: there is no tokenizer.json.
-          ValueError: a file is corrupt; the message names it, and the field.
+          ValueError: a file is corrupt; the message names the file and the field.
         """
         folder = pathlib.Path(path)
         file = folder / CONFIG
@@ -65,8 +70,8 @@ class Tokenizer:
         is_bpe = type(model).__name__ == "BPE"
         if is_bpe:
             model.dropout = None
-        # Byte-pair tokens carry their spaces, and cleaning would take what is no artefact of
-        # theirs: transformers asks for it by another name.
+        # Byte-pair tokens contain their spaces, so cleaning would remove spaces of the text itself.
+        # transformers therefore asks for it by another name.
         self._cleans = _flag(file, settings, "clean_up_tokenization_spaces") and (
             not is_bpe or _flag(file, settings, _CLEANS_BPE)
         )
@@ -75,28 +80,34 @@ class Tokenizer:
         self._where = str(folder)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with what the tokenizer puts around one unless told not to.
+        """The token ids of a text.
+
+        Args:
+          text: any str that UTF-8 can encode.
+          add_special_tokens: whether to add the tokens that the tokenizer adds around a text.
 
         Raises:
-          ValueError: it is no text, or has half a character.
+          ValueError: the text is no str, or has half a character.
         """
         if not isinstance(text, str):
             raise ValueError(f"encode: {text!r} is a {type(text).__name__}; wanted a str")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"{text!r}: no text, because UTF-8 has none of it: {error}") from error
+            raise ValueError(
+                f"{text!r}: no text, because UTF-8 cannot encode it: {error}"
+            ) from error
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of token ids, special tokens left out unless told not to."""
+        """The text of token ids, without special tokens unless they are asked for."""
         text = self._decode(token_ids, skip_special_tokens)
         return _clean(text) if self._cleans else text
 
     def detokenizer(
         self, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True
     ) -> Detokenizer:
-        """What makes text of the tokens that follow a prompt, while they come."""
+        """A Detokenizer for the tokens that follow a prompt."""
         return Detokenizer(
             lambda ids: self._decode(ids, skip_special_tokens), prompt_ids, cleans=self._cleans
         )
@@ -108,31 +119,32 @@ class Tokenizer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> str:
-        """A conversation as the model was taught to read it, ready for the assistant's turn.
+        """A conversation as one text, in the form on which the model was trained.
 
-        Special tokens are in the text: `encode(text, add_special_tokens=False)` makes ids of it.
+        The text contains special tokens: `encode(text, add_special_tokens=False)` gives its ids.
 
         Args:
-          messages: `{"role": ..., "content": ...}` each, and what else the template knows, such as
-            `tool_calls` (with `arguments` as objects: templates write them as JSON) and
-            `reasoning_content`. `content` is a text or a list of parts, `{"type": "text", "text":
-            ...}`; a template that does not go through parts gets their texts, joined by a line
-            break.
-          chat_template_kwargs: variables for the template, such as `enable_thinking`; it may hold
+          messages: dicts `{"role": ..., "content": ...}`, with any other field that the template
+            reads, such as `tool_calls` (whose `arguments` are objects, because templates write them
+            as JSON) and `reasoning_content`. `content` is a text or a list of parts,
+            `{"type": "text", "text": ...}`. A template that does not loop over parts gets their
+            texts, joined by line breaks.
+          chat_template_kwargs: variables for the template, such as `enable_thinking`. It may hold
             any of the options as well.
-          **options: the names of vLLM and transformers, and variables for the template.
-            `chat_template`: the name of one of the folder's templates, or the text of another.
-            `tools`: JSON schemas, in a list.
-            `documents`: objects, in a list.
-            `add_generation_prompt`: begin the assistant's message. True, but for the next.
-            `continue_final_message`: leave the last message open, for the model to go on with; the
-            name of its field, or True for `content`.
-            `chat_template_content_format`: "string" or "openai" to give the template every
-            `content` as a text or as parts; "auto" as described.
+          **options: options by the names of vLLM and transformers, and variables for the template.
+            `chat_template`: the name of one of the folder's templates, or the text of another one.
+            `tools`: a list of JSON schemas.
+            `documents`: a list of objects.
+            `add_generation_prompt`: whether to begin the assistant's message. The default is True,
+            unless the next option is given.
+            `continue_final_message`: leave the last message open, so that the model goes on with
+            it; the name of the field to go on with, or True for `content`.
+            `chat_template_content_format`: "string" or "openai" gives the template every `content`
+            as a text or as parts; "auto" is as described above.
 
         Raises:
           ValueError: the model has no template, an argument is wrong, or the template refuses the
-            messages; the message says which template, and what it says.
+            messages; then the error names the template, and says what it says.
         """
         if not isinstance(chat_template_kwargs, Mapping | None):
             raise ValueError(
@@ -151,11 +163,12 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Text of tokens as they come, never half a character.
+    """The text of tokens while they are generated, never with half a character.
 
-    The text of a token depends on those before it (a space, the bytes of one character), so each is
-    decoded behind the last ones and what they say alone is taken off: the way of Hugging Face's
-    text-generation-inference and of vLLM. What ends in half a character waits for the rest.
+    The text of a token depends on the tokens before it: on whether it begins with a space, and on
+    the bytes of a character. So a token is decoded together with the tokens before it, and their
+    own text is removed. Text that ends in half a character waits for the rest. Hugging Face's
+    text-generation-inference and vLLM do it in this way.
 
     >>> say = {1: "a", 2: "\\N{REPLACEMENT CHARACTER}", 3: "b"}
     >>> detokenizer = Detokenizer(lambda ids: "".join(say[i] for i in ids), ())
@@ -169,21 +182,23 @@ class Detokenizer:
         prompt_ids: Sequence[int],
         *,
         cleans: bool = False,
-    ):
-        """
+    ) -> None:
+        """Begins after a prompt.
+
         Args:
-          decode: token ids to text.
-          prompt_ids: what the tokens follow.
-          cleans: take away spaces before punctuation, as `clean_up_tokenization_spaces` means it;
-            text that a space more could change waits.
+          decode: a function from token ids to text.
+          prompt_ids: the prompt's token ids.
+          cleans: whether to remove spaces before punctuation, as `clean_up_tokenization_spaces`
+            asks for. Text that could still change with the next character waits.
         """
         self._decode = decode
         self._cleans = cleans
         self._unclean = ""  # text that waits to be cleaned
         count = _CONTEXT
         while _HALF in decode(prompt_ids[-count:]) and count < _CONTEXT + _MOST_BYTES:
-            count += 1  # it begins inside a character
-        self._ids = list(prompt_ids[-count:])  # what was said last, and what waits
+            count += 1  # these tokens begin inside a character
+        # The tokens whose text was returned last (the first _num_said), then those that wait.
+        self._ids = list(prompt_ids[-count:])
         self._num_said = len(self._ids)
         self._said = decode(self._ids)
 
@@ -197,7 +212,7 @@ class Detokenizer:
         return _clean(settled)
 
     def finish(self, token_ids: Sequence[int] = ()) -> str:
-        """All that is left, with these last tokens, without the half character at its end."""
+        """The rest of the text with these last tokens, without half a character at its end."""
         text = self._decode([*self._ids, *token_ids])[len(self._said) :].rstrip(_HALF)
         return _clean(self._unclean + text) if self._cleans else text
 
@@ -215,31 +230,37 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Passes text on until a stop string is complete; keeps back what may become one.
+    """Passes text on until a stop string is complete, and keeps back what may become one.
 
     >>> stop = StopStrings(["END"])
     >>> [stop.push(text) for text in ("an E", "N", "D.")]
     [('an ', None), ('', None), ('', 'END')]
     """
 
-    def __init__(self, stops: Sequence[str], *, is_included: bool = False):
-        """Takes the strings, and whether the text is to end behind the one that ends it."""
+    def __init__(self, stops: Sequence[str], *, is_included: bool = False) -> None:
+        """Begins a text.
+
+        Args:
+          stops: the stop strings.
+          is_included: whether the text ends after the stop string, and not before it.
+        """
         self._stops = stops
         self._is_included = is_included
         self._kept = ""
-        self._num_free = 0  # of what is kept: characters in which no stop string ends the text
+        self._num_free = 0  # kept characters in which no stop string may end the text
 
     def push(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
-        """Text to show now, and the stop string that ends it there.
+        """The text to show now, and the stop string that ends it there, or None.
 
-        Without `may_stop` none does that ends in this text; one that begins in it still may later.
+        If not `may_stop`, a stop string that ends in this text does not end it; one that begins in
+        it may end the text later.
         """
         text = self._kept + text
         if not may_stop:
             self._num_free = len(text)
-        places = [text.find(stop, max(0, self._num_free + 1 - len(stop))) for stop in self._stops]
+        starts = [text.find(stop, max(0, self._num_free + 1 - len(stop))) for stop in self._stops]
         found = [
-            (at, len(stop), stop) for at, stop in zip(places, self._stops, strict=True) if at >= 0
+            (at, len(stop), stop) for at, stop in zip(starts, self._stops, strict=True) if at >= 0
         ]
         if found:
             at, length, stop = min(found)
@@ -255,18 +276,18 @@ class StopStrings:
         return shown, None
 
     def finish(self) -> str:
-        """What was kept back and has become no stop string."""
+        """The text that was kept back and has not become a stop string."""
         return self._kept
 
 
 def _clean(text: str) -> str:
-    for found, put in _CLEANING:
-        text = text.replace(found, put)
+    for found, replacement in _CLEANING:
+        text = text.replace(found, replacement)
     return text
 
 
 def _tokenizer_file(settings: Mapping[str, Any]) -> str:
-    """tokenizer.json, or the newest of those that a folder keeps for versions of transformers."""
+    """tokenizer.json, or the newest of the files that a folder has for versions of transformers."""
     names = settings.get("fast_tokenizer_files")
     names = names if isinstance(names, list) else []
     found = [re.fullmatch(r"tokenizer\.(\d+(?:\.\d+)*)\.json", str(name)) for name in names]
@@ -281,10 +302,10 @@ def _read_tokenizer(file: pathlib.Path) -> Any:
     try:
         tokenizer = import_extra("tokenizers").Tokenizer.from_buffer(text)
         tokenizer.no_truncation()
-        tokenizer.encode("")  # what stands around a text may name a token that there is not
+        tokenizer.encode("")  # fails if a token that surrounds every text does not exist
     except (ImportError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # the library raises nothing narrower; its panics are this wide
+    except BaseException as error:  # the library's panics derive only from BaseException
         raise ValueError(f"{file}: no tokenizer: {error}") from error
     return tokenizer
 

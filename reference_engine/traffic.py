@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Traffic: request lengths and arrival times, from a trace or from a generator."""
+"""Traffic: the lengths and arrival times of requests, from a trace or from a generator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NoReturn
 import numpy as np
 
 _COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-_MOST_TOKENS = 10_000_000  # of one request; a typing error beyond it would only exhaust memory
+_MOST_TOKENS = 10_000_000  # of one request; a longer one is a typing error
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,9 +21,9 @@ class Arrival:
     """One request of a trace.
 
     Attributes:
-      seconds: arrival time after the first request.
-      num_prompt: prompt tokens, >= 1.
-      num_output: tokens generated, >= 1.
+      seconds: the time of its arrival after the first request's.
+      num_prompt: the number of prompt tokens, >= 1.
+      num_output: the number of generated tokens, >= 1.
     """
 
     seconds: float
@@ -36,9 +36,9 @@ class Lengths:
     """A lognormal distribution of token counts, truncated to [1, longest].
 
     Attributes:
-      mu: mean of the logarithm.
-      sigma: standard deviation of the logarithm.
-      longest: the truncation; what is drawn beyond it is drawn again.
+      mu: the mean of the logarithm.
+      sigma: the standard deviation of the logarithm.
+      longest: the largest count; counts outside the range are drawn again.
     """
 
     mu: float
@@ -46,21 +46,23 @@ class Lengths:
     longest: int
 
 
-# Fits to the code traces of the Azure LLM inference dataset 2023.
+# Fitted to the code traces of the Azure LLM inference dataset of 2023.
 CODE_PROMPTS = Lengths(mu=7.00, sigma=1.36, longest=7_500)
 CODE_OUTPUTS = Lengths(mu=2.79, sigma=0.85, longest=1_000)
 
 
 def read_azure_trace(path: str, num_requests: int) -> list[Arrival]:
-    """Reads the first requests of a trace with columns TIMESTAMP,ContextTokens,GeneratedTokens.
+    """Reads the first requests of a trace.
 
     Args:
-      path: a CSV file, as the Azure LLM inference dataset has them.
-      num_requests: how many rows to read, from the top; fewer if the file ends first.
+      path: a CSV file with the columns TIMESTAMP,ContextTokens,GeneratedTokens, as in the Azure LLM
+        inference dataset.
+      num_requests: how many rows to read from the top; fewer are read if the file ends first.
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: the columns are others, there is no row, or a row is bad (named by its line).
+      ValueError: the columns are others, there is no row, or a row is wrong; the message names the
+        line.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -81,15 +83,15 @@ def generate(
     prompts: Lengths = CODE_PROMPTS,
     outputs: Lengths = CODE_OUTPUTS,
 ) -> list[Arrival]:
-    """Draws requests: truncated lognormal lengths, gamma-distributed gaps between arrivals.
+    """Draws requests with truncated lognormal lengths, and gamma-distributed gaps between them.
 
     Args:
-      num_requests: how many.
+      num_requests: how many requests to draw.
       seed: fixes every number.
-      rate: mean arrivals per second.
-      burstiness: shape of the gamma distribution; 1 is Poisson, less is burstier.
-      prompts: lengths of the prompts.
-      outputs: lengths of the outputs, independent of the prompts (as they are in the traces).
+      rate: the mean number of arrivals per second.
+      burstiness: the shape of the gamma distribution; 1 is Poisson, less is burstier.
+      prompts: the lengths of the prompts.
+      outputs: the lengths of the outputs. They do not depend on the prompts, as in the traces.
 
     >>> generate(2, seed=0) == generate(2, seed=0)
     True

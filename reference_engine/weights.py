@@ -1,7 +1,8 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Parameters of a model: from a checkpoint, or random.
+"""The parameters of a model, from a checkpoint or random.
 
-`layers` is stacked, [L, ...]; matrices are [in, out], except the two embeddings, [vocab_size, D].
+The parameters in `layers` are stacked, [L, ...]. Matrices are [in, out], except for the two
+embeddings, which are [vocab_size, D].
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from reference_engine.config import ModelConfig
 
 Params = dict[str, Any]
 
-# Parameter of a layer -> its name in a checkpoint.
+# A parameter of a layer -> its name in a checkpoint.
 _LAYER_NAMES = {
     "attention_norm": "input_layernorm.weight",
     **{name: f"self_attn.{name}_proj.weight" for name in "qkvo"},
@@ -40,7 +41,7 @@ _TOP_NAMES = {
 
 
 def param_shapes(config: ModelConfig) -> Params:
-    """The parameters' shapes and dtype, as `jax.ShapeDtypeStruct`s."""
+    """The shapes and the dtype of the parameters, as `jax.ShapeDtypeStruct`s."""
     layers, width, inner = config.num_layers, config.hidden_size, config.intermediate_size
     q_width = config.num_heads * config.head_dim
     kv_width = config.num_kv_heads * config.head_dim
@@ -64,7 +65,7 @@ def param_shapes(config: ModelConfig) -> Params:
     if not config.tie_embeddings:
         top["unembedding"] = (config.vocab_size, width)
 
-    def struct(shape):
+    def struct(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype))
 
     return {name: struct(shape) for name, shape in top.items()} | {
@@ -77,13 +78,13 @@ def load_params(
 ) -> Params:
     """Reads a checkpoint's parameters onto the default device.
 
-    Files are memory-mapped and read one tensor at a time, each into its place in a parameter that
-    is already there: beside the parameters themselves, one tensor is in memory.
+    The files are memory-mapped, and the tensors are read one at a time, each into its layer of a
+    parameter that is allocated already. So at most one tensor is in memory beside the parameters.
 
     Args:
       path: the model's folder.
       config: what its config.json says.
-      on_tensor: called with the name of every tensor that was read.
+      on_tensor: called with the name of every tensor after it was read.
 
     Raises:
       OSError, ValueError: see checkpoint.find_tensors; nothing has been allocated then.
@@ -113,10 +114,10 @@ def load_params(
 
 
 def _tied(params: Params) -> Params:
-    """Of two embeddings that should be one: one, if they are equal or one is missing.
+    """Makes one embedding of two that the config ties, if they are equal or one is missing.
 
-    A head that differs is kept: it is what the checkpoint's author computed with, whatever the
-    config says, and what transformers does.
+    An output projection that differs is kept, as transformers keeps it: the checkpoint's author
+    computed with it, whatever the config says.
     """
     if "embedding" not in params:
         params["embedding"] = params.pop("unembedding")
@@ -127,11 +128,12 @@ def _tied(params: Params) -> Params:
 
 @settings.defaults()
 def random_params(config: ModelConfig, seed: int) -> Params:
-    """Random parameters of which greedy decoding yields diverse tokens, made on the device.
+    """Random parameters with which greedy decoding yields diverse tokens, made on the device.
 
-    Attention must weigh in the residual stream against the token's own embedding, or the next token
-    is a function of the last one alone and generation falls into a short cycle. Hence keys and
-    queries large enough for uneven attention, and an output projection that does not shrink it.
+    In the residual stream, the attention must not be small beside the token's own embedding.
+    Otherwise the next token depends on the last token alone, and generation falls into a short
+    cycle. Hence queries and keys are large enough for uneven attention, and the output projection
+    does not shrink the attention's result.
 
     Args:
       config: see ModelConfig.
@@ -140,7 +142,7 @@ def random_params(config: ModelConfig, seed: int) -> Params:
     shapes = param_shapes(config)
     gains = {"q": 2.0, "k": 2.0, "o": 2.0, "down": 2.0}
 
-    def make(path, leaf, key):
+    def make(path: Any, leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
         name = path[-1].key
         if name.endswith("norm"):
             return jnp.ones(leaf.shape, leaf.dtype)
@@ -161,7 +163,7 @@ def random_params(config: ModelConfig, seed: int) -> Params:
 
 
 def _places(shapes: Params) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
-    """Name in a checkpoint -> parameter, layer (None outside), and shape in the checkpoint."""
+    """Name in a checkpoint -> the parameter, its layer or None, and its shape in the checkpoint."""
     places: dict[str, tuple[str, int | None, tuple[int, ...]]] = {}
     for key, name in _TOP_NAMES.items():
         if key in shapes:
@@ -178,10 +180,10 @@ def _places(shapes: Params) -> dict[str, tuple[str, int | None, tuple[int, ...]]
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(parameter: jax.Array, tensor: jax.Array, layer: int) -> jax.Array:
-    """The layers' parameter with a checkpoint's tensor, transposed, in its place."""
+    """The layers' parameter [L, ...] with the transposed tensor of a checkpoint in one layer."""
     return lax.dynamic_update_index_in_dim(parameter, tensor.T.astype(parameter.dtype), layer, 0)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _normal(key, scale, shape, dtype):
+def _normal(key: jax.Array, scale: float, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return (jax.random.normal(key, shape) * scale).astype(dtype)

@@ -1,7 +1,7 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Which bytes of the pool a step's new tokens go to: whole pages, and slices for the rest.
+"""The write plan: which pages and slots of the pool get the new tokens of a step.
 
-Pure numpy. Token i of the packed batch is the i-th new token, segment after segment, without gaps.
+Pure numpy. The new tokens are packed segment after segment, without gaps.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class WritePlan:
     """The same writes in two forms: `slots` alone, or `page_ids` and `slices` together.
 
     Attributes:
-      page_ids: i32[W], pages that the step fills from first row to last.
-      token_starts: i32[W], the packed token that goes to row 0 of each.
-      slices: i32[3, X], rows (first slot, first packed token, length), each inside one page and
-        shorter than it.
-      slots: i32[T], page * page_size + row of every packed token.
+      page_ids: i32[W], the pages that the step fills from the first row to the last.
+      token_starts: i32[W], the packed token that goes to row 0 of each of these pages.
+      slices: i32[3, X], the rows (first slot, first packed token, length). A slice lies inside one
+        page and is shorter than the page.
+      slots: i32[T], page * page_size + row for every packed token.
     """
 
     page_ids: np.ndarray
@@ -33,7 +33,7 @@ class WritePlan:
     slots: np.ndarray
 
     def all_slices(self, page_size: int) -> np.ndarray:
-        """i32[3, W + X]: the whole pages too as slices."""
+        """The whole pages as slices, before the other slices: i32[3, W + X]."""
         whole = np.stack(
             [
                 self.page_ids * page_size,
@@ -47,7 +47,8 @@ class WritePlan:
 def plan_writes(segments: Sequence[Segment], page_size: int) -> WritePlan:
     """Cuts every segment at its page boundaries.
 
-    >>> plan = plan_writes([Segment(0, 3, (7,) * 7, (5, 2, 9), True)], page_size=4)
+    >>> segment = Segment(0, 3, (7,) * 7, page_ids=(5, 2, 9), samples=True, is_decode=False)
+    >>> plan = plan_writes([segment], page_size=4)
     >>> plan.page_ids.tolist(), plan.token_starts.tolist()  # positions 4..7 fill page 2
     ([2], [1])
     >>> plan.slices.T.tolist()  # position 3 in page 5; positions 8 and 9 in page 9
@@ -61,7 +62,7 @@ def plan_writes(segments: Sequence[Segment], page_size: int) -> WritePlan:
     total = int(ends[-1]) if len(ends) else 0
     position = np.arange(total) + np.repeat(starts - ends + lengths, lengths)
     index, row = np.divmod(position, page_size)
-    # Only the pages that new tokens go to; a segment's are those from its first position's on.
+    # Of each segment, only the pages that new tokens go to.
     first_page = starts // page_size
     num_pages = -(-(starts + lengths) // page_size) - first_page
     pages = np.fromiter(
@@ -75,7 +76,7 @@ def plan_writes(segments: Sequence[Segment], page_size: int) -> WritePlan:
         int(num_pages.sum()),
     )
     page = pages[index + np.repeat(np.cumsum(num_pages) - num_pages - first_page, lengths)]
-    # A piece of a page starts with the first row, and with the first token of a segment.
+    # A slice starts with the first row of a page, and with the first token of a segment.
     is_first = row == 0
     is_first[(ends - lengths)] = True
     tokens = np.flatnonzero(is_first)

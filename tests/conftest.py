@@ -45,6 +45,7 @@ _FILES_WITH = {
         "kv_write/test_indices.py",
         "engine/test_write_plan.py",
     ),
+    "sphinx": ("package/test_docs.py",),
     "safetensors": (
         "engine/checkpoints.py",
         "engine/test_checkpoint.py",
@@ -68,6 +69,8 @@ _ON_ANY_JAX = {
     "engine/test_chat_template.py",
     "engine/test_generation_config.py",
     "kv_write/test_tpu_planted.py",
+    "package/test_docs.py",
+    "package/test_hash_seed.py",
     "package/test_wheel.py",
     "engine/test_page_pool.py",
     "test_planted.py",

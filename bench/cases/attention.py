@@ -147,12 +147,19 @@ class Call:
         q, pool, _ = self.arrays()
         return mosaic_tpu.heads_of(q, pool, self.num_kv_heads)
 
+    def options(self) -> AttentionOptions:
+        """The static options, as the public op makes them."""
+        return AttentionOptions(
+            self.num_kv_heads,
+            soft_cap=self.soft_cap,
+            has_window=self.sliding_window is not None,
+            has_scales=self.pool_dtype in SCALES,
+        )
+
     def unsupported(self, backend: str = "mosaic_tpu") -> str | None:
         """Why a backend's kernel cannot run the call, as a sentence; None if it can."""
         kernels = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}[backend]
-        return kernels.plan(
-            *self.arrays(), AttentionOptions(self.num_kv_heads), self.config
-        ).refusal
+        return kernels.plan(*self.arrays(), self.options(), self.config).refusal
 
     def arrays(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """q as `[T, N, H]`, pool and page_indices."""

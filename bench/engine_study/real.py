@@ -1,7 +1,7 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """Time the engine's own step on this device: batches, forms of write, and the host's part.
 
-The program timed is the one that the engine runs (`engine.run_step`), on batches that its own code
+The program timed is the one that the engine runs (`model.run_step`), on batches that its own code
 packs. Steps are dispatched one behind the other and waited for together, so that the device is what
 is timed as long as it takes longer than a dispatch. What the writes take of a step is read off its
 kernels on a GPU whose writes have their own; elsewhere the writes are timed alone, in the same way:
@@ -29,8 +29,8 @@ from reference_engine import model as model_lib
 from reference_engine.batch import Batch as Arrays
 from reference_engine.batch import make_batch, pack, unpack
 from reference_engine.config import EngineConfig, ModelConfig, num_pages_for
-from reference_engine.engine import Engine, run_step
-from reference_engine.request import SamplingParams
+from reference_engine.engine import Engine
+from reference_engine.sampling_params import SamplingParams
 from reference_engine.scheduler import Segment
 from reference_engine.weights import Params, random_params
 
@@ -71,14 +71,14 @@ class Setup:
     Attributes:
       model: its shape.
       shrink: batches and lengths are divided by this, for machines without an accelerator.
-      attention, write_backend: see EngineConfig.
+      attention_backend, write_backend: see EngineConfig.
       steps, repeats: steps dispatched together, at most and as many as fill `_LONG_US`, and how
         often.
     """
 
     model: ModelConfig
     shrink: int = 1
-    attention: str = "auto"
+    attention_backend: str = "auto"
     write_backend: str = "auto"
     steps: int = 8
     repeats: int = 5
@@ -131,7 +131,7 @@ def host_work(setup: Setup, num_steps: int = 30) -> dict[str, Any]:
         max_model_len=longest,
         max_num_batched_tokens=max(2048 // setup.shrink, batch_size + 16),
         max_num_seqs=batch_size,
-        attention=setup.attention,
+        attention_backend=setup.attention_backend,
         write_backend=setup.write_backend,
         token_buckets=(batch_size, max(2048 // setup.shrink, batch_size + 16)),
         seq_buckets=(batch_size,),
@@ -254,7 +254,8 @@ def _batch(
             start,
             tuple(rng.integers(setup.model.vocab_size, size=end - start).tolist()),
             tuple(next(pages) for _ in range(num_pages_for(end, page_size))),
-            True,
+            samples=True,
+            is_decode=i < batch.decodes,
         )
         for i, (start, end) in enumerate(sequences)
     ]
@@ -267,7 +268,7 @@ def _batch(
         max_num_seqs=len(sequences),
         kv_write=kv_write,
         page_aligned_scheduling=False,
-        attention=setup.attention,
+        attention_backend=setup.attention_backend,
         write_backend="auto" if kv_write == "fused" else setup.write_backend,
         token_buckets=(tokens,),
         seq_buckets=(len(sequences),),
@@ -283,7 +284,7 @@ def _step(
     packed = jax.device_put(packed)
 
     def step(kv_pages: jax.Array) -> jax.Array:
-        _, kv_pages = run_step(
+        _, kv_pages = model_lib.run_step(
             params,
             kv_pages,
             packed,
@@ -291,7 +292,7 @@ def _step(
             model=setup.model,
             kv_write=config.kv_write,
             write_backend=config.write_backend,
-            attention=config.attention,
+            attention_backend=config.attention_backend,
         )
         return kv_pages
 

@@ -22,8 +22,9 @@ from bench.engine_study.cost import Cost, Work, visible_pairs
 from reference_engine.batch import choose_shape
 from reference_engine.config import EngineConfig
 from reference_engine.page_pool import PagePool
-from reference_engine.request import Request, SamplingParams
-from reference_engine.scheduler import Scheduler, StepPlan
+from reference_engine.request import Request
+from reference_engine.sampling_params import SamplingParams
+from reference_engine.scheduler import Scheduler, StepPlan, is_decode
 from reference_engine.traffic import Arrival
 
 MAX_NUM_SEQS = 256
@@ -54,7 +55,7 @@ class Outcome:
       decodes: tokens that decodes wrote, one slice each.
       descriptors: writes issued in the cell's form.
       deferrals: requests that alignment made wait a step, counted each time.
-      skips: decodes that ran in the step before and found no budget in this one.
+      skips: decodes that found no budget in a step, counted each time.
       preemptions: requests that lost their pages.
       write_share: of all steps' time, the writes'.
       ttft_ms, tpot_ms, itl_ms: (p50, p99) of the time to first token, of a request's mean time
@@ -120,7 +121,6 @@ def simulate(
     scheduler = Scheduler(config, PagePool(config.num_pages))
     outcome = Outcome()
     token_times: list[list[float]] = [[] for _ in arrivals]
-    decoding: set[int] = set()  # whose next token needs one more
     now = written = busy = 0.0
     arrived = 0
     while arrived < len(arrivals) or scheduler.running or scheduler.waiting:
@@ -132,36 +132,34 @@ def simulate(
             scheduler.add(Request(arrived, prompt, SamplingParams(max_tokens=one.num_output)))
             arrived += 1
         plan = scheduler.schedule()
-        work = _work(plan, decoding, config)
+        work = _work(plan, config)
         write_us = cost.write_us(work, cell.kv_write, cell.page_size)
         step_us = cost.host_us + cost.compute_us(work) + write_us
         now += step_us * 1e-6
         busy, written = busy + step_us, written + write_us
-        decoding.difference_update(plan.preempted)
-        outcome.skips += len(decoding) - work.decodes
+        runnable = sum(is_decode(r, r.num_computed) for r in scheduler.running)
+        outcome.skips += runnable - work.decodes
         _count(outcome, plan, work, cell)
         sampled = {segment.request_id: 1 for segment in plan.segments if segment.samples}
-        decoding.update(sampled)
         for request_id in sampled:
             token_times[request_id].append(now)
         for request in scheduler.commit(plan, sampled):
             scheduler.release(request)
-            decoding.discard(request.request_id)
     outcome.seconds = now - arrivals[0].seconds
     outcome.write_share = written / busy
     _latencies(outcome, arrivals, token_times, objectives)
     return outcome
 
 
-def _work(plan: StepPlan, decoding: set[int], config: EngineConfig) -> Work:
+def _work(plan: StepPlan, config: EngineConfig) -> Work:
     decodes = keys = prefilled = pairs = pages = partials = 0
     page_size = config.page_size
-    for request_id, start, token_ids, _, _ in plan.segments:
-        if request_id in decoding:
+    for segment in plan.segments:
+        start, end = segment.start, segment.end
+        if segment.is_decode:
             decodes += 1
-            keys += start + 1
+            keys += end
             continue
-        end = start + len(token_ids)
         whole = max(0, end // page_size - ceil_div(start, page_size))
         pages += whole
         partials += ceil_div(end, page_size) - start // page_size - whole

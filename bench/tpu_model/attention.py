@@ -24,18 +24,19 @@ from typing import Any
 import jax.numpy as jnp
 
 from bench.cases.attention import MIN_Q_BYTES, Call, Case
-from bench.tpu_model import attention_roles as parts
-from bench.tpu_model import attention_trips as walk
+from bench.tpu_model import attention_roles, attention_trips
 from bench.tpu_model import schedule as ts
-from bench.tpu_model.attention_trips import FULL, PREFILL, SEVERAL, SINGLE
+from bench.tpu_model.attention_roles import Role, Roles
+from bench.tpu_model.attention_trips import FULL, MULTIPLE, PREFILL, SINGLE
 from bench.tpu_model.compile import as_if_on
 from pallas_paged.attention.tpu import launch as mosaic_tpu
+from pallas_paged.attention.tpu.spec import KernelSpec
 
 # flop of bfloat16 products in a cycle; see ts.Generation.
 FLOP_PER_CYCLE = {"v4": 131072, "v5e": 131072, "v5p": 131072, "v6e": 524288, "tpu7x": 524288}
 
 
-def compile_target(**fields: Any):
+def compile_target(**fields: Any) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """What `bench.tpu_model.compile.Job` compiles: a call, by its fields; `config` by its own."""
     config = fields.pop("config", None)
     call = Call(**fields, config=mosaic_tpu.TpuAttentionConfig(**config) if config else None)
@@ -51,6 +52,22 @@ def config_of(call: Call, generation: str) -> mosaic_tpu.TpuAttentionConfig:
         return call.config or mosaic_tpu.default_config(call.heads, call.page_size, num_new_tokens)
 
 
+def spec_of(call: Call, generation: str) -> KernelSpec:
+    """The kernel's static parameters for a call on a generation, as its own plan makes them.
+
+    Raises:
+      ValueError: the kernel does not run the call, or does not write its new tokens.
+    """
+    k = call.shapes()[-2] if call.writes else None
+    with as_if_on(generation):
+        plan = mosaic_tpu.plan(*call.arrays(), call.options(), call.config, k)
+    if plan.refusal is not None:
+        raise ValueError(f"{call} on {generation}: {plan.refusal}")
+    if plan.spec.writes != call.writes:
+        raise ValueError(f"{call} on {generation}: VMEM has no room for the new tokens")
+    return plan.spec
+
+
 @dataclasses.dataclass(frozen=True)
 class Prediction:
     """What a compiled schedule says of a case. A prediction, not a measurement.
@@ -62,12 +79,12 @@ class Prediction:
       hbm_cycles: cycles that the kernel's transfers take at peak HBM bandwidth.
       num_dmas: DMAs of pages, or of parts of them.
       block_cycles: bundles of a decode's block, all that comes with each of them included (0
-        without decodes); of the body of full blocks, of several or of one, the first that runs.
+        without decodes); of the first that runs of iterations over full blocks, multiple and one.
       block_hbm_cycles: cycles that the block takes at peak HBM bandwidth.
       fixed_cycles: bundles of a sequence outside its blocks, the call's start and end included (0
         unless all are decodes).
-      taken_flop: operations of the blocks of keys that are multiplied with units of queries.
-      spills: body -> register spills and refills per bundle: "unmasked", "masked" and "decode".
+      taken_flop: operations of the blocks of keys that are multiplied with work items of queries.
+      spills: register spills and refills per bundle of iterations: "unmasked", "masked", "decode".
       vmem_bytes: what the kernel asks for.
       parts: where the bundles of the call are.
     """
@@ -101,7 +118,7 @@ class Prediction:
         return "HBM" if self.hbm_cycles >= self.core_cycles else "core"
 
     def matrix_use(self, flop: float) -> float:
-        """Share of the matrix units' peak that so many operations in the call's time are."""
+        """Share of the matrix items' peak that so many operations in the call's time are."""
         return flop / (FLOP_PER_CYCLE[self.case.generation] * self.cycles)
 
 
@@ -142,7 +159,7 @@ class Writing:
     read: Prediction
 
     @property
-    def unit(self) -> str:
+    def item(self) -> str:
         """What `extra_cycles` is for."""
         return "cycles_a_token" if self.fused.case.num_decodes else "cycles_a_page"
 
@@ -163,8 +180,8 @@ def writing_pairs(cases: Sequence[Case]) -> list[tuple[Case, Case]]:
         call = dataclasses.replace(case.call, writes=True)
         config = config_of(call, case.generation)
         with as_if_on(case.generation):
-            is_fused = mosaic_tpu.fits(call.heads, config, call.num_tokens)
-        if is_fused and case.num_decodes in (0, len(case.lens)):
+            has_room = mosaic_tpu.fits(call.heads, config, call.num_tokens)
+        if has_room and case.num_decodes in (0, len(case.lens)):
             fused, read = (
                 dataclasses.replace(
                     case, call=dataclasses.replace(call, writes=writes, config=config)
@@ -212,25 +229,15 @@ def _kernel(schedule: ts.Schedule) -> ts.Kernel:
     return kernels[0]
 
 
-def _counts(case: Case, config: mosaic_tpu.TpuAttentionConfig) -> collections.Counter:
-    """How often each part of the kernel runs; see `attention_walk.trips`."""
-    return walk.trips(
-        case.lens,
-        walk.blocks_of(config, case.call.page_size),
-        case.call.sliding_window,
-        case.call.writes,
-    )
-
-
-def _runs(roles: parts.Roles, counts: collections.Counter) -> dict[tuple[int, ...], int]:
+def _runs(roles: Roles, counts: collections.Counter[tuple[str, str]]) -> dict[tuple[int, ...], int]:
     """Path -> how often a node runs in the whole call."""
-    mixed = counts[SEVERAL, "body"] + counts[SINGLE, "body"]
+    mixed = counts[MULTIPLE, "iteration"] + counts[SINGLE, "iteration"]
     own = {
-        parts.CALL: 1,
-        parts.WALK: counts[FULL, "run"] + mixed + counts[PREFILL, "body"],
-        parts.DECODES: counts[FULL, "run"] + mixed,
-        parts.MIXED: mixed,
-        parts.NEVER: 0,
+        attention_roles.CALL: 1,
+        attention_roles.LOOP: counts[FULL, "run"] + mixed + counts[PREFILL, "iteration"],
+        attention_roles.DECODES: counts[FULL, "run"] + mixed,
+        attention_roles.MIXED: mixed,
+        attention_roles.NEVER: 0,
     }
     return {path: own.get(role, counts[role]) for path, role in roles.items()}
 
@@ -238,7 +245,7 @@ def _runs(roles: parts.Roles, counts: collections.Counter) -> dict[tuple[int, ..
 def _execute(tree: ts.Node, runs: Mapping[tuple[int, ...], int]) -> ts.Counts:
     """Counts of the whole call: each part as often as it runs where it stands."""
 
-    def rules(kind):
+    def rules(kind: str) -> list[tuple[Any, float]]:
         return [
             (ts.at(*n.path), runs[n.path] / runs[n.path[:-1]] if runs[n.path[:-1]] else 0)
             for n in tree.walk()
@@ -252,31 +259,32 @@ def predict_from(case: Case, schedule: ts.Schedule) -> Prediction:
     """Predicts a case from the schedule of what `compiles` names for it."""
     config = config_of(case.call, case.generation)
     tree = _kernel(schedule).tree
-    blocks = walk.blocks_of(config, case.call.page_size)
-    roles, counts = parts.roles(tree), _counts(case, config)
+    spec = spec_of(case.call, case.generation)
+    roles = attention_roles.roles(tree)
+    counts = attention_trips.trips(case.lens, spec, case.call.sliding_window)
     runs = _runs(roles, counts)
-    num_dmas = _check(case, blocks, tree, roles, runs, counts)
+    num_dmas = _check(case, spec, tree, roles, runs, counts)
     total = _execute(tree, runs)
     bundles = dict.fromkeys(PARTS, 0.0)
     for node in tree.walk():
         bundles[_part(roles[node.path])] += node.own.bundles * runs[node.path]
-    body_cycles = {
-        place: _body_cycles(place, tree, roles, blocks)
-        for place in (FULL, SEVERAL, SINGLE)
-        if counts[place, "body"]
+    cycles_of = {
+        place: _iteration_cycles(place, tree, roles, spec)
+        for place in (FULL, MULTIPLE, SINGLE)
+        if counts[place, "iteration"]
     }
-    per_body = _blocks_of_bodies(blocks)
-    in_blocks = sum(cycles * counts[place, "body"] for place, cycles in body_cycles.items())
+    per_iteration = _blocks_per_iteration(spec)
+    in_blocks = sum(cycles * counts[place, "iteration"] for place, cycles in cycles_of.items())
     is_all_decodes = case.num_decodes == len(case.lens)
     spills: dict[str, float] = {}
     for node in tree.walk():
         place, event = roles[node.path]
-        name = event if place == PREFILL else "decode" if event == "body" else ""
+        name = event if place == PREFILL else "decode" if event == "iteration" else ""
         if node.own.slots.get("MATMUL") and name in ("masked", "unmasked", "decode"):
             spills.setdefault(name, _spills(node.own))  # of a decode: of full blocks, the first
     itemsize = jnp.dtype(case.call.dtype).itemsize
     row = case.call.num_heads * case.call.heads.lanes * itemsize
-    pages = num_dmas * blocks.piece * case.call.slot_bytes // case.call.heads.lane_tiles
+    pages = num_dmas * spec.chunk * case.call.slot_bytes // case.call.heads.lane_tiles
     if case.call.writes:  # k and v come, slots leave
         pages += 2 * case.num_tokens * case.call.slot_bytes
     return Prediction(
@@ -285,12 +293,14 @@ def predict_from(case: Case, schedule: ts.Schedule) -> Prediction:
         core_cycles=total.bundles,
         hbm_cycles=ts.hbm_cycles(pages + 2 * case.num_tokens * row, case.generation),
         num_dmas=num_dmas,
-        block_cycles=next((cycles / per_body[place] for place, cycles in body_cycles.items()), 0.0),
+        block_cycles=next(
+            (cycles / per_iteration[place] for place, cycles in cycles_of.items()), 0.0
+        ),
         block_hbm_cycles=ts.hbm_cycles(
-            blocks.pieces * blocks.piece * case.call.slot_bytes, case.generation
+            spec.chunks_per_block * spec.chunk * case.call.slot_bytes, case.generation
         ),
         fixed_cycles=(total.bundles - in_blocks) / case.num_decodes if is_all_decodes else 0.0,
-        taken_flop=_taken_flop(case, blocks),
+        taken_flop=_taken_flop(case, spec),
         spills=spills,
         vmem_bytes=mosaic_tpu.vmem_bytes(
             case.call.heads,
@@ -303,58 +313,58 @@ def predict_from(case: Case, schedule: ts.Schedule) -> Prediction:
 
 
 PARTS = (
-    "decode bodies",
-    "prefill bodies",
+    "decode iterations",
+    "prefill iterations",
     "DMA loops",
-    "between bodies",
-    "finding units",
-    "windows",
+    "between iterations",
+    "finding work items",
+    "q tiles",
     "ends of prefills",
     "new tokens",
     "start and end",
 )
 
 
-# Trips on the way to a body, of a decode or a prefill, that are no place's own.
-_DISPATCH = (parts.WALK, parts.DECODES, parts.MIXED)
+# Trips on the way to an iteration, of a decode or a prefill, that are no place's own.
+_DISPATCH = (attention_roles.LOOP, attention_roles.DECODES, attention_roles.MIXED)
 
 
-def _part(role: parts.Role) -> str:
+def _part(role: Role) -> str:
     """Under which of PARTS a node's bundles stand."""
     place, event = role
-    if place == walk.FILL or role in (parts.CALL, parts.NEVER):
+    if place == attention_trips.FILL or role in (attention_roles.CALL, attention_roles.NEVER):
         return "start and end"
-    if role in (*_DISPATCH, (FULL, "run"), (PREFILL, "body")):
-        return "between bodies"
-    if event == "body":
-        return "decode bodies"
+    if role in (*_DISPATCH, (FULL, "run"), (PREFILL, "iteration")):
+        return "between iterations"
+    if event == "iteration":
+        return "decode iterations"
     if event in ("masked", "unmasked"):
-        return "prefill bodies"
-    if "pieces" in event or "fetch" in event:
+        return "prefill iterations"
+    if "chunks" in event or "fetch" in event:
         return "DMA loops"
     if event.startswith(("make", "send")):
         return "new tokens"
     if event.startswith(("find", "skip", "slow")):
-        return "finding units"
-    return "ends of prefills" if event == "last" else "windows"
+        return "finding work items"
+    return "ends of prefills" if event == "last" else "q tiles"
 
 
-def _blocks_of_bodies(blocks: walk.Blocks) -> dict[str, int]:
-    """Body -> the blocks that it takes."""
-    many = blocks.kv_blocks_per_iteration
-    return {FULL: many, SEVERAL: many, SINGLE: 1, PREFILL: 1}
+def _blocks_per_iteration(spec: KernelSpec) -> dict[str, int]:
+    """Kind of iteration -> the KV blocks that it takes."""
+    many = spec.kv_blocks_per_iteration
+    return {FULL: many, MULTIPLE: many, SINGLE: 1, PREFILL: 1}
 
 
-def _body_cycles(place: str, tree: ts.Node, roles: parts.Roles, blocks: walk.Blocks) -> float:
-    """Bundles that a decode's body takes with every one of its trips."""
+def _iteration_cycles(place: str, tree: ts.Node, roles: Roles, spec: KernelSpec) -> float:
+    """Bundles that a decode's iteration takes with every one of its trips."""
     cycles = 0.0
     for node in tree.walk():
         role = roles[node.path]
         is_on_its_way = role in _DISPATCH and place != FULL
-        if role == (place, "body") or is_on_its_way:
+        if role == (place, "iteration") or is_on_its_way:
             cycles += node.own.bundles
-        elif role[0] == place and role[1].startswith("pieces"):
-            cycles += node.own.bundles * blocks.pieces
+        elif role[0] == place and role[1].startswith("chunks"):
+            cycles += node.own.bundles * spec.chunks_per_block
     return cycles
 
 
@@ -363,45 +373,62 @@ def _spills(counts: ts.Counts) -> float:
     return used / counts.bundles
 
 
-def _units(case: Case, blocks: walk.Blocks):
-    units, _ = walk.find_units(case.lens, blocks, case.call.sliding_window, case.call.writes)
-    return units
+def _work_items(case: Case, spec: KernelSpec) -> list[attention_trips.WorkItem]:
+    items, _ = attention_trips.find_work_items(case.lens, spec, case.call.sliding_window)
+    return items
 
 
-def _taken_flop(case: Case, blocks: walk.Blocks) -> float:
-    """Operations of whole blocks with the rows that a unit has."""
-    units = _units(case, blocks)
-    pairs = sum((u.end - u.row) * u.num_blocks(blocks.pieces) * blocks.block for u in units)
+def _taken_flop(case: Case, spec: KernelSpec) -> float:
+    """Operations of whole blocks with the rows that a work item has."""
+    items = _work_items(case, spec)
+    pairs = sum(
+        (u.end - u.row) * u.num_blocks(spec.chunks_per_block) * spec.block_kv for u in items
+    )
     return 4 * case.call.head_dim * case.call.num_heads * pairs
 
 
-def _check(case, blocks, tree, roles, runs, counts) -> int:
+def _check(
+    case: Case,
+    spec: KernelSpec,
+    tree: ts.Node,
+    roles: Roles,
+    runs: Mapping[tuple[int, ...], int],
+    counts: collections.Counter[tuple[str, str]],
+) -> int:
     """Checks blocks and DMAs against the case's own; returns the DMAs of pages.
 
-    Where DMAs are written out in a body, those of blocks that are not there are predicated off;
-    they stand in the schedule all the same.
+    Where DMAs are written out in an iteration, those of blocks that are not there are predicated
+    off. They stand in the schedule all the same.
     """
-    units = _units(case, blocks)
-    wanted_blocks = sum(unit.num_blocks(blocks.pieces) for unit in units)
-    wanted = sum(max(0, unit.end_piece - unit.first_piece) for unit in units)
+    items = _work_items(case, spec)
+    wanted_blocks = sum(item.num_blocks(spec.chunks_per_block) for item in items)
+    wanted = sum(max(0, item.end_chunk - item.first_chunk) for item in items)
     wanted *= case.call.heads.lane_tiles
-    per_body = _blocks_of_bodies(blocks)
-    taken = sum(counts[place, "body"] * number for place, number in per_body.items())
-    # A body of decodes sends new tokens among the DMAs, one for each decode that it may end.
-    puts = {FULL: blocks.full_parts, SEVERAL: blocks.kv_blocks_per_iteration, SINGLE: 1}
+    per_iteration = _blocks_per_iteration(spec)
+    taken = sum(counts[place, "iteration"] * number for place, number in per_iteration.items())
+    # An iteration of decodes sends new tokens among the DMAs, one for each decode that it may end.
+    inserts = {
+        FULL: spec.decodes_per_full_iteration,
+        MULTIPLE: spec.kv_blocks_per_iteration,
+        SINGLE: 1,
+    }
     sent, scheduled, predicated = 0, 0.0, 0
     for node in tree.walk():
         role = roles[node.path]
-        if "pieces" in role[1] or role == (walk.FILL, "body") or node.own.slots.get("MATMUL"):
-            is_put = case.call.writes and role[1] == "body"
-            of_puts = puts.get(role[0], 0) * case.call.heads.lane_tiles * is_put
-            scheduled += (node.own.dma_issues - of_puts) * runs[node.path]
-    for place, number in (per_body | {walk.FILL: 1}).items():
-        pieces = sum(counts[place, f"pieces{b}"] for b in range(number))
-        sent += pieces * case.call.heads.lane_tiles
-        is_looped = any(r[0] == place and "pieces" in r[1] for r in roles.values())
-        room = counts[place, "body"] * number * blocks.pieces
-        predicated += 0 if is_looped else (room - pieces) * case.call.heads.lane_tiles
+        if (
+            "chunks" in role[1]
+            or role == (attention_trips.FILL, "iteration")
+            or node.own.slots.get("MATMUL")
+        ):
+            is_insert = case.call.writes and role[1] == "iteration"
+            of_inserts = inserts.get(role[0], 0) * case.call.heads.lane_tiles * is_insert
+            scheduled += (node.own.dma_issues - of_inserts) * runs[node.path]
+    for place, number in (per_iteration | {attention_trips.FILL: 1}).items():
+        chunks = sum(counts[place, f"chunks{b}"] for b in range(number))
+        sent += chunks * case.call.heads.lane_tiles
+        is_looped = any(r[0] == place and "chunks" in r[1] for r in roles.values())
+        room = counts[place, "iteration"] * number * spec.chunks_per_block
+        predicated += 0 if is_looped else (room - chunks) * case.call.heads.lane_tiles
     if (taken, sent, scheduled - predicated) != (wanted_blocks, wanted, wanted):
         raise ValueError(
             f"{case.name} on {case.generation}, {case.call}: the weighted schedule takes {taken} "

@@ -16,15 +16,15 @@ from bench.tpu_model.attention_trips import (
     END,
     FILL,
     FULL,
+    MULTIPLE,
     PREFILL,
-    SEVERAL,
     SINGLE,
     part_name,
 )
 
 # (place, event), as in `trips`; these events are the kernel's own and not counted there.
 CALL = (END, "call")
-WALK = (END, "walk")  # one trip a body, or a run of bodies of full blocks
+LOOP = (END, "loop")  # one trip an iteration, or a run of iterations of full blocks
 DECODES = (END, "decodes")  # the trips that are a decode's
 MIXED = (END, "mixed")  # those of them that are not of full blocks
 NEVER = (END, "never")
@@ -67,7 +67,7 @@ def _form(node: ts.Node) -> str:
         held = loop.own
         moves = held.vector_loads + held.vector_stores
         if held.dma_issues:
-            return "" if moves else "send" if held.dma_waits else "pieces"
+            return "" if moves else "send" if held.dma_waits else "chunks"
         if not moves:
             return "search"
         return "" if not held.vector_stores else "rows" if held.vector_loads else "clear"
@@ -82,7 +82,7 @@ def _form(node: ts.Node) -> str:
         if inside == ["again"]:  # on a condition of its own
             return "again"
         if own.dma_waits:
-            return {"pieces": "again", "find": "next"}.get(" ".join(inside), "")
+            return {"chunks": "again", "find": "next"}.get(" ".join(inside), "")
         if inside == ["search"]:
             return "find"
         if inside and set(inside) == {"find"}:
@@ -123,12 +123,14 @@ def _kernel(tree: ts.Node) -> Roles:
     forms = [_form(child) for child in tree.children]
     _expect(tree, forms, ["", "", "close", "zero"])
     fill, guard, close, zero = tree.children
-    walk = _loop(guard)
-    if fill.kind != "loop" or walk is None or len(walk.children) != 2:
-        raise _UnknownError("the kernel is not a loop that fills the ring and a walk of two forms")
-    decode, prefill = walk.children
+    loop = _loop(guard)
+    if fill.kind != "loop" or loop is None or len(loop.children) != 2:
+        raise _UnknownError(
+            "the kernel is not a loop that fills the stages and a loop over two forms"
+        )
+    decode, prefill = loop.children
     return (
-        {tree.path: CALL, fill.path: (FILL, "body"), guard.path: CALL, walk.path: WALK}
+        {tree.path: CALL, fill.path: (FILL, "iteration"), guard.path: CALL, loop.path: LOOP}
         | _fill(fill)
         | _decodes(decode)
         | _prefill(prefill)
@@ -138,11 +140,11 @@ def _kernel(tree: ts.Node) -> Roles:
 
 
 def _fill(fill: ts.Node) -> Roles:
-    _expect(fill, [_form(child) for child in fill.children], ["find"], ["find", "pieces"])
+    _expect(fill, [_form(child) for child in fill.children], ["find"], ["find", "chunks"])
     find, *loops = fill.children  # without one the DMAs are written out
     found = _find(find, FILL, 0)
-    for pieces in loops:
-        found |= _looped(pieces, (FILL, "fetch0"), (FILL, "pieces0"))
+    for chunks in loops:
+        found |= _looped(chunks, (FILL, "fetch0"), (FILL, "chunks0"))
     return found
 
 
@@ -163,10 +165,10 @@ def _zero(node: ts.Node, place: str) -> Roles:
 
 
 def _open(node: ts.Node, place: str) -> Roles:
-    """A new window; where keeping a tile is short, the compiler predicates it."""
+    """A new q tile; where keeping a tile is short, the compiler predicates it."""
     forms = [_form(child) for child in node.children]
     tail = [] if place == PREFILL else ["rows"]
-    writing = ["make", "pieces"] if place == PREFILL else ["rows", "rows"]
+    writing = ["make", "chunks"] if place == PREFILL else ["rows", "rows"]
     _expect(
         node,
         forms,
@@ -183,7 +185,7 @@ def _open(node: ts.Node, place: str) -> Roles:
         elif form == "make":
             found[child.path] = (place, "make")
             found |= _looped(child.children[0], (place, "make"), (place, "make_trips"))
-        elif form == "pieces":
+        elif form == "chunks":
             found |= _looped(child, (place, "send"), (place, "send_trips"))
         else:
             found[child.path] = (place, "keep")
@@ -191,8 +193,8 @@ def _open(node: ts.Node, place: str) -> Roles:
 
 
 def _decodes(node: ts.Node) -> Roles:
-    """The decodes' side of the walk: a window, then one of the bodies."""
-    if _form(node) == "products":  # one block at a time: the body is the region itself
+    """The decodes' side of the loop: a q tile, then one of the iterations."""
+    if _form(node) == "products":  # one block at a time: the iteration is the region itself
         return _first(node.children[0]) | _decode(node, SINGLE, node.children[1:])
     _expect(
         node,
@@ -201,21 +203,21 @@ def _decodes(node: ts.Node) -> Roles:
         ["open", "run", ""],
     )
     first, full, mixed = node.children
-    body = full if full.kind == "loop" else full.children[0]
+    iteration = full if full.kind == "loop" else full.children[0]
     _expect(mixed, [_form(child) for child in mixed.children], ["products", "products"])
-    several, single = mixed.children
+    multiple, single = mixed.children
     return (
         {node.path: DECODES, mixed.path: MIXED}
         | _first(first)
         | {full.path: (FULL, "run")}
-        | _decode(body, FULL, body.children)
-        | _decode(several, SEVERAL, several.children)
+        | _decode(iteration, FULL, iteration.children)
+        | _decode(multiple, MULTIPLE, multiple.children)
         | _decode(single, SINGLE, single.children)
     )
 
 
 def _first(node: ts.Node) -> Roles:
-    """A decode's window, where its first block opens one."""
+    """A decode's q tile, where its first KV block opens one."""
     if _form(node) == "open":
         return _open(node, DECODE)
     _expect(node, [_form(node)], ["first"])
@@ -223,17 +225,17 @@ def _first(node: ts.Node) -> Roles:
 
 
 def _decode(node: ts.Node, place: str, children: Sequence[ts.Node]) -> Roles:
-    """A body of decodes: its children find and fetch blocks."""
+    """A iteration of decodes: its children find and fetch blocks."""
     forms = [_form(child) for child in children]
-    pieces = ["pieces"] * forms.count("pieces")
-    found = {node.path: (place, "body")}
+    chunks = ["chunks"] * forms.count("chunks")
+    found = {node.path: (place, "iteration")}
     if place == SINGLE:
-        _expect(node, forms, ["find", *pieces])
+        _expect(node, forms, ["find", *chunks])
         find, *loops = children
         found |= _find(find, place, 0)
     else:
         parts = forms.count("finds")
-        _expect(node, forms, ["find", "finds"] * max(1, parts) + pieces)
+        _expect(node, forms, ["find", "finds"] * max(1, parts) + chunks)
         searches, loops = list(children[: 2 * parts]), list(children[2 * parts :])
         b = 0
         for part, (find, fetch) in enumerate(zip(searches[::2], searches[1::2], strict=True)):
@@ -243,7 +245,7 @@ def _decode(node: ts.Node, place: str, children: Sequence[ts.Node]) -> Roles:
                 found |= _find(one, place, b)
                 b += 1
     for b, loop in enumerate(loops):
-        found |= _looped(loop, (place, f"fetch{b}"), (place, f"pieces{b}"))
+        found |= _looped(loop, (place, f"fetch{b}"), (place, f"chunks{b}"))
     return found
 
 
@@ -253,18 +255,20 @@ def _prefill(node: ts.Node) -> Roles:
     _expect(node, forms, wanted)
     start, again, ahead, masked, unmasked, sound, finish, repeat = node.children
     if masked.own.bundles < unmasked.own.bundles:
-        raise _UnknownError(f"the prefill at {node.path} has no body with a mask and one without")
-    found = {node.path: (PREFILL, "body")} | _open(start, PREFILL)
+        raise _UnknownError(
+            f"the prefill at {node.path} has no iteration with a mask and one without"
+        )
+    found = {node.path: (PREFILL, "iteration")} | _open(start, PREFILL)
     for never in (again, repeat):
         found |= dict.fromkeys((n.path for n in never.walk()), NEVER)
-    found |= {ahead.path: (PREFILL, "body")} | _find(ahead.children[0], PREFILL, 0)
-    for body, event in ((masked, "masked"), (unmasked, "unmasked")):
-        found[body.path] = (PREFILL, event)
-        forms = [_form(child) for child in body.children]
-        clears = ["clear"] * (body is masked)
-        _expect(body, forms, clears, [*clears, "pieces"])
-        for loop, form in zip(body.children, forms, strict=True):
-            names = ("clear", "clear_trips") if form == "clear" else ("fetch", "pieces")
+    found |= {ahead.path: (PREFILL, "iteration")} | _find(ahead.children[0], PREFILL, 0)
+    for iteration, event in ((masked, "masked"), (unmasked, "unmasked")):
+        found[iteration.path] = (PREFILL, event)
+        forms = [_form(child) for child in iteration.children]
+        clears = ["clear"] * (iteration is masked)
+        _expect(iteration, forms, clears, [*clears, "chunks"])
+        for loop, form in zip(iteration.children, forms, strict=True):
+            names = ("clear", "clear_trips") if form == "clear" else ("fetch", "chunks")
             entered, trips = (f"{event}_{name}" for name in names)
             found |= _looped(loop, (PREFILL, entered), (PREFILL, trips))
     return found | {sound.path: (PREFILL, "last"), finish.path: (PREFILL, "last")}

@@ -1,9 +1,10 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""The walk of the TPU attention on paper: what its kernel does for given lengths, counted.
+"""How often each part of the TPU attention's kernel runs for given lengths, counted on paper.
 
-The same control flow as `kernel.kernel` and what it calls, function by function, on plain
-integers and without the arithmetic. `trips` runs it and counts what `bench.tpu_model.attention`
-weighs the compiled schedule with.
+The static side is the kernel's own: its `KernelSpec`, as `launch.plan` makes it without tracing.
+What depends on lengths is repeated here, function by function, on plain integers and without the
+arithmetic: `trips` runs it and counts what `bench.tpu_model.attention` weighs the compiled schedule
+with. tests/bench/test_attention.py interprets the kernel and fails where the two count differently.
 """
 
 from __future__ import annotations
@@ -13,114 +14,74 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from pallas_paged.attention.tpu import kv_blocks, new_kv, refs
-from pallas_paged.attention.tpu import launch as mosaic_tpu
-from pallas_paged.attention.tpu.refs import ROW_TILE
+from pallas_paged.attention.tpu import kv_blocks, new_kv
+from pallas_paged.attention.tpu.spec import ROW_TILE, KernelSpec
 
-# The bodies: many full blocks of a decode (or of two), many blocks of any decodes, one block of a
-# decode, one block of a prefill.
-FULL, SEVERAL, SINGLE, PREFILL = "full", "several", "single", "prefill"
-# What runs before a decode's body, before all bodies, and after them.
+# What one iteration of the kernel's loop takes: many full KV blocks of a decode (or of two), many
+# KV blocks of any decodes, one KV block of a decode, one KV block of a prefill.
+FULL, MULTIPLE, SINGLE, PREFILL = "full", "multiple", "single", "prefill"
+# What runs before a decode's first iteration, before all iterations, and after them.
 DECODE, FILL, END = "decode", "fill", "end"
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
-    """The kernel's static sizes that decide its way.
-
-    Attributes:
-      block, window, ring, kv_blocks_per_iteration: see TpuAttentionConfig: keys of a block, rows of
-        a window, blocks in VMEM and of a decode's long bodies.
-      full_parts: decodes that a body of full blocks is of: see refs.Walk.
-      page_size: tokens of a page.
-      piece: tokens that one DMA brings.
-    """
-
-    block: int
-    window: int
-    ring: int
-    kv_blocks_per_iteration: int
-    page_size: int
-    piece: int
-    full_parts: int = 1
-
-    @property
-    def pieces(self) -> int:
-        """Pieces of a full block."""
-        return self.block // self.piece
-
-
-def blocks_of(config: mosaic_tpu.TpuAttentionConfig, page_size: int) -> Blocks:
-    """The sizes that a config gives with pages of a size."""
-    many = config.kv_blocks_per_iteration
-    is_long = many * config.block_kv >= refs._LONG_BODY and many % 2 == 0
-    return Blocks(
-        block=config.block_kv,
-        window=config.block_q,
-        ring=config.num_stages,
-        kv_blocks_per_iteration=config.kv_blocks_per_iteration,
-        page_size=page_size,
-        piece=mosaic_tpu._piece(page_size, config.block_kv),
-        full_parts=2 if is_long else 1,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Unit:
-    """One record of the kernel's units, and what finding it took."""
+class WorkItem:
+    """A work item as the kernel keeps it, and what finding it took."""
 
     row: int
     end: int
     position: int
-    first_piece: int
-    end_piece: int
+    first_chunk: int
+    end_chunk: int
     key_end: int
     is_decode: bool
     is_last: bool  # of its sequence
     skipped: int  # candidates without keys before it
-    old_end: int | None  # the piece from which on keys are new and in VMEM; None if none is
+    old_end: int | None  # the chunk from which on keys are new and in VMEM; None if none is
     new_blocks: int  # of those
     old_tokens: int
 
-    def num_pool_blocks(self, pieces: int) -> int:
-        return max(0, _cdiv(self.end_piece - self.first_piece, pieces))
+    def num_pool_blocks(self, chunks: int) -> int:
+        return max(0, _cdiv(self.end_chunk - self.first_chunk, chunks))
 
-    def num_blocks(self, pieces: int) -> int:
-        return self.num_pool_blocks(pieces) + self.new_blocks
+    def num_blocks(self, chunks: int) -> int:
+        return self.num_pool_blocks(chunks) + self.new_blocks
 
 
 @functools.lru_cache(maxsize=256)
 def trips(
     lens: tuple[tuple[int, int], ...],
-    blocks: Blocks,
+    spec: KernelSpec,
     sliding_window: int | None = None,
-    writes: bool = False,
-) -> collections.Counter:
+) -> collections.Counter[tuple[str, str]]:
     """Counts what a call does.
 
     Args:
       lens: for each sequence (new tokens, all keys), at most as many new tokens as keys.
-      blocks: the kernel's sizes.
+      spec: the kernel's static parameters; they say whether the call writes its new tokens.
       sliding_window: keys that a query looks back on.
-      writes: whether the call writes its new tokens.
 
     Returns:
-      (place, event) -> count. Places are FILL, DECODE, FULL, SEVERAL, SINGLE, PREFILL and END.
-      Events: "body"; of FULL "run" (bodies one behind the other); of windows, of DECODE, PREFILL or
-      END, "first" (a unit's first body), "open", "close", "gather" and "gather_trips", "zero" and
-      "zero_trips", "keep", "tiles"; "find", "skip" and "skip_trips" (a unit found before many
-      blocks are fetched); "slow" (fetches that went block by block), these also with "_1" of a
-      second part; "find<b>", "skip<b>" and "skip_trips<b>" of the b-th block fetched, "fetch<b>"
-      and "pieces<b>"; of a prefill "last", and "masked", "masked_fetch" and "masked_pieces" and the
-      same with "unmasked", "masked_clear" and "masked_clear_trips" (some tokens behind the last one
-      each). Where the call writes, of a prefill's window "make" and "make_trips" (its row tiles but
-      the first), "send" and "send_trips" (whole pages, or parts, but the first; some a trip).
+      (place, event) -> count. The places are FILL, DECODE, FULL, MULTIPLE, SINGLE, PREFILL and END.
+      The events:
+      - "iteration"; of FULL also "run", iterations one after the other.
+      - of DECODE, PREFILL and END, for their q tiles: "first" (a work item's first iteration),
+        "open", "close", "gather" and "gather_trips", "zero" and "zero_trips", "keep", "tiles".
+      - "find", "skip" and "skip_trips": a work item that is found before many KV blocks are
+        fetched; "slow": fetches that went block by block. All of these end with "_1" for the second
+        decode of an iteration.
+      - "find<b>", "skip<b>" and "skip_trips<b>" for the b-th KV block that is fetched, "fetch<b>"
+        and "chunks<b>".
+      - of PREFILL: "last", and "masked", "masked_fetch" and "masked_chunks" and the same with
+        "unmasked", "masked_clear" and "masked_clear_trips" (each clears some tokens after the last
+        one). Where the call writes, "make" and "make_trips" (the row tiles of a q tile but the
+        first), "send" and "send_trips" (whole pages, or parts of them, but the first).
     """
-    return _Walk(lens, blocks, sliding_window, writes).run()
+    return _Kernel(lens, spec, sliding_window).run()
 
 
 def part_name(part: int) -> str:
-    """What the events of a part of a body's fetches end with."""
+    """What the events of a part of an iteration's fetches end with."""
     return f"_{part}" if part else ""
 
 
@@ -128,36 +89,35 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def find_units(
+def find_work_items(
     lens: Sequence[tuple[int, int]],
-    blocks: Blocks,
+    spec: KernelSpec,
     sliding_window: int | None,
-    writes: bool = False,
-) -> tuple[list[_Unit], int | None]:
-    """The units in order; and the candidates that the search after the last one skips, or None
-    where the last unit ends the last sequence and nothing is searched for."""
-    units: list[_Unit] = []
+) -> tuple[list[WorkItem], int | None]:
+    """The items in order; and the candidates that the search after the last one skips, or None
+    where the last item ends the last sequence and nothing is searched for."""
+    items: list[WorkItem] = []
     start = skipped = 0
     for q_len, kv_len in lens:
         stop = start + q_len
         row = start
         while True:
-            end = min(stop, (row & -ROW_TILE) + blocks.window)
+            end = min(stop, (row & -ROW_TILE) + spec.block_q)
             position = kv_len - (stop - row)
             key_end = max(0, min(position + end - row, kv_len))
             first_key = 0
             if sliding_window is not None:
                 first_key = max(0, min(position - sliding_window + 1, key_end))
-            first, last = first_key // blocks.piece, _cdiv(key_end, blocks.piece)
+            first, last = first_key // spec.chunk, _cdiv(key_end, spec.chunk)
             if row < end and first < last:
                 old_end, new_blocks = None, 0
-                if writes and q_len > 1:
-                    old_end = (kv_len - q_len) // blocks.piece
+                if spec.writes and q_len > 1:
+                    old_end = (kv_len - q_len) // spec.chunk
                     last = min(last, old_end)
-                    new_blocks = _cdiv(key_end - old_end * blocks.piece, blocks.block)
-                    new_blocks -= max(0, first - old_end) * blocks.piece // blocks.block
-                units.append(
-                    _Unit(
+                    new_blocks = _cdiv(key_end - old_end * spec.chunk, spec.block_kv)
+                    new_blocks -= max(0, first - old_end) * spec.chunk // spec.block_kv
+                items.append(
+                    WorkItem(
                         row,
                         end,
                         position,
@@ -179,119 +139,121 @@ def find_units(
             if row >= stop:
                 break
         start = stop
-    return units, skipped or None
+    return items, skipped or None
 
 
-class _Walk:
+class _Kernel:
     """The kernel's state; methods have the names of its functions."""
 
-    def __init__(self, lens, blocks: Blocks, sliding_window: int | None, writes: bool):
-        self.blocks, self.sliding_window, self.writes = blocks, sliding_window, writes
-        self.units, self.last_search = find_units(lens, blocks, sliding_window, writes)
+    def __init__(
+        self, lens: Sequence[tuple[int, int]], spec: KernelSpec, sliding_window: int | None
+    ) -> None:
+        self.spec, self.sliding_window = spec, sliding_window
+        self.items, self.last_search = find_work_items(lens, spec, sliding_window)
         self.num_tokens = _cdiv(sum(q for q, _ in lens), ROW_TILE) * ROW_TILE
         self.counts: collections.Counter = collections.Counter()
         self.found = self.fetched = self.taken = 0
         self.is_searched = False  # to the end of the last sequence
         self.ahead = self.ahead_end = self.ahead_blocks = 0
-        self.window = self.window_end = self.done = 0
+        self.q_tile = self.q_tile_end = self.done = 0
         self.kind = ""
 
     def count(self, place: str, event: str, number: int = 1) -> None:
         self.counts[place, event] += number
 
     def run(self) -> collections.Counter:
-        for _ in range(self.blocks.ring - self.blocks.kv_blocks_per_iteration):
-            self.count(FILL, "body")
+        for _ in range(self.spec.num_stages - self.spec.kv_blocks_per_iteration):
+            self.count(FILL, "iteration")
             self.next_fetches(FILL, 1)
         index = block = 0
         while self.taken < self.fetched:
             index, block = self.step(index, block)
-        if index != len(self.units):
-            raise AssertionError(f"took the blocks of {index} units of {len(self.units)}")
-        self.close_window(END)
+        if index != len(self.items):
+            raise AssertionError(f"took the blocks of {index} items of {len(self.items)}")
+        self.close_q_tile(END)
         self.zero_until(END, self.num_tokens)
         return self.counts
 
     def step(self, index: int, block: int) -> tuple[int, int]:
-        """Takes the next block, or blocks; returns the unit and the block behind them."""
-        unit = self.units[index]
+        """Takes the next block, or blocks; returns the item and the block after them."""
+        item = self.items[index]
         if block == 0:
-            self.count(DECODE if unit.is_decode else PREFILL, "first")
-        if unit.is_decode:
+            self.count(DECODE if item.is_decode else PREFILL, "first")
+        if item.is_decode:
             return self.decode(index, block)
         if block == 0:
-            self.open_window(PREFILL, unit.row)
-            if self.writes:
-                self.make(unit)
-        num_pieces = self.take(PREFILL, [(index, block)])
-        form = "masked" if self.is_edge(unit, block) else "unmasked"
+            self.open_q_tile(PREFILL, item.row)
+            if self.spec.writes:
+                self.make(item)
+        num_chunks = self.take(PREFILL, [(index, block)])
+        form = "masked" if self.is_edge(item, block) else "unmasked"
         self.count(PREFILL, form)
         if form == "masked":
-            first, end = self.block_of(unit, block)
-            cleared = -(end - first) % kv_blocks._RUN
+            first, end = self.block_of(item, block)
+            cleared = -(end - first) % kv_blocks.STRIP
             self.count(PREFILL, "masked_clear", cleared > 0)
-            self.count(PREFILL, "masked_clear_trips", _cdiv(cleared, kv_blocks._CLEARED))
-        self.count(PREFILL, f"{form}_fetch", num_pieces > 0)
-        self.count(PREFILL, f"{form}_pieces", num_pieces)
-        self.count(PREFILL, "last", block + 1 == unit.num_blocks(self.blocks.pieces))
-        return self.behind((index, block))
+            self.count(PREFILL, "masked_clear_trips", _cdiv(cleared, kv_blocks.CLEARED_PER_TRIP))
+        self.count(PREFILL, f"{form}_fetch", num_chunks > 0)
+        self.count(PREFILL, f"{form}_chunks", num_chunks)
+        self.count(PREFILL, "last", block + 1 == item.num_blocks(self.spec.chunks_per_block))
+        return self.after((index, block))
 
     def take(self, place: str, taken: list[tuple[int, int]]) -> int:
-        """Has a body take some blocks and fetch as many; returns the pieces that it fetches."""
-        self.count(place, "body")
-        num_pieces = self.next_fetches(place, len(taken))
+        """Has an iteration take some blocks and fetch as many; returns the chunks that it fetches."""
+        self.count(place, "iteration")
+        num_chunks = self.next_fetches(place, len(taken))
         self.taken += len(taken)
         if self.taken > self.fetched:
             raise AssertionError(f"took {self.taken} blocks of {self.fetched} fetched")
-        self.window_end = self.units[taken[-1][0]].end
-        return num_pieces
+        self.q_tile_end = self.items[taken[-1][0]].end
+        return num_chunks
 
-    def make(self, unit: _Unit) -> None:
-        """Makes a prefill's window of new tokens into slots and sends the pages that are full."""
-        piece = self.blocks.piece
-        tiles = _cdiv(unit.end, ROW_TILE) - unit.row // ROW_TILE
+    def make(self, item: WorkItem) -> None:
+        """Makes the new tokens of a prefill's q tile into slots and sends the pages that are full."""
+        chunk = self.spec.chunk
+        tiles = _cdiv(item.end, ROW_TILE) - item.row // ROW_TILE
         self.count(PREFILL, "make")
         self.count(PREFILL, "make_trips", tiles - 1)
-        first = max(unit.position // piece * piece, unit.old_tokens)
-        end = unit.position + unit.end - unit.row
-        end = end if unit.is_last else end // piece * piece
+        first = max(item.position // chunk * chunk, item.old_tokens)
+        end = item.position + item.end - item.row
+        end = end if item.is_last else end // chunk * chunk
         if first < end:
-            num_whole = max(0, end // piece - first // piece - 1)
+            num_whole = max(0, end // chunk - first // chunk - 1)
             self.count(PREFILL, "send", num_whole > 0)
-            self.count(PREFILL, "send_trips", _cdiv(num_whole, new_kv._PIECES_TOGETHER))
+            self.count(PREFILL, "send_trips", _cdiv(num_whole, new_kv.CHUNKS_PER_TRIP))
 
     def decode(self, index: int, block: int) -> tuple[int, int]:
-        """Takes a decode's next block, or blocks; returns the unit and the block behind them."""
-        unit, at = self.units[index], (index, block)
-        is_inside = self.window <= unit.row < self.window + self.blocks.window
+        """Takes a decode's next block, or blocks; returns the item and the block after them."""
+        item, at = self.items[index], (index, block)
+        is_inside = self.q_tile <= item.row < self.q_tile + self.spec.block_q
         if block == 0 and (not is_inside or self.kind != "decodes"):
-            self.open_window(DECODE, unit.row)
-        many = self.blocks.kv_blocks_per_iteration
+            self.open_q_tile(DECODE, item.row)
+        many = self.spec.kv_blocks_per_iteration
         if many == 1:
             self.take(SINGLE, [at])
-            return self.behind(at)
-        full, is_full = self.full_body(at)
+            return self.after(at)
+        full, is_full = self.full_iteration(at)
         if is_full:
             self.count(FULL, "run")
             while is_full:
                 self.take(FULL, full)
-                at = self.behind(full[-1])
-                full, is_full = self.full_body(at) if self.is_near(at) else ([], False)
+                at = self.after(full[-1])
+                full, is_full = self.full_iteration(at) if self.is_near(at) else ([], False)
             return at
-        is_there, several = self.taken + many <= self.fetched, [at]
-        while is_there and len(several) < many:
-            several.append(self.behind(several[-1]))
-            is_there = self.is_near(several[-1])
-        taken = several if is_there else [at]
-        self.take(SEVERAL if is_there else SINGLE, taken)
-        return self.behind(taken[-1])
+        is_there, multiple = self.taken + many <= self.fetched, [at]
+        while is_there and len(multiple) < many:
+            multiple.append(self.after(multiple[-1]))
+            is_there = self.is_near(multiple[-1])
+        taken = multiple if is_there else [at]
+        self.take(MULTIPLE if is_there else SINGLE, taken)
+        return self.after(taken[-1])
 
-    def full_body(self, at: tuple[int, int]) -> tuple[list[tuple[int, int]], bool]:
-        """The blocks of a body of full ones, from one on; and whether they are there."""
-        is_there = self.taken + self.blocks.kv_blocks_per_iteration <= self.fetched
+    def full_iteration(self, at: tuple[int, int]) -> tuple[list[tuple[int, int]], bool]:
+        """The blocks of an iteration of full ones, from one on; and whether they are there."""
+        is_there = self.taken + self.spec.kv_blocks_per_iteration <= self.fetched
         full, is_full = self.full_part(at)
-        for _ in range(1, self.blocks.full_parts):
-            at = self.behind(full[-1])
+        for _ in range(1, self.spec.decodes_per_full_iteration):
+            at = self.after(full[-1])
             is_full = is_full and is_there and self.is_near(at)
             more, is_more_full = self.full_part(at) if is_full else ([at], False)
             is_full &= is_more_full
@@ -299,123 +261,125 @@ class _Walk:
         return full, is_full
 
     def full_part(self, at: tuple[int, int]) -> tuple[list[tuple[int, int]], bool]:
-        """Blocks of a decode from one on that are a part of a full body, if they are full."""
+        """Blocks of a decode from one on that are a part of a full iteration, if they are full."""
         index, block = at
-        number = self.blocks.kv_blocks_per_iteration // self.blocks.full_parts
-        unit = self.units[index]
-        end = (unit.first_piece + (block + number) * self.blocks.pieces) * self.blocks.piece
-        return [(index, block + b) for b in range(number)], end <= unit.key_end
+        number = self.spec.kv_blocks_per_iteration // self.spec.decodes_per_full_iteration
+        item = self.items[index]
+        end = (item.first_chunk + (block + number) * self.spec.chunks_per_block) * self.spec.chunk
+        return [(index, block + b) for b in range(number)], end <= item.key_end
 
     def is_near(self, at: tuple[int, int]) -> bool:
-        """Whether a unit is known, and a decode whose row is in the window."""
+        """Whether an item has been found, and a decode whose row is in the q tile."""
         index, _ = at
         if index >= self.found:
             return False
-        unit = self.units[index]
-        return unit.is_decode and self.window <= unit.row < self.window + self.blocks.window
+        item = self.items[index]
+        return item.is_decode and self.q_tile <= item.row < self.q_tile + self.spec.block_q
 
-    def behind(self, at: tuple[int, int]) -> tuple[int, int]:
-        """The block behind one: (number of the unit, its block)."""
+    def after(self, at: tuple[int, int]) -> tuple[int, int]:
+        """The block after one: (number of the item, its block)."""
         index, block = at
-        is_over = block + 1 == self.units[index].num_blocks(self.blocks.pieces)
+        is_over = block + 1 == self.items[index].num_blocks(self.spec.chunks_per_block)
         return (index + 1, 0) if is_over else (index, block + 1)
 
-    def block_of(self, unit: _Unit, block: int) -> tuple[int, int]:
+    def block_of(self, item: WorkItem, block: int) -> tuple[int, int]:
         """Positions of the first key of a prefill's block, and of the first that it lacks."""
-        first_piece = unit.first_piece + block * self.blocks.pieces
-        first = first_piece * self.blocks.piece
-        end = (first_piece + self.blocks.pieces) * self.blocks.piece
-        if unit.old_end is not None:
-            old_end, new = unit.old_end, block - unit.num_pool_blocks(self.blocks.pieces)
+        first_chunk = item.first_chunk + block * self.spec.chunks_per_block
+        first = first_chunk * self.spec.chunk
+        end = (first_chunk + self.spec.chunks_per_block) * self.spec.chunk
+        if item.old_end is not None:
+            old_end, new = item.old_end, block - item.num_pool_blocks(self.spec.chunks_per_block)
             if new < 0:
-                end = min(end, old_end * self.blocks.piece)
+                end = min(end, old_end * self.spec.chunk)
             else:
-                skipped = max(0, unit.first_piece - old_end) * self.blocks.piece
-                new += skipped // self.blocks.block
-                first = old_end * self.blocks.piece + new * self.blocks.block
-                end = first + self.blocks.block
-        return first, min(unit.key_end, end)
+                skipped = max(0, item.first_chunk - old_end) * self.spec.chunk
+                new += skipped // self.spec.block_kv
+                first = old_end * self.spec.chunk + new * self.spec.block_kv
+                end = first + self.spec.block_kv
+        return first, min(item.key_end, end)
 
-    def is_edge(self, unit: _Unit, block: int) -> bool:
-        first, end = self.block_of(unit, block)
-        is_edge = end < first + self.blocks.block or end - 1 > unit.position
+    def is_edge(self, item: WorkItem, block: int) -> bool:
+        first, end = self.block_of(item, block)
+        is_edge = end < first + self.spec.block_kv or end - 1 > item.position
         if self.sliding_window is not None:
-            is_edge |= first <= unit.position + unit.end - unit.row - 1 - self.sliding_window
+            is_edge |= first <= item.position + item.end - item.row - 1 - self.sliding_window
         return is_edge
 
     def next_fetches(self, place: str, number: int) -> int:
-        """Fetches some blocks and returns their pieces."""
-        parts = self.blocks.full_parts if number > 1 else 1
+        """Fetches some blocks and returns their chunks."""
+        parts = self.spec.decodes_per_full_iteration if number > 1 else 1
         number //= parts
         return sum(self.next_part(place, part, number) for part in range(parts))
 
     def next_part(self, place: str, part: int, number: int) -> int:
-        """Fetches the blocks of a part and returns their pieces."""
+        """Fetches the blocks of a part and returns their chunks."""
         if number > 1 and self.is_over():
-            self.find_unit(place, part_name(part))
-        is_within = number > 1 and self.ahead_end - self.ahead >= number * self.blocks.pieces
+            self.find_work_item(place, part_name(part))
+        is_within = (
+            number > 1 and self.ahead_end - self.ahead >= number * self.spec.chunks_per_block
+        )
         self.count(place, f"slow{part_name(part)}", not is_within)
-        num_pieces = 0
+        num_chunks = 0
         for b in range(part * number, (part + 1) * number):
             if not is_within and self.is_over():
-                self.find_unit(place, b)
-            num_pieces += self.fetch(place, b)
-        return num_pieces
+                self.find_work_item(place, b)
+            num_chunks += self.fetch(place, b)
+        return num_chunks
 
     def is_over(self) -> bool:
-        """Whether the unit that is being fetched is all fetched, and there may be another."""
+        """Whether the item that is being fetched is all fetched, and there may be another."""
         return self.ahead_blocks == 0 and not self.is_searched
 
     def fetch(self, place: str, b: int) -> int:
-        num_pieces = max(0, min(self.ahead_end - self.ahead, self.blocks.pieces))
-        self.ahead += num_pieces
+        num_chunks = max(0, min(self.ahead_end - self.ahead, self.spec.chunks_per_block))
+        self.ahead += num_chunks
         if self.ahead_blocks:
             self.ahead_blocks -= 1
             self.fetched += 1
-        if num_pieces:
+        if num_chunks:
             self.count(place, f"fetch{b}")
-            self.count(place, f"pieces{b}", num_pieces)
-        return num_pieces
+            self.count(place, f"chunks{b}", num_chunks)
+        return num_chunks
 
-    def find_unit(self, place: str, b: int | str) -> None:
+    def find_work_item(self, place: str, b: int | str) -> None:
         self.count(place, f"find{b}")
-        is_found = self.found < len(self.units)
-        skipped = self.units[self.found].skipped if is_found else self.last_search or 0
+        is_found = self.found < len(self.items)
+        skipped = self.items[self.found].skipped if is_found else self.last_search or 0
         if skipped:
             self.count(place, f"skip{b}")
             self.count(place, f"skip_trips{b}", skipped)
         if is_found:
-            unit = self.units[self.found]
-            self.ahead, self.ahead_end = unit.first_piece, unit.end_piece
-            self.ahead_blocks = unit.num_blocks(self.blocks.pieces)
+            item = self.items[self.found]
+            self.ahead, self.ahead_end = item.first_chunk, item.end_chunk
+            self.ahead_blocks = item.num_blocks(self.spec.chunks_per_block)
             self.found += 1
-        is_last = self.found == len(self.units)
+        is_last = self.found == len(self.items)
         self.is_searched = not is_found or (is_last and self.last_search is None)
 
-    def open_window(self, place: str, row: int) -> None:
+    def open_q_tile(self, place: str, row: int) -> None:
         self.count(place, "open")
-        self.close_window(place)
+        self.close_q_tile(place)
         first = row & -ROW_TILE
         self.count(place, "keep", self.done > first)
         self.zero_until(place, first)
-        self.window, self.kind = first, "prefill" if place == PREFILL else "decodes"
+        self.q_tile, self.kind = first, "prefill" if place == PREFILL else "decodes"
         if place != PREFILL:
-            num_rows = min(self.blocks.window, self.num_tokens - first)
+            num_rows = min(self.spec.block_q, self.num_tokens - first)
             self.count(place, "tiles", num_rows // ROW_TILE)
 
-    def close_window(self, place: str) -> None:
+    def close_q_tile(self, place: str) -> None:
         if not self.kind:
             return
         self.count(place, "close")
-        num_tiles = _cdiv(self.window_end - self.window, ROW_TILE)
+        num_tiles = _cdiv(self.q_tile_end - self.q_tile, ROW_TILE)
         if self.kind == "decodes":
             self.count(place, "gather")
             self.count(place, "gather_trips", num_tiles)
-        self.done = max(self.done, self.window + num_tiles * ROW_TILE)
+        self.done = max(self.done, self.q_tile + num_tiles * ROW_TILE)
         self.kind = ""
 
     def zero_until(self, place: str, row: int) -> None:
         if self.done < row:
             self.count(place, "zero")
-            self.count(place, "zero_trips", _cdiv(row - self.done, self.blocks.window))
+            self.count(place, "zero_trips", _cdiv(row - self.done, self.spec.block_q))
             self.done = row

@@ -15,11 +15,27 @@ from typing import Any
 from bench.cases.kv_write import WriteCase
 from bench.cases.rounding import ceil_div
 from bench.tpu_model import schedule as ts
+from pallas_paged.kv_write.options import WriteOptions
 from pallas_paged.kv_write.tpu import launch as mosaic_tpu
+from pallas_paged.kv_write.tpu.spec import KernelSpec
 
 # What published data prove of the DMA engine: 640 slices, two DMAs each, in 22.8 us on a v6e
 # (vLLM PR 20415, 128 slices a step, where latency vanishes); see bench.tpu_model.published.
 DESCRIPTOR_NS = 18.0
+
+
+def spec_of(case: WriteCase) -> KernelSpec:
+    """The kernel's static parameters for a case, with the shipped block sizes."""
+    pool, k = case.shapes()[:2]
+    options = WriteOptions("mosaic_tpu", False, config=None, num_kv_heads=case.num_kv_heads)
+    return mosaic_tpu.plan(
+        {"slice": "slice_write", "token": "token_write"}.get(case.op, "page_write"),
+        pool,
+        k,
+        options,
+        num_entries=case.num_tokens if case.op == "token" else case.num_pages,
+        has_token_starts=case.op in ("page_starts", "slice"),
+    )
 
 
 def compile_target(**fields: Any) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
@@ -94,34 +110,11 @@ def predict(
 
 def representative(case: WriteCase) -> WriteCase:
     """The case whose kernel has the same body: one with full groups, in one step or several."""
-    step = mosaic_tpu.ENTRIES_PER_STEP * (1 if case.op == "token" else case.page_size)
+    step = mosaic_tpu.ELEMENTS_PER_STEP * (1 if case.op == "token" else case.page_size)
     # So many that XLA cannot prefetch k and v to VMEM, which would time another kernel.
     tokens = 2 * step if case.num_tokens > step else 65536
     page_size = 1 if case.op == "token" else case.page_size
     return dataclasses.replace(case, num_tokens=tokens, page_size=page_size)
-
-
-def _entries(
-    case: WriteCase,
-) -> tuple[mosaic_tpu.Entries, mosaic_tpu.TpuWriteConfig, mosaic_tpu.Tiling]:
-    """The shipped block sizes for the case, and what the op makes of it (mosaic_tpu)."""
-    pool, k = case.shapes()[:2]
-    config = mosaic_tpu.default_config(pool, k, case.num_kv_heads)
-    length = mosaic_tpu.page_part(case.page_size, config.block_tokens)
-    parts = case.page_size // length
-    if case.op == "slice":
-        parts, length = mosaic_tpu.slice_parts(case.page_size, config.block_tokens)
-    elif case.op == "token":
-        parts, length = 1, 1
-    entries = mosaic_tpu.Entries(
-        case.op,
-        length,
-        parts,
-        has_sources=case.op in ("page_starts", "slice"),
-        has_lengths=case.op == "slice",
-    )
-    slots = mosaic_tpu.slots_of(pool, k, case.num_kv_heads)
-    return entries, config, mosaic_tpu.group_tiling(slots, entries, config, k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,14 +133,14 @@ class _Trips:
 
 
 def _count_trips(case: WriteCase) -> tuple[_Trips, int, int]:
-    """How often a dense case runs what the kernel plans, the unroll, and the number of entries."""
-    entries, config, tiling = _entries(case)
-    length, parts = entries.max_len, entries.parts
-    num_entries = case.num_tokens if case.op == "token" else case.num_pages * parts
-    group = mosaic_tpu.group_entries(entries, config)
-    unroll = mosaic_tpu.unroll(group, has_lengths=entries.has_lengths)
-    align = tiling.tile if case.is_flat else 1
-    step = min(num_entries, mosaic_tpu.ENTRIES_PER_STEP * parts)
+    """How often a dense case runs what the kernel plans, the unroll, and the number of chunks.
+
+    The kernel's own grouping (`grouping.find_group`) on paper.
+    """
+    spec = spec_of(case)
+    num_entries = spec.num_elements * spec.chunks_per_element
+    group, unroll = spec.chunks_per_group, spec.chunks_per_iteration
+    step = spec.chunks_per_step
     totals = dict.fromkeys((f.name for f in dataclasses.fields(_Trips)), 0)
     for first_of_step in range(0, num_entries, step):
         totals["steps"] += 1
@@ -155,15 +148,15 @@ def _count_trips(case: WriteCase) -> tuple[_Trips, int, int]:
         i = first_of_step
         while i < last_of_step:
             size = min(group, last_of_step - i)
-            if entries.has_sources and size >= unroll:
+            if spec.has_token_starts and size >= unroll:
                 size -= size % unroll
                 totals["plan_chunks"] += size // unroll
-            elif entries.has_sources:
+            elif spec.has_token_starts:
                 totals["one_by_one"] += 1
                 totals["plan_entries"] += size - 1
-            tokens = size * length + (i * length) % align
+            tokens = size * spec.chunk_tokens + (i * spec.chunk_tokens) % spec.row_align
             totals["groups"] += 1
-            totals["bodies"] += ceil_div(tokens, tiling.tile * tiling.unroll)
+            totals["bodies"] += ceil_div(tokens, spec.tiling.tile * spec.tiling.tiles_per_iteration)
             singles = size % unroll if unroll > 1 else size
             totals["chunks"] += (size - singles) // unroll
             totals["singles"] += singles
@@ -178,7 +171,7 @@ def _roles(tree: ts.Node, case: WriteCase, unroll: int) -> dict[tuple[int, ...],
     The fast form of a chunk has no role where the compiler has predicated it into the group's loop.
     """
     loops = [node for node in tree.walk() if node.kind == "loop"]
-    one_chunk = case.op in ("page", "page_starts") and unroll > 1  # Walk.at_most_one_chunk
+    one_chunk = case.op in ("page", "page_starts") and unroll > 1  # spec.is_one_iteration
 
     def stores(node: ts.Node) -> float:
         return node.total.vector_stores

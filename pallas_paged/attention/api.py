@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""The public attention: signature, docstring, checks and dispatch. No kernel code."""
+"""The public attention ops: their signatures, docstrings, checks and dispatch. No kernel code."""
 
 import functools
 from typing import Any
@@ -23,7 +23,7 @@ _KERNELS: dict[str, tuple[Any, type]] = {
 }
 
 _OP = "ragged_paged_attention"
-# Below this, a score that the mask adds it to weighs nothing in float32.
+# A mask value below this one leaves a score no weight in float32.
 _LEAVES_OUT = -1e9
 
 
@@ -53,61 +53,66 @@ def ragged_paged_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention of new tokens over the pages of their sequences, prefill and decode in one batch.
 
-    Sequence s has its queries in rows `cu_q_lens[s] .. cu_q_lens[s + 1]` of the packed batch; they
-    are the last of its `kv_lens[s]` tokens, whose keys and values are in the pool already. Query
-    head n reads KV head `n // (N // K)`. The score of a query at position i and a key at position
-    j is `q . k * sm_scale`, then `soft_cap * tanh(score / soft_cap)`; it counts where `j <= i` (if
-    causal) and `j > i - sliding_window`. Accumulation, maximum and sum are float32.
+    The queries of sequence s are rows `cu_q_lens[s] .. cu_q_lens[s + 1]` of the packed batch. They
+    belong to the last of the sequence's `kv_lens[s]` tokens, whose keys and values are all in the
+    pool already. Query head n reads KV head `n // (N // K)`. The score of a query at position i and
+    a key at position j is `q . k * sm_scale`; a soft cap makes it
+    `soft_cap * tanh(score / soft_cap)`. The key counts if `j <= i` (with `causal`) and if
+    `j > i - sliding_window` (with a window). Accumulator, maximum and sum are float32.
 
     Args:
       q: [T, N, H], float32, bfloat16 or float16.
-      kv_pages: [P, page_size, R, C], the pool; read only. Rows and pages that no sequence uses may
-        hold anything, NaN included. V of a sequence's own token should be finite: in a prefill the
-        kernels, unlike the oracle, may hand a NaN to earlier rows that do not see the token.
-      kv_lens: int32[S], tokens of each sequence, the new ones included.
-      page_indices: int32[S, M], page table; entry m of a row holds positions
-        `m * page_size .. + page_size`. Entries past a sequence's tokens may hold anything.
-      cu_q_lens: int32[S + 1], prefix sums of the new tokens.
+      kv_pages: [P, page_size, R, C], the pool, which is only read. Rows and pages that no sequence
+        uses may hold anything, NaN included. The values V of a sequence's own tokens should be
+        finite: in a prefill the kernels, unlike the oracle, may pass a NaN on to earlier rows that
+        do not see its token.
+      kv_lens: int32[S], the number of tokens of each sequence, the new ones included.
+      page_indices: int32[S, M], the page table. Entry m of a row is the page that holds positions
+        `m * page_size .. (m + 1) * page_size` of the sequence. Entries after a sequence's last
+        token may hold anything.
+      cu_q_lens: int32[S + 1], the prefix sums of the numbers of new tokens.
       num_seqs: int32[1], how many of the S rows are sequences.
-      sm_scale: factor on q . k, a finite number that may be traced; None means `H ** -0.5`, the
-        usual one. The default is 1, as in JAX's kernel. A number that is known to be above 0 is the
-        fastest: with another the GPU's prefills take 4 to 10% longer.
-      causal: whether a query sees no later key.
-      sliding_window: an int >= 1, or an integer scalar that may be traced: how many keys, its own
-        included, a query looks back on. None for all; an int that is too large for int32 is all
-        too. Of traced windows any that is at least kv_len is all, the largest int32 for one; one
-        below 1 hides every key from a causal query, whose row is 0.
-      soft_cap: bound on the scores, > 0; None for no bound. Static.
-      mask_value: added to the scores of keys that the mask hides; None, or -inf, leaves them out.
-        Static.
-      k_scale, v_scale: a number or float32[K], > 0, for fp8 and int8 pools: what the stored values
-        are multiplied by. None means 1.
-      sinks: float32[N] or another float dtype, one more score per head, which takes its share of
-        the softmax and has no value; -inf for a head without one.
-      num_kv_heads: K, an int. None takes it from the pool where one K alone divides N and makes a
-        pool of R rows (`make_kv_pages`); where several do, as 3 and 4 for 12 query heads and R = 8
-        in bfloat16, it is needed.
+      sm_scale: the factor on `q . k`, a finite number, which may be traced. None means `H ** -0.5`,
+        the usual one. The default is 1, as in JAX's own TPU kernel. On a GPU a number that is known
+        to be above 0 when the call is traced is the fastest: without that a prefill takes 4 to 10%
+        longer.
+      causal: whether a query only sees keys up to its own position.
+      sliding_window: how many keys a query looks back on, its own included. None sets no limit. It
+        is an int >= 1, or an integer scalar that may be traced. An int that is too large for int32
+        sets no limit either. A traced one sets none if it is at least kv_len, for example the
+        largest int32; if it is below 1, a causal query sees no key, and its row is 0.
+      soft_cap: the bound on the scores, a static number > 0; None sets no bound.
+      mask_value: a static number that is added to the scores of keys that the mask hides; None or
+        -inf leaves those keys out.
+      k_scale, v_scale: what the stored values of an fp8 or int8 pool are multiplied by: a number or
+        float32[K], > 0. None means 1.
+      sinks: [N], float32 or another float dtype: one more score per head, which takes its share of
+        the softmax and has no value. It is -inf for a head without a sink.
+      num_kv_heads: K, an int. None takes it from the pool, if there is one K only that divides N
+        and makes a pool of R rows (see `make_kv_pages`). With 12 query heads and R = 8 in bfloat16,
+        for example, K may be 3 or 4, and has to be given.
       return_lse: whether to return the log-sum-exp too.
-      config: block sizes of the kernel, the Config of the backend that runs; None lets it choose.
+      config: the kernel's block sizes, a `TpuAttentionConfig` or a `GpuAttentionConfig`, whichever
+        belongs to the backend that runs. None lets the kernel choose.
       backend: "auto", "oracle", "mosaic_tpu" or "mosaic_gpu".
-      num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes: JAX's kernel has them, here
-        they are None: leave them out.
+      num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes: leave these out. JAX's own
+        TPU kernel has them; here `config` takes their place, and they must be None.
 
-    Numbers may be Python's, numpy's or jax's, scalars also of shape [1]. Their values are checked,
-    but for those that are traced or lie on an accelerator, which no call waits for; only what is
-    static is read from there.
+    A number may be Python's, numpy's or jax's, and a scalar may have the shape [1]. Its value is
+    checked, unless it is traced or lies on an accelerator, because no call waits for an accelerator
+    to check a value. Only a static argument is read from there.
 
     Returns:
-      q's dtype [T, N, H]; with `return_lse` also the natural log of the sum of the exponentials of
-      the scores, sinks included, f32[T, N]. Rows without work (of no sequence, or of one with
-      kv_len 0) are 0, their log-sum-exp -inf.
+      the output, q's dtype [T, N, H]. With `return_lse` also the log-sum-exp, f32[T, N]: the
+      natural logarithm of the sum of the exponentials of the scores, the sink included. A row
+      without work, of no sequence or of one with kv_len 0, is 0, and its log-sum-exp is -inf.
 
     Raises:
       ValueError: an argument has the wrong form.
       NotImplementedError: the named backend cannot run this call.
 
-    One sequence of 3 tokens in pages 2 and 0 (of 2 tokens each); the last two are new. With equal
-    keys a query averages the values that it sees:
+    In this example a sequence has 3 tokens in pages 2 and 0, of 2 tokens each, and the last two are
+    new. All keys are equal, so a query averages the values that it sees:
 
     >>> pool = layout.make_kv_pages(3, 2, num_kv_heads=1, head_dim=128, dtype=jnp.float32)
     >>> pool = pool.at[2, :, 1].set(jnp.array([[3.0], [5.0]])).at[0, 0, 1].set(10.0)  # V
@@ -179,29 +184,36 @@ def write_and_attend(
     num_queries_per_block: None = None,
     vmem_limit_bytes: None = None,
 ) -> tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, jax.Array]:
-    """Writes a batch's new keys and values into its pages, then attends over them.
+    """Writes a batch's new keys and values into its pages, then attends over the pages.
 
     The new tokens of sequence s are rows `cu_q_lens[s] .. cu_q_lens[s + 1]` of q, k and v, and the
-    last of its `kv_lens[s]`. No sequence may read a page that another writes in the same call. On a
-    TPU this is one kernel, which reads no page back that it fills, if VMEM has room for the new
-    tokens (the support matrix says for how many); else, and on other backends, the two ops one
-    after another.
+    last of its `kv_lens[s]` tokens. No sequence may read a page that another one writes in the same
+    call.
+
+    On a TPU this is one kernel, which does not read back the pages that it fills, if VMEM has room
+    for the new tokens; the support matrix says for how many it has. Else, and on other backends,
+    the two ops run one after the other.
 
     Args:
       q: [T, N, H], as in `ragged_paged_attention`.
       k, v: [T, K, H] or [T, K*H], as in `page_write`.
-      kv_pages: [P, page_size, R, C], the pool; donated.
-      The rest is as in `ragged_paged_attention`; the scales serve the write as well. None for
-        `num_kv_heads` takes K from k and q's H.
+      kv_pages: [P, page_size, R, C], the pool, which is donated.
+      kv_lens, page_indices, cu_q_lens, num_seqs: as in `ragged_paged_attention`.
+      sm_scale, causal, sliding_window, soft_cap, mask_value, sinks: as there.
+      k_scale, v_scale: as there; new keys and values are divided by them as they are written.
+      num_kv_heads: K, an int. None takes it from k and from the H of q.
+      return_lse, config, backend: as there.
+      num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes: leave these out, as there.
 
     Returns:
-      `(out, kv_pages)`, with `return_lse` `(out, kv_pages, lse)`.
+      `(out, kv_pages)`, and with `return_lse` `(out, kv_pages, lse)`.
 
     Raises:
       ValueError: an argument has the wrong form.
       NotImplementedError: the named backend cannot run this call.
 
-    A sequence of 2 tokens, both new, in page 1. The second query averages the two values:
+    In this example a sequence has 2 tokens, both new, in page 1. All keys are equal, so the second
+    query averages the two values:
 
     >>> pool = layout.make_kv_pages(3, 2, num_kv_heads=1, head_dim=128, dtype=jnp.float32)
     >>> v = jnp.array([3.0, 5.0])[:, None, None] * jnp.ones((2, 1, 128))
@@ -270,7 +282,7 @@ def _plan(
     config: AttentionConfig | None,
     k: jax.Array | None = None,
 ) -> dispatch.Plan:
-    """What a backend's kernels would run for a call; with `k` also for its writes."""
+    """What a backend's kernels would run for a call, which also writes new keys if `k` is given."""
     kernels, config_type = _KERNELS[backend]
     if options.mask_value is not None and options.mask_value > _LEAVES_OUT:
         return dispatch.Plan(
@@ -286,7 +298,7 @@ def _plan(
 
 
 def _is_positive(sm_scale: jax.Array | np.number) -> bool:
-    """Whether a factor is known to be above 0. A chip may flush subnormal numbers to 0."""
+    """Whether a factor is known to be above 0, also on a chip that turns subnormal numbers to 0."""
     return isinstance(sm_scale, np.number) and bool(sm_scale >= np.finfo(np.float32).tiny)
 
 
@@ -306,7 +318,7 @@ def _attention(
     backend: str,
     is_auto: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Runs the chosen backend: (out, log-sum-exp)."""
+    """Runs the chosen backend; returns the output and the log-sum-exp."""
     q, kv_pages, batch, factors = checks.refuse_transforms(_OP, (q, kv_pages, batch, factors))
     q = dispatch.require_lowering(_OP, backend, is_auto, q)
     if q.shape[0] == 0:
@@ -333,7 +345,7 @@ def _write_and_attend(
     backend: str,
     is_auto: bool,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """One kernel where there is one, else composed of the two ops: (out, log-sum-exp, pool)."""
+    """Runs one kernel if there is one, else the two ops; returns output, log-sum-exp and pool."""
     op = "write_and_attend"
     q, k, v, kv_pages, batch, factors = checks.refuse_transforms(
         op, (q, k, v, kv_pages, batch, factors)
@@ -357,7 +369,7 @@ def _write_and_attend(
         "num_kv_heads": options.num_kv_heads,
         "backend": backend,
     }
-    if backend == "mosaic_gpu":  # one launch, and as fast as whole pages there
+    if backend == "mosaic_gpu":  # there this one launch is as fast as writing whole pages
         kv_pages = kv_write.token_write(kv_pages, k, v, indices.slots, **write)
     else:
         kv_pages = kv_write.page_write(
@@ -373,7 +385,7 @@ def _write_and_attend(
 def _refuse_block_sizes(
     op: str, num_kv_pages_per_block: Any, num_queries_per_block: Any, vmem_limit_bytes: Any
 ) -> None:
-    """JAX's own callers pass these; here they are fields of a Config, of each kernel's own."""
+    """Refuses keywords of JAX's own TPU kernel, which are fields of a kernel's config here."""
     for name, value in (
         ("num_kv_pages_per_block", num_kv_pages_per_block),
         ("num_queries_per_block", num_queries_per_block),
@@ -385,13 +397,13 @@ def _refuse_block_sizes(
             name,
             got=checks.describe(value),
             wanted="None",
-            hint="leave it out, the kernel chooses its blocks and its memory; or pass config= with"
-            " the backend's Config",
+            hint="leave it out, and the kernel chooses its blocks and its memory; or pass config="
+            " with the backend's block sizes",
         )
 
 
 def _heads_of_new(op: str, q: jax.Array, k: jax.Array) -> int | None:
-    """K as k says it: its own dimension, or the width over q's H. None where it says nothing."""
+    """K from the shape of k: a dimension of it, or its width over q's H; None if k says nothing."""
     for name, x in (("q", q), ("k", k)):
         checks.require_array(op, name, x)
     if k.ndim == 3:
@@ -410,7 +422,7 @@ def _heads_of_new(op: str, q: jax.Array, k: jax.Array) -> int | None:
 
 
 def _no_rows(q: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The output and the log-sum-exp of a batch without a token; no backend launches anything."""
+    """The output and the log-sum-exp of a batch without a token, for which nothing is launched."""
     return q, jnp.zeros_like(q[..., 0], jnp.float32)
 
 
@@ -458,7 +470,7 @@ def _check_arrays(op: str, q: jax.Array, kv_pages: jax.Array, num_kv_heads: int 
         "q",
         got=f"{checks.describe(q)} ({num_heads} query heads)",
         wanted=f"a multiple of the {num_kv_heads} KV heads",
-        hint="every KV head serves as many query heads",
+        hint="every KV head serves the same number of query heads",
     )
     return num_kv_heads
 
@@ -470,6 +482,7 @@ def _check_metadata(
     cu_q_lens: jax.Array,
     num_seqs: jax.Array,
 ) -> None:
+    """Checks the shapes and dtypes of the metadata."""
     checks.require_int32(op, "kv_lens", kv_lens, 1, "[S]")
     checks.require_int32(op, "page_indices", page_indices, 2, "[S, M]")
     checks.require_int32(op, "cu_q_lens", cu_q_lens, 1, "[S + 1]")
@@ -509,13 +522,13 @@ def _check_options(
     sliding_window: Any,
     soft_cap: Any,
     mask_value: Any,
-    k_scale: jax.Array | None,
-    v_scale: jax.Array | None,
+    k_scale: Any,
+    v_scale: Any,
     sinks: Any,
     return_lse: Any,
     config: Any,
 ) -> tuple[Factors, AttentionOptions]:
-    """Checks the options; the scales are checked already."""
+    """Checks all options but the scales, which are checked already; returns them as two objects."""
     checks.require(
         config is None or isinstance(config, AttentionConfig),
         op,

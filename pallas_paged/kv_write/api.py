@@ -2,12 +2,16 @@
 """The public writes: signatures, docstrings, checks and dispatch. No kernel code.
 
 Every op takes the pool, donates it, and returns it updated in place. An entry that is out of range
-anywhere (its page or slot outside the pool, -1 included, or its source outside the batch) is
-skipped whole; nothing is clamped. Two entries for one slot: either may win, on a GPU each in a part
-(`validate` refuses).
+anywhere is skipped whole, and nothing is clamped: its page or slot may lie outside the pool (-1
+does), or its tokens outside the batch. Where two entries write one slot, either may win, and on a
+GPU each may win a part of it; `validate` refuses such calls.
+
+The way of a call: the public op checks its arguments and chooses the backend, its jitted half calls
+the backend's function of the same name, and that launches the kernel.
 """
 
-import functools
+from types import ModuleType
+from typing import Any
 
 import jax
 
@@ -16,6 +20,7 @@ from pallas_paged.dispatch import Backend
 from pallas_paged.kv_write import oracle
 from pallas_paged.kv_write.gpu import launch as mosaic_gpu
 from pallas_paged.kv_write.indices import WriteIndices, write_indices
+from pallas_paged.kv_write.options import WriteOptions, WriteScales
 from pallas_paged.kv_write.tpu import launch as mosaic_tpu
 
 __all__ = [
@@ -28,7 +33,8 @@ __all__ = [
 ]
 
 Config = mosaic_tpu.TpuWriteConfig | mosaic_gpu.GpuWriteConfig
-_KERNELS = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
+_KERNELS: dict[str, ModuleType] = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
+_BACKENDS: dict[str, ModuleType] = {"oracle": oracle, **_KERNELS}
 _CONFIGS = {"mosaic_tpu": mosaic_tpu.TpuWriteConfig, "mosaic_gpu": mosaic_gpu.GpuWriteConfig}
 
 
@@ -45,30 +51,36 @@ def page_write(
     config: Config | None = None,
     backend: Backend = "auto",
 ) -> jax.Array:
-    """Writes whole pages: page `page_ids[i]` gets tokens `token_starts[i] .. + page_size`.
+    """Writes whole pages: page `page_ids[i]` gets the `page_size` tokens from `token_starts[i]` on.
 
     Args:
       kv_pages: [P, page_size, R, C], the pool; donated.
-      k, v: [T, K, H] or [T, K*H], float32 or bfloat16 (float16 on a GPU and in the oracle), any T;
-        or the dtype of an 8-bit pool, which are stored as they are, whatever the scales.
-      page_ids: int32[n]; -1 skips.
-      token_starts: int32[n], the first token of each page in the packed batch, in any order (in
-        ascending order the batch is read once); None means `i * page_size`.
-      k_scale, v_scale: a number or float32[K], for fp8 and int8 pools: the pool stores
-        `x / scale` (rounding: `kv_write.oracle.quantize`). None means 1. Any float dtype, taken as
-        float32; [1] is a number too. Each is > 0 and has an inverse in float32, which is checked
-        unless it is traced or lies on an accelerator.
-      num_kv_heads: K, an int; needed where k is [T, K*H], unless one K alone makes such a pool of
-        k's width (of 128 lanes hardly ever: R rows are R/2 heads of 128 or R heads of 64).
-      config: block sizes of the kernel, the Config of the backend that runs; None lets it choose.
-      backend: "auto", "oracle", "mosaic_tpu" or "mosaic_gpu".
+      k, v: [T, K, H] or [T, K*H], the new keys and values of the T tokens of the packed batch. They
+        are float32 or bfloat16, or float16 on a GPU and in the oracle. They may also have the dtype
+        of an 8-bit pool; then they are stored as they are, whatever the scales.
+      page_ids: int32[n], one page per entry; -1 skips the entry.
+      token_starts: int32[n], the first token of each page in the packed batch. Any order is right;
+        in ascending order the batch is read only once. None means `i * page_size`.
+      k_scale, v_scale: a number or float32[K], one per KV head, for an fp8 or int8 pool, which
+        stores `x / scale` (`kv_write.oracle.quantize` defines the rounding). None means 1. Any
+        float dtype is taken as float32, and an array of shape [1] as a number. A scale must be
+        positive, and float32 must hold its inverse too; that is checked unless the scale is traced
+        or lies on an accelerator.
+      num_kv_heads: K, an int. It is needed where k is [T, K*H], unless only one K makes a pool of
+        this form from k's width. Of a pool with 128 lanes that is rare: its R rows may be R/2 heads
+        of 128 or R heads of 64.
+      config: the block sizes of the kernel, a Config of the backend that runs. None lets the
+        backend choose.
+      backend: "auto", "oracle", "mosaic_tpu" or "mosaic_gpu". A named backend runs the call or
+        refuses it; "auto" takes the kernel of the platform where it can run the call, and else the
+        oracle.
 
     Returns:
-      the pool, [P, page_size, R, C].
+      The pool, [P, page_size, R, C].
 
     Raises:
-      ValueError: an argument has the wrong form.
-      NotImplementedError: the named backend cannot run this call.
+      ValueError: an argument has the wrong form; the message says which and what was wanted.
+      NotImplementedError: the named backend cannot run this call; the message says why.
 
     >>> import jax.numpy as jnp
     >>> from pallas_paged import make_kv_pages, page_write
@@ -82,26 +94,14 @@ def page_write(
      [[0.0, 0.0], [0.0, 0.0]], [[2.0, -2.0], [3.0, -3.0]]]
     """
     op = "page_write"
-    heads, head_dim, k_scale, v_scale = checks.require_write(
+    heads, head_dim, *scales = checks.require_write(
         op, kv_pages, k, v, k_scale, v_scale, num_kv_heads
     )
     checks.require_int32(op, "page_ids", page_ids, 1, "[n]")
     if token_starts is not None:
         _require_same_form(op, "token_starts", token_starts, "page_ids", page_ids)
-    chosen = _choose(op, backend, kv_pages, k, heads, head_dim, config)
-    return _page_write(
-        kv_pages,
-        k,
-        v,
-        page_ids,
-        token_starts,
-        k_scale,
-        v_scale,
-        heads,
-        config,
-        chosen,
-        backend == "auto",
-    )
+    options = _options(op, backend, config, kv_pages, k, heads, head_dim)
+    return _page_write(kv_pages, k, v, page_ids, token_starts, WriteScales(*scales), options)
 
 
 def slice_write(
@@ -117,24 +117,23 @@ def slice_write(
     config: Config | None = None,
     backend: Backend = "auto",
 ) -> jax.Array:
-    """Writes runs of tokens, each inside one page.
+    """Writes slices: consecutive tokens that go to consecutive slots of one page.
 
     Args:
-      kv_pages: [P, page_size, R, C], the pool; donated.
-      k, v: [T, K, H] or [T, K*H], float32 or bfloat16 (float16 on a GPU and in the oracle), any T;
-        or the dtype of an 8-bit pool, which are stored as they are, whatever the scales.
-      slices: int32[3, max_slices], rows: first slot (`page * page_size + row`), first token,
-        length. A slice whose length is below 1 or that would leave its page is skipped. Any order
-        of the tokens is right; in ascending order the batch is read once.
+      kv_pages, k, v: as in `page_write`.
+      slices: int32[3, max_slices], one slice per column. The rows are its first slot
+        (`page * page_size + row`), its first token, and its length. A slice whose length is below 1
+        or that would leave its page is skipped. Any order of the tokens is right; in ascending
+        order the batch is read only once.
       num_slices: int32[1], how many of the columns are slices; clamped to [0, max_slices].
       k_scale, v_scale, num_kv_heads, config, backend: as in `page_write`.
 
     Returns:
-      the pool, [P, page_size, R, C].
+      The pool, [P, page_size, R, C].
 
     Raises:
-      ValueError: an argument has the wrong form.
-      NotImplementedError: the named backend cannot run this call.
+      ValueError: an argument has the wrong form; the message says which and what was wanted.
+      NotImplementedError: the named backend cannot run this call; the message says why.
 
     >>> import jax.numpy as jnp
     >>> from pallas_paged import make_kv_pages, slice_write
@@ -146,7 +145,7 @@ def slice_write(
     [[0.0, 0.0, 1.0, 2.0], [0.0, 4.0, 0.0, 0.0]]
     """
     op = "slice_write"
-    heads, head_dim, k_scale, v_scale = checks.require_write(
+    heads, head_dim, *scales = checks.require_write(
         op, kv_pages, k, v, k_scale, v_scale, num_kv_heads
     )
     checks.require_int32(op, "slices", slices, 2, "[3, max_slices]")
@@ -167,20 +166,8 @@ def slice_write(
         wanted="int32[1]",
         hint="it counts the columns of slices that are in use",
     )
-    chosen = _choose(op, backend, kv_pages, k, heads, head_dim, config)
-    return _slice_write(
-        kv_pages,
-        k,
-        v,
-        slices,
-        num_slices,
-        k_scale,
-        v_scale,
-        heads,
-        config,
-        chosen,
-        backend == "auto",
-    )
+    options = _options(op, backend, config, kv_pages, k, heads, head_dim)
+    return _slice_write(kv_pages, k, v, slices, num_slices, WriteScales(*scales), options)
 
 
 def token_write(
@@ -198,18 +185,16 @@ def token_write(
     """Writes token by token: slot `slots[t]` (`page * page_size + row`) gets token t.
 
     Args:
-      kv_pages: [P, page_size, R, C], the pool; donated.
-      k, v: [T, K, H] or [T, K*H], float32 or bfloat16 (float16 on a GPU and in the oracle), any T;
-        or the dtype of an 8-bit pool, which are stored as they are, whatever the scales.
-      slots: int32[T]; -1 skips.
+      kv_pages, k, v: as in `page_write`.
+      slots: int32[T], one slot per token; -1 skips the token.
       k_scale, v_scale, num_kv_heads, config, backend: as in `page_write`.
 
     Returns:
-      the pool, [P, page_size, R, C].
+      The pool, [P, page_size, R, C].
 
     Raises:
-      ValueError: an argument has the wrong form.
-      NotImplementedError: the named backend cannot run this call.
+      ValueError: an argument has the wrong form; the message says which and what was wanted.
+      NotImplementedError: the named backend cannot run this call; the message says why.
 
     >>> import jax.numpy as jnp
     >>> from pallas_paged import make_kv_pages, token_write
@@ -219,7 +204,7 @@ def token_write(
     [[3.0, 0.0], [0.0, 1.0]]
     """
     op = "token_write"
-    heads, head_dim, k_scale, v_scale = checks.require_write(
+    heads, head_dim, *scales = checks.require_write(
         op, kv_pages, k, v, k_scale, v_scale, num_kv_heads
     )
     checks.require_int32(op, "slots", slots, 1, "[T]")
@@ -229,12 +214,10 @@ def token_write(
         "slots",
         got=checks.describe(slots),
         wanted=f"int32[{k.shape[0]}]",
-        hint=f"one slot for each token of k {checks.describe(k)}; -1 skips one",
+        hint=f"one slot per token of k {checks.describe(k)}; -1 skips one",
     )
-    chosen = _choose(op, backend, kv_pages, k, heads, head_dim, config)
-    return _token_write(
-        kv_pages, k, v, slots, k_scale, v_scale, heads, config, chosen, backend == "auto"
-    )
+    options = _options(op, backend, config, kv_pages, k, heads, head_dim)
+    return _token_write(kv_pages, k, v, slots, WriteScales(*scales), options)
 
 
 def copy_pages(
@@ -245,22 +228,25 @@ def copy_pages(
     config: Config | None = None,
     backend: Backend = "auto",
 ) -> jax.Array:
-    """Copies pages inside the pool (copy on write): page `dst_ids[i]` gets page `src_ids[i]`.
+    """Copies pages inside the pool: page `dst_ids[i]` gets the content of page `src_ids[i]`.
+
+    An engine copies a page that two sequences share before one of them writes it (copy on write).
 
     Args:
       kv_pages: [P, page_size, R, C], the pool; donated.
-      src_ids, dst_ids: int32[n]. A pair with either id outside the pool is skipped. No page may be
-        written twice, nor both read and written: the order of the copies is undefined.
-      config: the Config of the backend that runs; of its fields a copy reads `block_tokens`, the
-        most tokens of a page that it moves at once. None lets the kernel choose.
+      src_ids, dst_ids: int32[n]. A pair of which either id lies outside the pool is skipped. The
+        order of the copies is undefined, so no page may be written twice, nor both read and
+        written; `validate` refuses such calls.
+      config: a Config of the backend that runs. A copy only reads its `block_tokens`, the most
+        tokens of a page that it moves at once. None lets the backend choose.
       backend: as in `page_write`.
 
     Returns:
-      the pool, [P, page_size, R, C].
+      The pool, [P, page_size, R, C].
 
     Raises:
-      ValueError: an argument has the wrong form.
-      NotImplementedError: the named backend cannot run this call.
+      ValueError: an argument has the wrong form; the message says which and what was wanted.
+      NotImplementedError: the named backend cannot run this call; the message says why.
 
     >>> import jax.numpy as jnp
     >>> from pallas_paged import copy_pages
@@ -276,10 +262,10 @@ def copy_pages(
         op, backend, lambda name: dispatch.Plan(refusal=_KERNELS[name].unsupported_pool(kv_pages))
     )
     _require_config(op, config, chosen)
-    return _copy_pages(kv_pages, src_ids, dst_ids, config, chosen, backend == "auto")
+    return _copy_pages(kv_pages, src_ids, dst_ids, WriteOptions(chosen, backend == "auto", config))
 
 
-def _require_same_form(op, argument, x, other_argument, other):
+def _require_same_form(op: str, argument: str, x: Any, other_argument: str, other: Any) -> None:
     checks.require_int32(op, argument, x, 1, "[n]")
     checks.require(
         x.shape == other.shape,
@@ -291,8 +277,29 @@ def _require_same_form(op, argument, x, other_argument, other):
     )
 
 
-def _require_config(op, config, backend):
-    """A Config is of the backend that runs; the oracle has none and takes any."""
+def _options(
+    op: str,
+    backend: str,
+    config: Any,
+    kv_pages: jax.Array,
+    k: jax.Array,
+    num_kv_heads: int,
+    head_dim: int,
+) -> WriteOptions:
+    """The options of a write, with the backend that runs it."""
+    chosen, _ = dispatch.choose(
+        op,
+        backend,
+        lambda name: dispatch.Plan(
+            refusal=_KERNELS[name].unsupported(kv_pages, k, num_kv_heads, head_dim)
+        ),
+    )
+    _require_config(op, config, chosen)
+    return WriteOptions(chosen, backend == "auto", config, num_kv_heads)
+
+
+def _require_config(op: str, config: Any, backend: str) -> None:
+    """Refuses a Config of another backend than the one that runs; the oracle takes any."""
     configs = (_CONFIGS[backend],) if backend in _CONFIGS else tuple(_CONFIGS.values())
     checks.require(
         config is None or isinstance(config, configs),
@@ -304,103 +311,65 @@ def _require_config(op, config, backend):
     )
 
 
-def _choose(op, backend, kv_pages, k, num_kv_heads, head_dim, config):
-    chosen, _ = dispatch.choose(
-        op,
-        backend,
-        lambda name: dispatch.Plan(
-            refusal=_KERNELS[name].unsupported(kv_pages, k, num_kv_heads, head_dim)
-        ),
-    )
-    _require_config(op, config, chosen)
-    return chosen
+# The jitted halves. Only the pool is donated. The options are static, so that a call is compiled
+# anew for each value of them; jax's own settings change nothing about it.
 
 
-# The jitted halves. The pool alone is donated; what is static is keyed by value.
-_jit_write = functools.partial(
-    jax.jit,
-    static_argnames=("num_kv_heads", "config", "backend", "is_auto"),
-    donate_argnames="kv_pages",
-)
-_independent = settings.independent()
+def _jit(half: Any) -> Any:
+    jitted = jax.jit(half, static_argnames="options", donate_argnames="kv_pages")
+    return settings.independent()(jitted)
 
 
-@_independent
-@_jit_write
+@_jit
 def _page_write(
-    kv_pages,
-    k,
-    v,
-    page_ids,
-    token_starts,
-    k_scale,
-    v_scale,
-    num_kv_heads,
-    config,
-    backend,
-    is_auto,
-):
-    kv_pages, k, v, page_ids, token_starts, k_scale, v_scale = checks.refuse_transforms(
-        "page_write", (kv_pages, k, v, page_ids, token_starts, k_scale, v_scale)
-    )
-    kv_pages = dispatch.require_lowering("page_write", backend, is_auto, kv_pages)
-    scales = {"k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads}
-    if backend == "oracle":
-        return oracle.page_write(kv_pages, k, v, page_ids, token_starts, **scales)
-    return _KERNELS[backend].page_write(
-        kv_pages, k, v, page_ids, token_starts, **scales, config=config
-    )
+    kv_pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    page_ids: jax.Array,
+    token_starts: jax.Array | None,
+    scales: WriteScales,
+    options: WriteOptions,
+) -> jax.Array:
+    arrays = _refuse("page_write", options, kv_pages, k, v, page_ids, token_starts, scales)
+    return _BACKENDS[options.backend].page_write(*arrays, options)
 
 
-@_independent
-@_jit_write
+@_jit
 def _slice_write(
-    kv_pages,
-    k,
-    v,
-    slices,
-    num_slices,
-    k_scale,
-    v_scale,
-    num_kv_heads,
-    config,
-    backend,
-    is_auto,
-):
-    kv_pages, k, v, slices, num_slices, k_scale, v_scale = checks.refuse_transforms(
-        "slice_write", (kv_pages, k, v, slices, num_slices, k_scale, v_scale)
-    )
-    kv_pages = dispatch.require_lowering("slice_write", backend, is_auto, kv_pages)
-    scales = {"k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads}
-    if backend == "oracle":
-        return oracle.slice_write(kv_pages, k, v, slices, num_slices, **scales)
-    return _KERNELS[backend].slice_write(
-        kv_pages, k, v, slices, num_slices, **scales, config=config
-    )
+    kv_pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slices: jax.Array,
+    num_slices: jax.Array,
+    scales: WriteScales,
+    options: WriteOptions,
+) -> jax.Array:
+    arrays = _refuse("slice_write", options, kv_pages, k, v, slices, num_slices, scales)
+    return _BACKENDS[options.backend].slice_write(*arrays, options)
 
 
-@_independent
-@_jit_write
-def _token_write(kv_pages, k, v, slots, k_scale, v_scale, num_kv_heads, config, backend, is_auto):
-    kv_pages, k, v, slots, k_scale, v_scale = checks.refuse_transforms(
-        "token_write", (kv_pages, k, v, slots, k_scale, v_scale)
-    )
-    kv_pages = dispatch.require_lowering("token_write", backend, is_auto, kv_pages)
-    scales = {"k_scale": k_scale, "v_scale": v_scale, "num_kv_heads": num_kv_heads}
-    if backend == "oracle":
-        return oracle.token_write(kv_pages, k, v, slots, **scales)
-    return _KERNELS[backend].token_write(kv_pages, k, v, slots, **scales, config=config)
+@_jit
+def _token_write(
+    kv_pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slots: jax.Array,
+    scales: WriteScales,
+    options: WriteOptions,
+) -> jax.Array:
+    arrays = _refuse("token_write", options, kv_pages, k, v, slots, scales)
+    return _BACKENDS[options.backend].token_write(*arrays, options)
 
 
-@_independent
-@functools.partial(
-    jax.jit, static_argnames=("config", "backend", "is_auto"), donate_argnames="kv_pages"
-)
-def _copy_pages(kv_pages, src_ids, dst_ids, config, backend, is_auto):
-    kv_pages, src_ids, dst_ids = checks.refuse_transforms(
-        "copy_pages", (kv_pages, src_ids, dst_ids)
-    )
-    kv_pages = dispatch.require_lowering("copy_pages", backend, is_auto, kv_pages)
-    if backend == "oracle":
-        return oracle.copy_pages(kv_pages, src_ids, dst_ids)
-    return _KERNELS[backend].copy_pages(kv_pages, src_ids, dst_ids, config=config)
+@_jit
+def _copy_pages(
+    kv_pages: jax.Array, src_ids: jax.Array, dst_ids: jax.Array, options: WriteOptions
+) -> jax.Array:
+    arrays = _refuse("copy_pages", options, kv_pages, src_ids, dst_ids)
+    return _BACKENDS[options.backend].copy_pages(*arrays, options)
+
+
+def _refuse(op: str, options: WriteOptions, *arrays: Any) -> tuple[Any, ...]:
+    """The arrays as they are; gradients, vmap and a lowering for another platform are refused."""
+    kv_pages, *rest = checks.refuse_transforms(op, arrays)
+    return dispatch.require_lowering(op, options.backend, options.is_auto, kv_pages), *rest

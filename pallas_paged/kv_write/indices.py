@@ -1,7 +1,7 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""From a batch's page table and lengths to what the writes take, in jittable jax.numpy."""
+"""From the page table and the lengths of a batch to what the writes take, in jittable jax.numpy."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,14 @@ from pallas_paged import checks, scalars, settings
 
 
 class WriteIndices(NamedTuple):
-    """One batch's writes, at the three granularities. All int32, entries in token order.
+    """The writes of one batch. All arrays are int32, and their entries are in token order.
 
-    `page_ids` and `token_starts` cover the whole pages, `slices` and `num_slices` what is left;
-    `slots` covers everything.
+    There are two ways to write the batch: whole pages by `page_ids` and `token_starts` and the rest
+    by `slices` and `num_slices`, or all tokens by `slots`.
     """
 
-    page_ids: jax.Array  # [T // page_size], -1 beyond the whole pages
-    token_starts: jax.Array  # [T // page_size], -1 beyond the whole pages
+    page_ids: jax.Array  # [T // page_size], -1 after the last whole page
+    token_starts: jax.Array  # [T // page_size], -1 after the last whole page
     slices: jax.Array  # [3, 2*S], rows: first slot, first token, length
     num_slices: jax.Array  # [1]
     slots: jax.Array  # [T], -1 where the token belongs to no sequence
@@ -32,18 +32,18 @@ def write_indices(
     *,
     num_tokens: int,
 ) -> WriteIndices:
-    """Where the new tokens of a ragged batch go: whole pages, the slices that remain, and slots.
+    """Finds where the new tokens of a ragged batch go, as whole pages, slices and slots.
 
-    Sequence s has its new tokens at `cu_q_lens[s] .. cu_q_lens[s + 1]` of the packed batch; they
-    are the last of its `kv_lens[s]`. A page that they cover whole becomes a page entry; what is
-    left of them, at most one slice at either end, becomes slices. Jittable; call it once a step
-    and reuse the result in every layer.
+    The new tokens of sequence s are tokens `cu_q_lens[s]` up to `cu_q_lens[s + 1]` of the packed
+    batch, and they are the last of its `kv_lens[s]` tokens. A page that they cover whole becomes an
+    entry of `page_ids`; the rest of them becomes slices, at most one at either end. The function is
+    jittable: call it once per step and reuse the result in every layer.
 
     Args:
-      page_indices: int32[S, M], page table; entry m of a row holds positions
-        `m * page_size .. + page_size` of that sequence.
+      page_indices: int32[S, M], the page table, one row per sequence. Entry m of a row is the page
+        that holds the `page_size` positions from `m * page_size` on.
       kv_lens: int32[S], tokens of each sequence, the new ones included.
-      cu_q_lens: int32[S + 1], prefix sums of the new tokens.
+      cu_q_lens: int32[S + 1], prefix sums of the numbers of new tokens.
       num_seqs: int32[1], how many of the S rows are sequences.
       page_size: tokens in a page.
       num_tokens: T, the static length of the packed batch.
@@ -52,10 +52,10 @@ def write_indices(
       WriteIndices, a tuple `(page_ids, token_starts, slices, num_slices, slots)`.
 
     Raises:
-      ValueError: an argument has the wrong form.
+      ValueError: an argument has the wrong form; the message says which and what was wanted.
 
-    One sequence has 3 tokens and gets 6 more with pages of 4: one token ends page 7, four fill
-    page 2, one begins page 5.
+    A sequence has 3 tokens and gets 6 more, with pages of 4 tokens. One new token ends page 7, four
+    fill page 2, and one begins page 5:
 
     >>> w = write_indices(jnp.array([[7, 2, 5]], jnp.int32), jnp.array([9], jnp.int32),
     ...                   jnp.array([0, 6], jnp.int32), jnp.array([1], jnp.int32), 4, num_tokens=6)
@@ -107,16 +107,24 @@ def write_indices(
         )
 
 
-def _write_indices(page_indices, kv_lens, cu_q_lens, num_seqs, page_size, num_tokens):
+def _write_indices(
+    page_indices: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    num_seqs: jax.Array,
+    page_size: int,
+    num_tokens: int,
+) -> WriteIndices:
     max_seqs, table_width = page_indices.shape
-    # Absurd lengths must give no wild slot: a sequence lives inside the batch and its table row.
+    # Absurd lengths must not give a slot of another sequence: each one is confined to the batch
+    # and to its row of the table.
     is_seq = jnp.arange(max_seqs) < num_seqs[0]
     q_start = jnp.clip(cu_q_lens[:-1], 0, num_tokens)
     q_end = jnp.clip(cu_q_lens[1:], q_start, num_tokens)
-    # Rows beyond num_seqs hold anything, zeros often, and no token may count them among the ends
-    # before it, below.
+    # Rows from num_seqs on may hold anything, often zeros. Their ends must not come before any
+    # token, where the search below would count them.
     q_end = jnp.where(is_seq, q_end, num_tokens)
-    # In whole pages of positions that an int32 holds, so that no page's edge overflows.
+    # At most as many whole pages as have int32 positions, so that no page's edge overflows.
     kv_len = jnp.clip(kv_lens, 0, min(table_width, (2**31 - 1) // page_size) * page_size)
     q_len = jnp.where(is_seq & (kv_lens == kv_len), jnp.minimum(q_end - q_start, kv_len), 0)
     # The last row is the last token, as for the attention, also where there are more rows.
@@ -132,7 +140,7 @@ def _write_indices(page_indices, kv_lens, cu_q_lens, num_seqs, page_size, num_to
     page_ids = jnp.where(nth >= 0, _page(page_indices, seq, page), -1)
     token_starts = jnp.where(nth >= 0, token_start, -1)
 
-    # What is left is at most one stretch before the first page edge and one after the last.
+    # The rest is at most one slice before the first page edge and one after the last.
     head_end = jnp.minimum(first_page * page_size, kv_len)
     tail_start = jnp.maximum(last_page * page_size, head_end)
     position = jnp.stack([start, tail_start], axis=1).reshape(-1)  # [2*S]
@@ -152,7 +160,7 @@ def _write_indices(page_indices, kv_lens, cu_q_lens, num_seqs, page_size, num_to
     return WriteIndices(page_ids, token_starts, slices, num_slices, slots)
 
 
-def _static_int(op, argument, x, least) -> int:
+def _static_int(op: str, argument: str, x: Any, least: int) -> int:
     value = scalars.read_int(x)
     checks.require(
         value is not None and least <= value < 2**31,
@@ -165,8 +173,11 @@ def _static_int(op, argument, x, least) -> int:
     return value or 0
 
 
-def _ragged(counts, capacity):
-    """For entry i of `capacity`: which of the counted groups it is in, and its place or -1."""
+def _ragged(counts: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """Which group each of `capacity` entries is in, and its index there, -1 after the last group.
+
+    Group g has `counts[g]` entries, one group after the other.
+    """
     ends = jnp.cumsum(counts)
     entry = jnp.arange(capacity, dtype=jnp.int32)
     group = jnp.minimum(_num_up_to(ends, entry), counts.shape[0] - 1)
@@ -174,19 +185,24 @@ def _ragged(counts, capacity):
     return group, jnp.where(entry < ends[-1], nth, -1)
 
 
-def _num_up_to(ends, x):
-    """How many of the rising `ends` are at most x, by comparing all: a search would be a loop, and
-    each of its steps a kernel or two on a GPU."""
+def _num_up_to(ends: jax.Array, x: jax.Array) -> jax.Array:
+    """How many of the rising `ends` are at most x.
+
+    All are compared, because a binary search would be a loop, and on a GPU each of its steps is a
+    kernel or two.
+    """
     return jnp.searchsorted(ends, x, side="right", method="compare_all")
 
 
-def _page(page_indices, seq, page):
-    """The table's page id, `-1` past the end of the row."""
+def _page(page_indices: jax.Array, seq: jax.Array, page: jax.Array) -> jax.Array:
+    """The page id in the table, -1 past the end of the row."""
     return page_indices.at[seq, page].get(mode="fill", fill_value=-1)
 
 
-def _slot(page_indices, seq, position, page_size):
-    """The slot of a position, -1 where the table's page id is negative or would overflow."""
+def _slot(
+    page_indices: jax.Array, seq: jax.Array, position: jax.Array, page_size: int
+) -> jax.Array:
+    """The slot of a position, -1 where the page id is negative or its slots would overflow."""
     page = _page(page_indices, seq, position // page_size)
     is_page = (page >= 0) & (page <= 2**31 // page_size - 1)
     return jnp.where(is_page, jnp.where(is_page, page, 0) * page_size + position % page_size, -1)

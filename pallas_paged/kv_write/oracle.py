@@ -1,26 +1,28 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """What the writes mean, in jittable jax.numpy: gather the entries' tokens, scatter those in range.
 
-Also the CPU backend. An entry that is out of range anywhere is dropped whole, never clamped.
+This is also the backend on a CPU. An entry that is out of range anywhere is dropped whole; nothing
+is clamped.
 """
 
 import jax
 import jax.numpy as jnp
 
 from pallas_paged import layout
+from pallas_paged.kv_write.options import WriteOptions, WriteScales
 
 
 def quantize(
     x: jax.Array, scale: jax.Array | float | None, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    """Values `[T, K, H]` as the pool stores them.
+    """Values `[T, K, H]` as a pool of `dtype` stores them.
 
-    - Pools of 16 and 32 bit: rounded to nearest even where the pool is narrower; no scale.
-    - 8-bit pools: `y = float32(x) * (1 / float32(scale))`, one float32 product (scale 1 if None).
-      k and v that have the pool's dtype already are stored as they are, without a scale.
-      int8: `y` rounded half to even, then saturated to [-128, 127]; NaN gives 0.
-      fp8: `y` saturated to the largest finite value (448 for e4m3fn, 57,344 for e5m2; infinities
-      too), rounded to nearest even, subnormals kept; NaN stays NaN.
+    - A pool of 16 or 32 bits has no scale. A value that it cannot hold is rounded to nearest even.
+    - An 8-bit pool stores `y = float32(x) * (1 / float32(scale))`, one float32 product; None is a
+      scale of 1. Values that have the pool's dtype already are stored as they are, without a scale.
+      int8: `y` is rounded half to even, then saturated to [-128, 127]; NaN gives 0.
+      fp8: `y`, infinities too, is saturated to the largest finite value (448 for e4m3fn, 57,344 for
+      e5m2), then rounded to nearest even; subnormals are kept, and NaN stays NaN.
     """
     dtype = jnp.dtype(dtype)
     if not layout.is_quantized(dtype) or x.dtype == dtype:
@@ -34,38 +36,42 @@ def quantize(
 
 
 def inverse_scale(scale: jax.Array | float | None, num_kv_heads: int) -> jax.Array:
-    """`1 / scale` as float32[K]; what both backends multiply by."""
+    """`1 / scale` as float32[K], which every backend multiplies by."""
     inverse = 1.0 / jnp.asarray(1.0 if scale is None else scale, jnp.float32)
     return jnp.broadcast_to(inverse, (num_kv_heads,))
 
 
-def _new_slots(kv_pages, k, v, k_scale, v_scale, num_kv_heads):
+def _new_slots(
+    kv_pages: jax.Array, k: jax.Array, v: jax.Array, scales: WriteScales, num_kv_heads: int
+) -> jax.Array:
     """The new tokens in the pool's form, `[T, R, C]`, as `_bits`."""
-    k = quantize(layout.split_heads(k, num_kv_heads), k_scale, kv_pages.dtype)
-    v = quantize(layout.split_heads(v, num_kv_heads), v_scale, kv_pages.dtype)
+    k = quantize(layout.split_heads(k, num_kv_heads), scales.k, kv_pages.dtype)
+    v = quantize(layout.split_heads(v, num_kv_heads), scales.v, kv_pages.dtype)
     return layout.merge_kv(_bits(k), _bits(v), kv_pages.shape[2])
 
 
-def _bits(x):
-    """The same bytes, narrow floats as unsigned integers.
+def _bits(x: jax.Array) -> jax.Array:
+    """The same bytes, with narrow floats as unsigned integers.
 
-    On a CPU, XLA moves narrow floats by way of wider ones, which rewrites every NaN in the pool.
+    On a CPU, XLA moves narrow floats as wider ones, which would rewrite every NaN in the pool.
     """
     if x.dtype in (jnp.float32, jnp.int8):
         return x
     return x.view(jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
 
 
-def _set(pool, index, bits):
-    """`pool[index] = bits`, byte for byte, an index past the end dropped."""
+def _set(pool: jax.Array, index: jax.Array, bits: jax.Array) -> jax.Array:
+    """`pool[index] = bits`, byte for byte; an index past the end is dropped."""
     return _bits(pool).at[index].set(bits, mode="drop").view(pool.dtype)
 
 
-def _scatter(slots_of_pool, rows, new, tokens, is_live):
-    """Pool rows `rows[i]` become `new[tokens[i]]` where `is_live[i]`."""
-    target = jnp.where(is_live, rows, slots_of_pool.shape[0])  # one past the end: dropped
+def _scatter(
+    pool: jax.Array, slots: jax.Array, new: jax.Array, tokens: jax.Array, is_live: jax.Array
+) -> jax.Array:
+    """Slot `slots[i]` of a pool [P * page_size, R, C] gets `new[tokens[i]]` where `is_live[i]`."""
+    target = jnp.where(is_live, slots, pool.shape[0])  # one past the end: dropped
     values = new.at[tokens].get(mode="fill", fill_value=0)
-    return _set(slots_of_pool, target, values)
+    return _set(pool, target, values)
 
 
 def page_write(
@@ -74,10 +80,8 @@ def page_write(
     v: jax.Array,
     page_ids: jax.Array,
     token_starts: jax.Array | None,
-    *,
-    k_scale: jax.Array | float | None,
-    v_scale: jax.Array | float | None,
-    num_kv_heads: int,
+    scales: WriteScales,
+    options: WriteOptions,
 ) -> jax.Array:
     """Page `page_ids[i]` gets tokens `token_starts[i] .. + page_size`; see api.page_write."""
     num_pages, page_size = kv_pages.shape[:2]
@@ -90,7 +94,7 @@ def page_write(
         token_starts = jnp.arange(page_ids.shape[0], dtype=jnp.int32) * page_size
     is_live = (page_ids >= 0) & (page_ids < num_pages)
     is_live &= (token_starts >= 0) & (token_starts <= num_tokens - page_size)
-    new = _new_slots(kv_pages, k, v, k_scale, v_scale, num_kv_heads)
+    new = _new_slots(kv_pages, k, v, scales, options.num_kv_heads)
     starts = jnp.where(is_live, token_starts, 0)
     tokens = starts[:, None] + jnp.arange(page_size, dtype=jnp.int32)  # [n, page_size]
     return _set(kv_pages, jnp.where(is_live, page_ids, num_pages), new[tokens])
@@ -102,19 +106,20 @@ def slice_write(
     v: jax.Array,
     slices: jax.Array,
     num_slices: jax.Array,
-    *,
-    k_scale: jax.Array | float | None,
-    v_scale: jax.Array | float | None,
-    num_kv_heads: int,
+    scales: WriteScales,
+    options: WriteOptions,
 ) -> jax.Array:
-    """Slot `slices[0, i] + j` gets token `slices[1, i] + j`, `j < slices[2, i]`."""
+    """Slot `slices[0, i] + j` gets token `slices[1, i] + j` for `j < slices[2, i]`.
+
+    See api.slice_write.
+    """
     num_pages, page_size = kv_pages.shape[:2]
     num_tokens = k.shape[0]
     if num_tokens == 0 or slices.shape[1] == 0:
         return kv_pages
     first_slot, first_token, length = slices
     is_live = is_live_slice(slices, num_slices, num_pages, page_size, num_tokens)
-    new = _new_slots(kv_pages, k, v, k_scale, v_scale, num_kv_heads)
+    new = _new_slots(kv_pages, k, v, scales, options.num_kv_heads)
     step = jnp.arange(page_size, dtype=jnp.int32)
     is_token = is_live[:, None] & (step < length[:, None])  # [n, page_size]
     pool = _scatter(
@@ -130,7 +135,7 @@ def slice_write(
 def is_live_slice(
     slices: jax.Array, num_slices: jax.Array, num_pages: int, page_size: int, num_tokens: int
 ) -> jax.Array:
-    """bool[n]: which slices are written. Compared without adding, so that no int32 overflows."""
+    """bool[n]: which slices are written. Nothing is added, so that no int32 overflows."""
     first_slot, first_token, length = slices
     is_live = jnp.arange(slices.shape[1]) < num_slices[0]
     is_live &= (first_slot >= 0) & (first_slot < num_pages * page_size)
@@ -144,22 +149,23 @@ def token_write(
     k: jax.Array,
     v: jax.Array,
     slots: jax.Array,
-    *,
-    k_scale: jax.Array | float | None,
-    v_scale: jax.Array | float | None,
-    num_kv_heads: int,
+    scales: WriteScales,
+    options: WriteOptions,
 ) -> jax.Array:
-    """Slot `slots[t]` gets token t."""
+    """Slot `slots[t]` gets token t; see api.token_write."""
     pool = layout.flatten_slots(kv_pages)
     if slots.shape[0] == 0:
         return kv_pages
-    new = _new_slots(kv_pages, k, v, k_scale, v_scale, num_kv_heads)
+    new = _new_slots(kv_pages, k, v, scales, options.num_kv_heads)
     is_live = (slots >= 0) & (slots < pool.shape[0])
     return _scatter(pool, slots, new, jnp.arange(slots.shape[0]), is_live).reshape(kv_pages.shape)
 
 
-def copy_pages(kv_pages: jax.Array, src_ids: jax.Array, dst_ids: jax.Array) -> jax.Array:
+def copy_pages(
+    kv_pages: jax.Array, src_ids: jax.Array, dst_ids: jax.Array, options: WriteOptions
+) -> jax.Array:
     """Page `dst_ids[i]` gets what page `src_ids[i]` held before the call."""
+    del options
     num_pages = kv_pages.shape[0]
     is_live = (src_ids >= 0) & (src_ids < num_pages) & (dst_ids >= 0) & (dst_ids < num_pages)
     pages = kv_pages[jnp.where(is_live, src_ids, 0)]

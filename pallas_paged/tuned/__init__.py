@@ -1,9 +1,9 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Block sizes that were found by a benchmark: a JSON file a kind of device, with their figures.
+"""Block sizes that a benchmark chose, in one JSON file per kind of device, with their figures.
 
-A file is `{op: [entry, ...]}`. An entry has the shape that it is for, `config`, and what chose it:
-predicted or measured figures, the versions of jax and libtpu, commit and date. The commands that
-write them: `python -m bench.tune_attention --write` for TPUs, on a GPU
+A file is `{op: [entry, ...]}`. An entry has the shape that it is for, its `config`, and what chose
+it: predicted or measured figures, the versions of jax and libtpu, the commit and the date. Two
+commands write the files: `python -m bench.tune_attention --write` for TPUs, and on a GPU
 `python -m bench.tune_attention_gpu --write`.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def file_name(device_kind: str) -> str:
-    """The file of a kind of device, as jax names it.
+    """The name of the file for a kind of device, as jax names it.
 
     >>> file_name("TPU v5 lite")
     'TPU_v5_lite.json'
@@ -26,7 +26,7 @@ def file_name(device_kind: str) -> str:
 
 @functools.cache
 def entries(device_kind: str, op: str) -> tuple[Mapping[str, Any], ...]:
-    """All entries of an op on a kind of device; none where there is no file."""
+    """All entries of an op on a kind of device; none if there is no file."""
     file = importlib.resources.files(__name__).joinpath(file_name(device_kind))
     if not file.is_file():
         return ()
@@ -36,16 +36,16 @@ def entries(device_kind: str, op: str) -> tuple[Mapping[str, Any], ...]:
 def find(
     device_kind: str | None, op: str, *, page_size: int, **shape: Any
 ) -> Mapping[str, int] | None:
-    """The block sizes of the entry for a shape, by the page size that is nearest as a ratio.
+    """The block sizes of the entry for a shape, the one whose page size is nearest as a ratio.
 
     Args:
       device_kind: as jax names it; None finds nothing.
       op: the op's name.
       page_size: tokens in a page.
-      shape: every other field that an entry must have, and its value.
+      shape: all other fields that the entry must have, with their values.
 
     Returns:
-      the fields of the kernel's Config; None without an entry.
+      The fields of the kernel's Config, or None if there is no such entry.
     """
     if device_kind is None:
         return None

@@ -463,7 +463,7 @@ def _slots_of(transforms) -> tuple[int, int]:
 
 
 def new_slots_of(case: Case) -> np.ndarray:
-    """How many DMAs should write each slot, i64[P*page_size]: one a lane tile of a new token."""
+    """How many DMAs should write each slot, i64[P*page_size]: one per lane tile of a new token."""
     num_pages, page_size = case.kv_pages.shape[:2]
     counts = np.zeros(num_pages * page_size, int)
     for seq in range(case.num_seqs[0]):
@@ -537,7 +537,7 @@ class Setup:
     soft_cap: float | None = None
     has_sinks: bool = False
     return_lse: bool = False
-    num_tokens: int = 171  # a multiple of nothing, two windows
+    num_tokens: int = 171  # a multiple of no size in use; two q tiles
     config: tuple[int, ...] = (128, 128, 2)
 
     @property
@@ -626,10 +626,10 @@ _SHORT = {
 def lengths(batch: Batch, page_size: int) -> tuple[int, list[tuple[int, int]]]:
     """cu_q_lens[0] and (q_len, kv_len) of the sequences of a batch, at most 171 rows.
 
-    The numbers are around blocks of 128 keys, windows of 128 rows and row tiles of 16.
+    The numbers lie around KV blocks of 128 keys, q tiles of 128 rows and row tiles of 16 rows.
     """
     p = page_size
-    if batch == "mix":  # every kind of sequence between the others, behind rows that nobody has
+    if batch == "mix":  # every kind of sequence between the others, after rows without a sequence
         return 3, [
             (1, 129),
             (5, 5),
@@ -641,19 +641,19 @@ def lengths(batch: Batch, page_size: int) -> tuple[int, list[tuple[int, int]]]:
             (0, 0),
             (1, p),
         ]
-    if batch == "prefill":  # begins and ends inside tiles that it shares, in two windows
+    if batch == "prefill":  # begins and ends inside row tiles that it shares, in two q tiles
         return 0, [(1, 9), (3, 3), (139, 270), (1, 5), (2, 2)]
     if batch == "boundary":  # of pages
         ends = [p - 1, p, p + 1]
         return 0, [(min(q, n), n) for q, n in zip([1, 16, 1], ends, strict=True) if n]
-    if batch == "blocks":  # of blocks, and of row tiles
+    if batch == "blocks":  # of KV blocks, and of row tiles
         ends = [127, 128, 129, 255, 256, 257]
         return 0, list(zip([1, 15, 17, 1, 16, 1], ends, strict=True))
-    if batch == "decodes":  # across tiles and windows; most have no keys, to save time
+    if batch == "decodes":  # across row tiles and q tiles; most have no keys, to save time
         rows = (5, 15, 16, 17, 112, 126, 127, 128, 129, 143, 144, 154)
         kv_lens = [1 + 37 * row % 40 + (row % 16 == 1) * 190 for row in range(155)]
         return 5, [(1, kv_lens[row] if row in rows else 0) for row in range(5, 155)]
-    if batch == "window":  # a decode in the last row of a window, then tiles that begin anew
+    if batch == "window":  # a decode in the last row of a q tile, then row tiles that begin anew
         return 0, [(127, 130), (1, 129), (16, 16), (17, 145)]
     if batch == "beyond_window":
         return 0, [(129, 129), (15, 256), (16, 17)]
@@ -672,7 +672,7 @@ def lengths(batch: Batch, page_size: int) -> tuple[int, list[tuple[int, int]]]:
             (1, 9), (1, 128), (1, 129), (1, 1), (1, 300), (1, 17), (0, 4), (1, 256), (1, 0),
             (1, 40), (3, 5), (1, 77), (1, 257),
         ]  # fmt: skip
-    if batch == "spans":  # several windows, whose ends are no pages' ends
+    if batch == "spans":  # multiple q tiles, whose ends are not those of pages
         return 2, [(1, 129), (150, 333), (3, 40), (130, 130), (1, 128)]
     return 2, [(0, 5), (0, 0), (7, 0)]
 

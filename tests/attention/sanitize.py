@@ -4,9 +4,8 @@
     XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool memcheck --error-exitcode 1 \
         python -m tests.attention.sanitize
 
-(See sanitize_kv_write.py for the allocator.) Ends with 1 where a result differs from the loops'. On
-the many blocks of threads of a GPU even these decodes are cut into parts, which the merge puts
-together.
+(See tests/kv_write/sanitize.py for the allocator.) The exit status is 1 where a result differs from
+that of the loops. A GPU has so many thread blocks that even these decodes are split and combined.
 """
 
 import functools
@@ -20,7 +19,7 @@ from tests.attention.test_gpu import SCALES, SMALL, Call, options_of, run_kernel
 DECODES = ((1, 300), (3, 0), (1, 5), (2, 130))
 PREFILLS = ((140, 203), (3, 0), (70, 300))  # blocks with and without a mask, a tile's rest
 CALLS = {
-    "decode, split and merged": Call(DECODES),
+    "decode, split and combined": Call(DECODES),
     "prefill, masked and unmasked": Call(PREFILLS),
     "window, heads of 64": Call(
         (*DECODES, *PREFILLS), (3, 3), 64, 24, options=options_of(sliding_window=40)

@@ -228,7 +228,7 @@ def test_config_is_in_the_kernels_name():
 
 # ---- From projection to projection
 
-# So many tokens that q is as large as a VMEM and XLA cannot hide a copy of it there.
+# With this many tokens q is as large as a VMEM, and XLA cannot hide a copy of it there.
 CHAIN_TOKENS = 262144
 # The most that the fused form takes of one head, by far: k is smaller than a VMEM, but the kernel
 # has all of that to itself.
@@ -430,7 +430,7 @@ def _refusal(generation, q, pool, metadata, **options):
         with pytest.raises(NotImplementedError) as raised:
             jax.eval_shape(call, q, pool, metadata)
         auto = functools.partial(pallas_paged.ragged_paged_attention, **options)
-        jax.eval_shape(auto, q, pool, *metadata)  # which walks past, to the oracle
+        jax.eval_shape(auto, q, pool, *metadata)  # which goes on to the oracle
     return str(raised.value)
 
 
@@ -456,7 +456,7 @@ def test_refuses_a_page_table_that_int32_does_not_count():
     """Pages of 4,099 tokens, a prime, come token by token."""
     q, pool = Struct((64, 2, 128), jnp.bfloat16), _pool(1, 128, 4099, "bfloat16")
     message = _refusal("v6e", q, pool, _metadata(1000, 1024))
-    assert "page_indices [1000, 1024] has 4197376000 pieces of pages" in message
+    assert "page_indices [1000, 1024] has 4197376000 chunks of pages" in message
     assert "split the batch, or shorten the page table" in message
 
 
@@ -473,7 +473,7 @@ def test_refuses_a_mask_that_lets_hidden_keys_count():
     assert "pass None or a number below -1e+09" in message
 
 
-# Sequences and table width. A table of so many entries is streamed, or just not.
+# Sequences and table width. A table with this many entries is streamed, or only just not.
 LARGE_TABLES = [
     ("v4", 256, 1024, 128, "write"),  # 256 sequences of 131,072 tokens
     ("v5e", 256, 1024, 128, "read_only"),

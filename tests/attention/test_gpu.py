@@ -1,8 +1,8 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""The attention in Mosaic GPU: what the float32 oracle makes of hostile batches, or refused.
+"""The attention in Mosaic GPU: hostile batches give what the float32 oracle gives, or a refusal.
 
-On a GPU these tests run the kernels there (`JAX_PLATFORMS=cuda pytest tests -k gpu`); on a CPU some
-of them in GPU interpret mode, with race detection, and all forms lowered for CUDA.
+On a GPU these tests run the kernels there (`JAX_PLATFORMS=cuda pytest tests -k gpu`). On a CPU some
+of them run in GPU interpret mode, with race detection, and all forms are lowered for CUDA.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ needs_new_jax = pytest.mark.skipif(
     jax.__version_info__ < (0, 11, 2), reason="Mosaic GPU needs jax 0.11.2: test_old_jax"
 )
 
-# Decodes, short sequences, prefills, one without keys and one that ends at a block's end; lengths
-# are no multiples of anything.
+# Decodes, short sequences, prefills, one without keys and one that ends at a block's end. The
+# lengths are multiples of nothing.
 MIX = [(1, 200), (40, 150), (3, 0), (2, 130), (1, 37), (20, 128)]
-# More tiles and segments than blocks of threads: the rings go round, heads are split in many parts.
+# More q tiles and work tiles than thread blocks: the stages are reused, heads are split many times.
 LONG = [(1, 1500), (300, 1000), (17, 513), (1, 1), (1, 700), (150, 150), (4, 900)]
 DECODES = [(1, n) for n in (4000, 3, 700, 1, 128, 129, 127, 2500)]
 
@@ -82,8 +82,7 @@ class Call:
 
 
 def _clear_padding(kv_pages, head_dim):
-    """Zeros in the lanes that no head has, as the writes leave them; rows that nobody uses keep
-    their NaN."""
+    """Zeroes the lanes that no head has, as the writes leave them. Unused rows keep their NaN."""
     missing = layout.padded_head_dim(head_dim) - head_dim
     if not missing:
         return kv_pages
@@ -105,22 +104,22 @@ INTERPRETED = [
          config=GpuAttentionConfig(64, 2, 64, 2, decode_pipelines=2)),
     Call(heads=(2, 1), head_dim=256, page_size=8, dtype="float16",
          options=options_of(soft_cap=5.0, sinks=True)),
-    # A slot of the decode kernel held for two blocks.
+    # The decode kernel holds a stage for two blocks.
     Call(pool_dtype="float8_e4m3fn", options=SCALES, config=GpuAttentionConfig(64, 2, 64, 3)),
     Call(heads=(5, 1), page_size=136, options=options_of(causal=False, sliding_window=77),
          config=SMALL),
-    # Factors that turn the order of the scores or make all of them equal.
+    # Factors that reverse the order of the scores or make all of them equal.
     Call(FEW, (2, 1), 64, options=options_of(sm_scale=-0.09, sinks=True), config=SMALL),
     Call(FEW, (2, 1), 64, options=options_of(sm_scale=0.0, sliding_window=30), config=SMALL),
     Call(FEW, (2, 1), 64, options=options_of(sm_scale=0.5, soft_cap=1e6), config=SMALL),
-    # Heads that the pool has more lanes for.
+    # Heads for which the pool has more lanes than they need.
     Call(FEW, (2, 1), 80, 24, config=SMALL),
     Call(FEW, (4, 2), 32, pool_dtype="float8_e4m3fn", options=SCALES, config=SMALL),
 ]  # fmt: skip
 
 
 def _device_calls():
-    """What only a GPU does: sizes that fill it, and more of everything."""
+    """Calls that only a GPU runs: sizes that fill it, and more of everything."""
     groups = itertools.cycle([(8, 2), (4, 4), (12, 2), (5, 1), (32, 8), (64, 1)])
     pages = itertools.cycle([16, 64, 128, 8, 24, 256, 40])
     dims = itertools.cycle([128, 64, 256, 112, 240, 40])
@@ -169,8 +168,8 @@ def run_kernels(case: Case, options, config=None, *, detect_races=True):
 
 
 @pytest.fixture(autouse=True)
-def few_blocks_of_threads(monkeypatch):
-    """The interpreter gets a chip of two multiprocessors, so that each has several items."""
+def few_thread_blocks(monkeypatch):
+    """The interpreter gets a chip of two multiprocessors, so that each has multiple work items."""
     if not ON_GPU:
         monkeypatch.setattr(dispatch, "num_multiprocessors", lambda: 2)
 
@@ -214,7 +213,7 @@ def test_queries_beyond_float16(exponent):
 @needs_new_jax
 @pytest.mark.parametrize("window", [0, -(2**31), 2**31 - 1])
 def test_traced_windows_of_none_and_of_all(window):
-    """Neither what no block holds nor what overflows: a window of 0 shows nothing to anybody."""
+    """No window overflows, and a causal query sees nothing through a window of 0."""
     call = Call(((1, 64), (30, 128)), (2, 1), 64, options=options_of(causal=False), config=SMALL)
     case, options = call.make()
 
@@ -241,7 +240,7 @@ def test_traced_windows_of_none_and_of_all(window):
 @needs_new_jax
 @pytest.mark.parametrize("name", ABSURD if ON_GPU else ["everything", "overlapping rows"])
 def test_absurd_metadata_ends_in_bounds(name):
-    """Whatever the metadata says; the pool's NaN-free pages only make every read harmless."""
+    """The kernels end, whatever the metadata says. Pages without NaN make every read harmless."""
     lens = [(1, 30), (9, 31), (1, 7), (5, 8), (1, 1), (3, 30)]
     case = make_case(
         lens,
@@ -261,18 +260,18 @@ def test_absurd_metadata_ends_in_bounds(name):
     assert out.shape == case.q.shape
 
 
-# ---- Tables that people have: shared pages, rings, more rows than tokens, and large ones
+# ---- Tables that people have: shared pages, reused pages, more rows than tokens, and large ones
 
 
 def _shared_prefixes(case):
-    """Every sequence begins with the pages of the first: two whole ones."""
+    """Every sequence begins with the two whole pages of the first sequence."""
     table = case.page_indices.copy()
     table[1 : len(case.keys), :2] = table[0, :2]
     return dataclasses.replace(case, page_indices=table)
 
 
-def _rings(case):
-    """Pages of a sequence that come round again, as an engine with a window keeps them."""
+def _reused_pages(case):
+    """A row of the table repeats its pages, as an engine with a sliding window keeps them."""
     table = case.page_indices.copy()
     for row, keys in zip(table, case.keys, strict=False):
         count = max(1, -(-len(keys) // 16 // 2))
@@ -281,7 +280,7 @@ def _rings(case):
 
 
 def _fewer_tokens_than_rows(case):
-    """The last rows are the tokens; those before them have no position and are 0."""
+    """The last rows are the tokens. The rows before them have no position and are 0."""
     lens = case.kv_lens.copy()
     lens[1] = 20  # of 40 new ones
     return dataclasses.replace(case, kv_lens=lens)
@@ -289,7 +288,7 @@ def _fewer_tokens_than_rows(case):
 
 TABLES = {
     "shared prefixes": ([(1, 70), (40, 90), (3, 40), (20, 33)], _shared_prefixes),
-    "rings": ([(1, 70), (40, 90), (3, 40), (20, 33)], _rings),
+    "reused pages": ([(1, 70), (40, 90), (3, 40), (20, 33)], _reused_pages),
     "more rows than tokens": ([(1, 70), (40, 90), (3, 40), (20, 33)], _fewer_tokens_than_rows),
 }
 if ON_GPU:
@@ -449,7 +448,7 @@ def test_default_config_fits_shared_memory(head_dim, pool_dtype, max_seqs):
 
 REFUSED = {
     "float32": (dict(dtype="float32"), "q is float32 and the matrix unit takes"),
-    "another pool": (dict(pool_dtype="int8"), "the pool is int8 and q bfloat16"),
+    "another pool": (dict(pool_dtype="int8"), "the pool is int8 and q is bfloat16"),
     "page_size": (dict(page_size=12), "page_size is 12"),
     "group": (dict(heads=(65, 1)), "65 query heads read one KV head"),
     "shared memory": (

@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Bugs planted in the GPU attention: the checks of test_attention_gpu.py must catch each.
+"""Bugs planted in the GPU attention: the checks of test_gpu.py must catch each.
 
 A bug is one snippet of a module's source, replaced; the modules that import it are made anew. Each
 runs in GPU interpret mode, and the test says how it shows.
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 _ROOM = gpu.__name__
-# Decodes in three parts, and a prefill of two tiles with a rest; both end inside a page.
+# A decode in three splits, and a prefill of two tiles with a rest; both end inside a page.
 LENS = [(1, 300), (140, 203)]
 
 # name: (module, snippet, what is planted instead, symptom)
@@ -37,36 +37,36 @@ BUGS = {
     ),
     "window_edge": (
         "online_softmax",
-        "is_seen &= key > over_rows(own - rows.window,",
-        "is_seen &= key >= over_rows(own - rows.window,",
+        "is_seen &= key > over_columns(own - rows.window,",
+        "is_seen &= key >= over_columns(own - rows.window,",
         "wrong",
     ),
-    "nan_behind_the_sequence": (
+    "nan_after_the_sequence": (
         "online_softmax",
-        "@pl.when((begin > 0) | (end < span.block))",
-        "@pl.when(begin > span.block)",
+        "@pl.when((begin > 0) | (end < kv_range.block_kv))",
+        "@pl.when(begin > kv_range.block_kv)",
         "wrong",
     ),
     "nothing_is_cleared_for_the_other": (
         "kv_blocks",
-        "plgpu.barrier_arrive(ring.cleared)\n        plgpu.barrier_wait(ring.cleared)",
+        "plgpu.barrier_arrive(stages.cleared)\n        plgpu.barrier_wait(stages.cleared)",
         "pass",
         "race",
     ),
     "released_early": (
         "online_softmax",
         "        out, (largest, total, shrink, new) = _scores_and_sum(\n"
-        "            rows.queries, keys, out, weights, values, weigh, span.block,"
-        " shape\n        )\n        plgpu.barrier_arrive(ring.empty.at[before])\n",
-        "        plgpu.barrier_arrive(ring.empty.at[before])\n"
+        "            rows.queries, keys, out, weights, values, weigh, kv_range.block_kv,"
+        " spec\n        )\n        plgpu.barrier_arrive(stages.empty.at[before])\n",
+        "        plgpu.barrier_arrive(stages.empty.at[before])\n"
         "        out, (largest, total, shrink, new) = _scores_and_sum(\n"
-        "            rows.queries, keys, out, weights, values, weigh, span.block,"
-        " shape\n        )\n",
+        "            rows.queries, keys, out, weights, values, weigh, kv_range.block_kv,"
+        " spec\n        )\n",
         "race",
     ),
     "a_missed_wait": (
         "online_softmax",
-        "    plgpu.barrier_wait(ring.full.at[slot])\n",
+        "    plgpu.barrier_wait(stages.full.at[stage])\n",
         "",
         "race/error",
     ),
@@ -78,33 +78,38 @@ BUGS = {
     ),
     "values_of_another_block": (
         "online_softmax",
-        "ring.values(before, shape.head_dim)",
-        "ring.values(slot, shape.head_dim)",
+        "stages.values(before, spec.head_dim)",
+        "stages.values(stage, spec.head_dim)",
         "wrong",
     ),
-    "a_part_forgotten": (
+    "a_split_forgotten": (
         "decode",
-        "last - share.index + 1, segment.row",
-        "last - share.index, segment.row",
+        "last - partition.index + 1, tile.row",
+        "last - partition.index, tile.row",
         "wrong",
     ),
-    "parts_weigh_alike": ("combine_splits", "mean + part * weight", "mean + part", "wrong"),
-    "a_share_nobody_merges": (
-        "prefill",
-        'block") + warpgroup * num_blocks',
-        'block") + (warpgroup + 1) * num_blocks',
+    "splits_weigh_alike": (
+        "combine_splits",
+        "mean + split_mean * weight",
+        "mean + split_mean",
+        "wrong",
+    ),
+    "a_head_nobody_combines": (
+        "kernel",
+        'block") + warpgroup * num_thread_blocks',
+        'block") + (warpgroup + 1) * num_thread_blocks',
         "wrong",
     ),
     "neighbours_rows": (
         "prefill",
-        "tile.begin - row, tile.end - row, 1",
-        "tile.begin - row, tile.end + 1 - row, 1",
+        "tile.begin - row, tile.end - row",
+        "tile.begin - row, tile.end + 1 - row",
         "wrong/race/error",
     ),
     "rows_of_nobody": (
-        "prefill",
-        "jnp.full((WARPGROUP_ROWS,), -jnp.inf",
-        "jnp.full((WARPGROUP_ROWS,), 0.0",
+        "kernel",
+        "full_column(-jnp.inf)",
+        "full_column(0.0)",
         "wrong",
     ),
 }

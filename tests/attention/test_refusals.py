@@ -137,7 +137,7 @@ BAD = {
         "pass the number of KV heads that the pool was made for",
     ),
 }
-SCALE_HINT = "one scale for the tensor or one a KV head; None means 1"
+SCALE_HINT = "one scale for the tensor or one per KV head; None means 1"
 BAD_SCALES = (
     {name: x for name, x in NO_NUMBERS.items() if name != "two"}
     | BEYOND

@@ -1,8 +1,8 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """The GPU kernels under shard_map over KV heads.
 
-Those that write are called without its check of what varies over the mesh. On a GPU all run, on as
-many devices as there are; elsewhere they are lowered for CUDA, for four.
+The kernels that write are called without shard_map's check of what varies over the mesh. On a GPU
+all of them run, on as many devices as there are. Elsewhere they are lowered for four CUDA devices.
 """
 
 import re

@@ -2,7 +2,7 @@
 """The TPU kernel of the ragged paged attention, interpreted, against the oracle.
 
 Each setup is one compiled program, in one of the two DMA modes, on several batches; test_coverage
-says what the setups must cover together. test_attention_planted.py shows that these checks find
+says what the setups must cover together. test_tpu_planted.py shows that these checks find
 bugs.
 """
 
@@ -231,7 +231,7 @@ def test_coverage():
         seen = {(getattr(s, name), m) for s, m in RUNS}
         assert len(seen) == 4, name
     assert len({s.config for s in SETUPS}) > 2
-    assert {len(s.config) for s in SETUPS} == {3, 4}  # several blocks to a body, too
+    assert {len(s.config) for s in SETUPS} == {3, 4}  # also multiple blocks per iteration
 
 
 # ---- The comparison can fail
@@ -291,7 +291,7 @@ def test_scores_far_apart_in_bfloat16():
 
 
 def test_a_decode_in_every_row():
-    """Across tiles and windows, none empty."""
+    """The decodes go across row tiles and q tiles, and each has keys."""
     case = make_case(
         [(1, 1 + 37 * i % 40 + (i % 25 == 24) * 190) for i in range(150)],
         num_heads=2,
@@ -323,7 +323,7 @@ def test_all_rows_of_a_pool_are_heads_where_nothing_else_is_said():
 
 @pytest.mark.parametrize("name", ABSURD)
 def test_absurd_metadata_ends_and_stays_in_bounds(name):
-    """The interpreter raises where the kernel leaves an array; the numbers are nobody's."""
+    """The interpreter raises where the kernel leaves an array; the numbers do not matter."""
     case = make_case(
         [(6, 6), (1, 11), (9, 20), (1, 3)], num_tokens=23, max_seqs=6, table_width=6, num_pages=12
     )
@@ -366,7 +366,7 @@ def test_sequences_around_absurd_ones_are_right():
     ],
 )
 def test_config_refuses(sizes, name):
-    """Among them the ring in which a body would wait for blocks that nobody has fetched."""
+    """Also too few stages, in which an iteration would wait for blocks that nobody fetches."""
     with pytest.raises(ValueError, match=name):
         TpuAttentionConfig(*sizes)
 
@@ -375,7 +375,7 @@ def test_config_refuses(sizes, name):
 
 
 def _long_case(lens, page_size=256):
-    """Sequences whose last keys, and those at a window's edges, weigh more than all others."""
+    """Sequences whose last keys, and those at the edges of a window, weigh more than all others."""
     return make_case(
         lens,
         num_heads=2,
@@ -389,14 +389,14 @@ def _long_case(lens, page_size=256):
 
 @pytest.mark.parametrize("window", [5, 32_769])
 def test_positions_past_16_bits(window):
-    """A window's edges at positions past 32,767 and 65,535; with 5 keys one more is 20%."""
+    """Edges of a window at positions past 32,767 and 65,535; of 5 keys, one more is 20%."""
     case = _long_case([(1, 66_000), (3, 65_538), (2, 32_769)])
     options = {"num_kv_heads": 1, "sliding_window": jnp.int32(window), "sm_scale": 0.05}
     check(case, options, "eager", (1024, 128, 2))
 
 
 def test_a_decode_of_more_products_than_one_softmax_takes():
-    """Bodies of three full blocks of 2,048 keys, then what is left, one by one."""
+    """Iterations take three full blocks of 2,048 keys, then one of the blocks that are left."""
     config = (2048, 128, 6, 3)
     assert config[0] * config[3] > decode._JOINT_KEYS
     case = _long_case([(1, 14_400), (1, 6_144)])

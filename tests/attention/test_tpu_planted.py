@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Bugs planted in the attention kernel: the checks of test_attention_tpu.py must catch each.
+"""Bugs planted in the attention kernel: the checks of test_tpu.py must catch each.
 
 A bug is one snippet of a module's source, replaced. Each runs in one DMA mode in which it must
 show, and the test says how it shows.
@@ -15,7 +15,6 @@ import pytest
 from pallas_paged.attention import tpu
 from pallas_paged.attention.api import write_and_attend
 from pallas_paged.attention.options import AttentionOptions, Batch, Factors
-from pallas_paged.attention.tpu.refs import TAKEN
 from tests.attention.cases import (
     Setup,
     counted_slots,
@@ -33,19 +32,19 @@ from tests.planted import plant
 _ROOM = tpu.__name__
 
 _LENS = {
-    # A decode of three blocks and prefills of two and three, so that the ring goes round.
+    # A decode of three KV blocks and prefills of two and three, so that each stage is used again.
     "long": [(1, 300), (5, 150), (3, 290), (1, 40)],
     "decodes": [(1, 150), (1, 9), (1, 33), (1, 280)],
-    # Full blocks one behind the other: of one decode, of the next, and then of a prefill.
+    # Full blocks that follow each other: of one decode, of the next, and then of a prefill.
     "runs": [(1, 512), (1, 256), (5, 290)],
     "prefills": [(5, 150), (3, 290)],
     "one decode": [(1, 150)],
     "one prefill": [(5, 150)],
-    # Windows that begin in the row tile where the one before ends.
+    # Q tiles that begin in the row tile where the one before ends.
     "shared": [(3, 9), (5, 20), (4, 4), (2, 7)],
-    # Two windows of output, and rows that nobody has before, between and behind them.
+    # Two q tiles of output, and rows without work before, between and after them.
     "holes": [(20, 20), (40, 0), (3, 9), (5, 5), (40, 0)],
-    # Of a prefill the first new token is in a page that has old ones, and the second window begins
+    # The first new token of a prefill is in a page that has old ones, and the second q tile begins
     # in a page that the first one fills in part; a decode's token follows old ones in a page.
     "new": [(1, 40), (150, 205), (1, 1), (9, 30)],
     "new short": [(1, 40), (9, 45), (1, 3)],
@@ -57,7 +56,7 @@ _LENS = {
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What a bug is shown on: a setup, lengths of `_LENS`, and a window."""
+    """What a bug is shown on: a setup, lengths of `_LENS`, and a sliding window."""
 
     setup: Setup
     lens: str
@@ -101,9 +100,9 @@ SCALED = Setup(2, 2, 128, 32, "float32", "int8", scale="head")
 NARROW = Setup(2, 1, 32, 32)  # K and V in one row
 BF16 = Setup(2, 2, 128, 32, "bfloat16", "bfloat16")
 CHUNKS = dataclasses.replace(BF16, config=(384, 128, 2))  # a block is two products of a prefill
-PADDED = Setup(2, 1, 96, 32)  # lanes behind K hold NaN
-PARTS = Setup(2, 1, 128, 192)  # a page in two pieces: parts of 96
-SEVERAL = dataclasses.replace(PLAIN, config=(128, 128, 4, 2))  # blocks to a body
+PADDED = Setup(2, 1, 96, 32)  # lanes after K hold NaN
+PARTS = Setup(2, 1, 128, 192)  # a page in two chunks of 96
+MULTIPLE = dataclasses.replace(PLAIN, config=(128, 128, 4, 2))  # blocks per iteration
 WIDE = Setup(2, 1, 256, 32)  # two lane tiles
 
 LONG, DECODES, PREFILLS, PREFILL, SHARED, HOLES = (
@@ -121,18 +120,18 @@ CONTROLS = (
     Call(WIDE, "new decodes", writes=True), Call(SCALED, "new decodes", writes=True),
     Call(SINKS, "one prefill"), Call(SINKS, "decodes"), Call(CAPPED, "one decode"),
     Call(SCALED, "one decode"), Call(NARROW, "one decode"), Call(BF16, "decodes"),
-    Call(PADDED, "one decode"), Call(PARTS, "one decode"), Call(SEVERAL, "decodes"),
+    Call(PADDED, "one decode"), Call(PARTS, "one decode"), Call(MULTIPLE, "decodes"),
     Call(PLAIN, "decodes", window=20), Call(PLAIN, "absurd new id", writes=True),
-    Call(SEVERAL, "runs"), Call(SEVERAL, "runs", writes=True),
+    Call(MULTIPLE, "runs"), Call(MULTIPLE, "runs", writes=True),
 )  # fmt: skip
 
 # name: (module, snippet, what stands there instead, call, DMA mode, how it shows)
 BUGS = {
-    # --- which pages, which pieces
+    # --- which pages, which chunks
     "page_table_of_the_first_sequence": (
         "work_items",
-        "jnp.where(is_found, first_piece_of(walk, unit.seq), 0)",
-        "jnp.zeros_like(unit.seq)",
+        "jnp.where(is_found, first_chunk_of(spec, item.seq), 0)",
+        "jnp.zeros_like(item.seq)",
         DECODES, "eager", "numbers",
     ),
     "page_id_not_clamped": (
@@ -142,9 +141,9 @@ BUGS = {
         Call(PLAIN, "absurd id"), "eager", "error",
     ),
     "part_of_a_page_ignored": (
-        "kv_blocks",
-        "page_table.page_row(walk, refs, at) + part * walk.piece",
-        "page_table.page_row(walk, refs, at)",
+        "kv_fetch",
+        "page_table.page_row(spec, refs, at) + part * spec.chunk",
+        "page_table.page_row(spec, refs, at)",
         Call(PARTS, "one decode"), "eager", "numbers",
     ),
     # --- what counts
@@ -162,80 +161,80 @@ BUGS = {
     ),
     "window_one_too_wide": (
         "scores",
-        "seen &= key > query_position - window - first",
-        "seen &= key >= query_position - window - first",
+        "seen &= key > query_position - sliding_window - first",
+        "seen &= key >= query_position - sliding_window - first",
         Call(PLAIN, "decodes", window=20), "eager", "numbers",
     ),
     "window_one_too_narrow": (
         "scores",
-        "seen &= key > query_position - window - first",
-        "seen &= key > query_position - window - first + 1",
+        "seen &= key > query_position - sliding_window - first",
+        "seen &= key > query_position - sliding_window - first + 1",
         Call(PLAIN, "decodes", window=20), "on_wait", "numbers",
     ),
-    "window_begins_a_piece_late": (
+    "window_begins_a_chunk_late": (
         "work_items",
-        "jnp.clip(position - window_len(walk, refs) + 1, 0, key_end)",
-        "jnp.clip(position - window_len(walk, refs) + walk.piece, 0, key_end)",
+        "jnp.clip(position - sliding_window(spec, refs) + 1, 0, key_end)",
+        "jnp.clip(position - sliding_window(spec, refs) + spec.chunk, 0, key_end)",
         Call(PLAIN, "decodes", window=20), "on_wait", "numbers",
     ),
     "full_block_not_masked_for_prefills": (
-        "kernel",
-        "is_edge |= end - 1 > unit.position",
-        "is_edge |= end - 1 > unit.position + 8",
+        "prefill_iteration",
+        "is_edge |= end - 1 > item.position",
+        "is_edge |= end - 1 > item.position + 8",
         Call(PLAIN, "last rows"), "eager", "numbers",
     ),
     "full_blocks_of_a_prefill_taken_as_a_decode": (
-        "kernel",
-        "(at.index < state[FOUND]) & (at.unit.is_decode == 1)",
-        "at.index < state[FOUND]",
-        Call(SEVERAL, "runs"), "eager", "numbers",
+        "decode_iteration",
+        "(at.index < refs.state.num_found) & (at.item.is_decode == 1)",
+        "at.index < refs.state.num_found",
+        Call(MULTIPLE, "runs"), "eager", "numbers",
     ),
     # --- DMAs
     "block_not_waited_for": (
         "kv_blocks",
-        "pltpu.make_async_copy(view, view, refs.ring_sems.at[buffer]).wait()",
+        "pltpu.make_async_copy(view, view, refs.stage_sems.at[stage]).wait()",
         "pass",
         DECODES, "on_wait", "numbers",
     ),
     "block_not_waited_for_seen_as_race": (
         "kv_blocks",
-        "pltpu.make_async_copy(view, view, refs.ring_sems.at[buffer]).wait()",
+        "pltpu.make_async_copy(view, view, refs.stage_sems.at[stage]).wait()",
         "pass",
         DECODES, "eager", "race",
     ),
-    "wait_one_piece_short": (
+    "wait_one_chunk_short": (
         "kv_blocks",
-        "return ceil_div(end - first, walk.piece) * walk.piece",
-        "return jnp.maximum(ceil_div(end - first, walk.piece) - 1, 1) * walk.piece",
+        "return ceil_div(end - first, spec.chunk) * spec.chunk",
+        "return jnp.maximum(ceil_div(end - first, spec.chunk) - 1, 1) * spec.chunk",
         DECODES, "on_wait", "numbers",
     ),
     "wait_for_full_blocks_short": (
         "kv_blocks",
-        "walk.block if is_full else num_tokens",
-        "walk.piece if is_full else num_tokens",
-        Call(SEVERAL, "decodes"), "on_wait", "numbers",
+        "spec.block_kv if is_full else num_tokens",
+        "spec.chunk if is_full else num_tokens",
+        Call(MULTIPLE, "decodes"), "on_wait", "numbers",
     ),
     "one_block_too_many_ahead": (
-        "kv_blocks",
-        "@pl.loop(0, walk.ring - walk.kv_blocks_per_iteration)",
-        "@pl.loop(0, walk.ring)",
+        "kv_fetch",
+        "@pl.loop(0, spec.num_stages - spec.kv_blocks_per_iteration)",
+        "@pl.loop(0, spec.num_stages)",
         DECODES, "eager", "race",
     ),
     "output_sent_over_the_one_before": (
         "q_tiles",
-        "    wait_leaving(walk, refs)\n    for copy in _leaves(",
-        "    for copy in _leaves(",
+        "    wait_output(spec, refs)\n    for copy in _output_copies(",
+        "    for copy in _output_copies(",
         HOLES, "on_wait", "numbers",
     ),
     "output_sent_over_the_one_before_seen_as_race": (
         "q_tiles",
-        "    wait_leaving(walk, refs)\n    for copy in _leaves(",
-        "    for copy in _leaves(",
+        "    wait_output(spec, refs)\n    for copy in _output_copies(",
+        "    for copy in _output_copies(",
         HOLES, "eager", "race",
     ),
     "last_output_not_waited_for": (
         "kernel",
-        "    windows.wait_leaving(walk, refs)\n",
+        "    q_tiles.wait_output(spec, refs)\n",
         "",
         DECODES, "on_wait", "numbers",
     ),
@@ -245,29 +244,29 @@ BUGS = {
         "        pass\n",
         SHARED, "on_wait", "numbers",
     ),
-    # --- windows
+    # --- q tiles
     "shared_tile_not_kept": (
         "q_tiles",
-        "is_shared = state[DONE] > first",
-        "is_shared = state[DONE] > 2**30",
+        "is_shared = state.rows_sent > first",
+        "is_shared = state.rows_sent > 2**30",
         SHARED, "eager", "numbers",
     ),
-    "rows_of_nobody_not_zeroed": (
+    "rows_without_work_not_zeroed": (
         "kernel",
-        "    windows.zero_until(walk, refs, walk.num_tokens)\n",
+        "    q_tiles.zero_until(spec, refs, spec.num_tokens)\n",
         "",
         HOLES, "eager", "numbers",
     ),
-    "rows_between_windows_not_zeroed": (
+    "rows_between_q_tiles_not_zeroed": (
         "q_tiles",
-        "    zero_until(walk, refs, first)\n",
+        "    zero_until(spec, refs, first)\n",
         "",
         Call(PLAIN, "far"), "eager", "numbers",
     ),
-    "zeros_over_the_next_unit": (
-        "kernel",
-        "is_row = (row >= unit.row) & (row < unit.end)",
-        "is_row = row < unit.end",
+    "zeros_over_the_next_work_item": (
+        "prefill_iteration",
+        "is_row = (row >= item.row) & (row < item.end)",
+        "is_row = row < item.end",
         SHARED, "eager", "numbers",
     ),
     # --- softmax
@@ -296,8 +295,8 @@ BUGS = {
         PREFILLS, "eager", "numbers",
     ),
     "unsound_sums_taken": (
-        "kernel",
-        "lambda: jnp.logical_not(_is_sound(walk, refs, unit)),",
+        "prefill_iteration",
+        "lambda: jnp.logical_not(_is_sound(spec, refs, item)),",
         "lambda: jnp.bool_(False),",
         Call(PLAIN, "one prefill", sm_scale=5.0), "eager", "numbers",
     ),
@@ -333,8 +332,8 @@ BUGS = {
     ),
     "soft_cap_in_the_wrong_place": (
         "scores",
-        "jnp.tanh(product * (scale / score.soft_cap))",
-        "jnp.tanh(product / score.soft_cap) * scale",
+        "jnp.tanh(product * (scale / options.soft_cap))",
+        "jnp.tanh(product / options.soft_cap) * scale",
         Call(CAPPED, "one decode"), "eager", "numbers",
     ),
     # --- operands
@@ -352,11 +351,11 @@ BUGS = {
     ),
     "values_masked_one_early": (
         "scores",
-        "return first + slot * step + offset < end",
-        "return first + slot * step + offset < end - 1",
+        "return first + row * step + offset < end",
+        "return first + row * step + offset < end - 1",
         DECODES, "eager", "numbers",
     ),
-    "lanes_behind_a_key_not_masked": (
+    "lanes_after_a_key_not_masked": (
         "operands",
         "    if used >= layout.LANES:",
         "    if True:",
@@ -370,38 +369,38 @@ BUGS = {
     ),
     "weight_masked_by_the_other_of_its_pair": (
         "prefill",
-        "seen_keys(score, key + i, position,",
-        "seen_keys(score, key + 1 - i, position,",
+        "scoring.options, key + i, position,",
+        "scoring.options, key + 1 - i, position,",
         PAIRS, "eager", "numbers",
     ),
     "pairs_of_the_first_keys_masked_alone": (
         "prefill",
-        "mask_ref[pl.ds(row + start // together,",
-        "mask_ref[pl.ds(row,",
+        "mask.ref[pl.ds(row + first_key // per_word,",
+        "mask.ref[pl.ds(row,",
         dataclasses.replace(PAIRS, setup=CHUNKS, lens="long"), "eager", "numbers",
     ),
     "keys_of_the_first_rows_masked_alone": (
         "prefill",
-        "key = together * (start + lax",
-        "key = together * (lax",
+        "key = per_word * (row + lax",
+        "key = per_word * (lax",
         PREFILLS, "eager", "numbers",
     ),
-    "token_behind_the_last_not_cleared": (
+    "token_after_the_last_not_cleared": (
         "kv_blocks",
-        "jnp.minimum(num_tokens + i * _CLEARED + j, end - 1)",
-        "jnp.minimum(num_tokens + i * _CLEARED + j + 1, end - 1)",
+        "jnp.minimum(num_tokens + i * CLEARED_PER_TRIP + j, end - 1)",
+        "jnp.minimum(num_tokens + i * CLEARED_PER_TRIP + j + 1, end - 1)",
         PREFILLS, "eager", "numbers",
     ),
     "last_token_cleared": (
         "kv_blocks",
-        "jnp.minimum(num_tokens + i * _CLEARED + j, end - 1)",
-        "jnp.minimum(num_tokens + i * _CLEARED + j - 1, end - 1)",
+        "jnp.minimum(num_tokens + i * CLEARED_PER_TRIP + j, end - 1)",
+        "jnp.minimum(num_tokens + i * CLEARED_PER_TRIP + j - 1, end - 1)",
         PREFILLS, "eager", "numbers",
     ),
-    "run_without_tokens_read": (
+    "strip_without_tokens_read": (
         "kv_blocks",
-        "jnp.minimum(run, place.last_run)",
-        "run",
+        "jnp.minimum(token, at.last_strip)",
+        "token",
         dataclasses.replace(PAIRS, setup=CHUNKS, lens="prefills"), "eager", "numbers",
     ),
     "rest_of_a_weight_subtracted": (
@@ -417,14 +416,14 @@ BUGS = {
         Call(BF16, "decodes"), "eager", "numbers",
     ),
     "scale_of_another_head": (
-        "kernel",
-        "return refs.factors[1 + which * walk.heads.num_kv_heads + head]",
-        "return refs.factors[1 + which * walk.heads.num_kv_heads]",
+        "scores",
+        "return refs.factors[1 + which * spec.heads.num_kv_heads + head]",
+        "return refs.factors[1 + which * spec.heads.num_kv_heads]",
         Call(SCALED, "one decode"), "eager", "numbers",
     ),
     "scale_of_keys_for_values": (
-        "kernel",
-        "return refs.factors[1 + which * walk.heads.num_kv_heads + head]",
+        "scores",
+        "return refs.factors[1 + which * spec.heads.num_kv_heads + head]",
         "return refs.factors[1 + head]",
         Call(SCALED, "one decode"), "eager", "numbers",
     ),
@@ -437,109 +436,111 @@ BUGS = {
     # --- new tokens
     "new_tokens_one_row_late": (
         "new_kv",
-        "rem(i, per_page) * piece + row",
-        "rem(i, per_page) * piece + row + 1",
+        "rem(i, per_page) * chunk + row",
+        "rem(i, per_page) * chunk + row + 1",
         NEW_PREFILL, "eager", "pool",
     ),
     "last_page_of_a_chunk_not_sent": (
         "new_kv",
-        "is_wanted = (end_piece > first_piece) & (end_piece * piece < end)",
+        "is_wanted = (end_chunk > first_chunk) & (end_chunk * chunk < end)",
         "is_wanted = end < 0",
         NEW_WINDOWS, "eager", "pool",
     ),
     "first_page_of_a_chunk_not_sent": (
         "new_kv",
-        "num_tokens, first < end, refs.state[SENT]",
-        "num_tokens, first > end, refs.state[SENT]",
+        "num_tokens, first < end, state.tokens_in_flight",
+        "num_tokens, first > end, state.tokens_in_flight",
         NEW_PREFILL, "eager", "pool",
     ),
     "last_whole_page_of_a_chunk_not_sent": (
         "new_kv",
-        "at < end_piece, num_sent",
-        "at + 1 < end_piece, num_sent",
+        "at < end_chunk, num_sent",
+        "at + 1 < end_chunk, num_sent",
         NEW_WINDOWS, "eager", "pool",
     ),
-    "page_of_two_windows_sent_before_it_is_full": (
+    "page_of_two_q_tiles_sent_before_it_is_full": (
         "new_kv",
-        "end = jnp.where(unit.end == stop, end, div(end, walk.piece) * walk.piece)",
-        "end = jnp.where(unit.end == stop, end, ceil_div(end, walk.piece) * walk.piece)",
+        "end = jnp.where(item.end == stop, end, div(end, spec.chunk) * spec.chunk)",
+        "end = jnp.where(item.end == stop, end, ceil_div(end, spec.chunk) * spec.chunk)",
         NEW_WINDOWS, "eager", "race",
     ),
-    "page_of_two_windows_sent_in_part": (
+    "page_of_two_q_tiles_sent_in_part": (
         "new_kv",
-        "first = div(jnp.maximum(unit.position, 0), walk.piece) * walk.piece",
-        "first = jnp.maximum(unit.position, 0)",
+        "first = div(jnp.maximum(item.position, 0), spec.chunk) * spec.chunk",
+        "first = jnp.maximum(item.position, 0)",
         NEW_WINDOWS, "eager", "pool",
     ),
-    "new_token_of_a_decode_not_put": (
+    "new_token_of_a_decode_not_inserted": (
         "new_kv",
-        "rows.copy_token(target, plan.source + c * walk.new_rows, walk.heads.num_words)",
+        "rows.copy_token(target, plan.source + c * spec.new_kv_rows, spec.heads.num_words)",
         "pass",
         NEW_DECODES, "eager", "numbers",
     ),
-    "new_token_of_a_decode_put_one_row_late": (
+    "new_token_of_a_decode_inserted_one_row_late": (
         "new_kv",
-        "place.row + c * place.lane_tile_rows + plan.row",
-        "place.row + c * place.lane_tile_rows + plan.row + 1",
+        "block_row + c * lane_tile_rows + plan.row",
+        "block_row + c * lane_tile_rows + plan.row + 1",
         NEW_DECODES, "eager", "numbers",
     ),
     "new_token_of_a_decode_from_the_first_lane_tile": (
         "new_kv",
-        "copy_token(target, plan.source + c * walk.new_rows,",
+        "copy_token(target, plan.source + c * spec.new_kv_rows,",
         "copy_token(target, plan.source,",
         Call(WIDE, "new decodes", writes=True), "eager", "numbers",
     ),
     "new_token_of_a_decode_not_sent": (
         "new_kv",
-        "plan.source, 1, plan.is_put)",
+        "plan.source, 1, plan.is_wanted)",
         "plan.source, 1, jnp.bool_(False))",
         NEW_DECODES, "eager", "pool",
     ),
     "old_tokens_of_the_first_page_not_brought": (
         "new_kv",
-        "num_tokens = jnp.where(unit.row == start, _old_end(walk, refs, unit) - first, 0)",
+        "num_tokens = jnp.where(item.row == start, _num_old_tokens(spec, refs, item) - first, 0)",
         "num_tokens = jnp.int32(0)",
         NEW_PREFILL, "eager", "numbers",
     ),
     "old_tokens_of_the_first_page_not_waited_for": (
-        "kernel",
-        "        new.wait_old_tail(walk, refs, num_tokens)\n",
+        "prefill_iteration",
+        "        new_kv.wait_old_tokens(spec, refs, num_tokens)\n",
         "",
         NEW_PREFILL, "on_wait", "numbers",
     ),
     "old_tokens_overwritten_by_rows_before_the_first": (
         "new_kv",
-        "word = jnp.where(token >= num_kept, word, rows.load(at, ROW_TILE, w))",
+        "word = jnp.where(token >= first_new, word, rows.load(at, ROW_TILE, w))",
         "pass",
         NEW_WINDOWS, "eager", "numbers",
     ),
     "slots_made_before_those_there_are_sent": (
         "new_kv",
-        '''that the first new one goes to, before it."""
-    wait_sent(walk, refs)
+        '''      how many there are: 0 unless the item is the first one of its sequence.
+    """
+    wait_sent(spec, refs)
 ''',
-        '''that the first new one goes to."""
+        '''      how many there are: 0 unless the item is the first one of its sequence.
+    """
 ''',
         NEW_WINDOWS, "on_wait", "pool",
     ),
     "slots_of_decodes_made_before_those_there_are_sent": (
         "new_kv",
-        '''window of decodes, those of others among them."""
-    wait_sent(walk, refs)
+        '''of a q tile of decodes, also of rows that are no decodes."""
+    wait_sent(spec, refs)
 ''',
-        '''window of decodes."""
+        '''of a q tile of decodes, also of rows that are no decodes."""
 ''',
         NEW_SHORT, "on_wait", "pool",
     ),
     "last_slots_not_waited_for": (
         "kernel",
-        "        new.wait_sent(walk, refs)\n",
+        "        new_kv.wait_sent(spec, refs)\n",
         "        pass\n",
         NEW_DECODES, "on_wait", "pool",
     ),
     "new_token_sent_to_any_id": (
         "new_kv",
-        "is_inside = page_id.astype(jnp.uint32) < jnp.uint32(walk.num_pages)",
+        "is_inside = page_id.astype(jnp.uint32) < jnp.uint32(spec.num_pages)",
         "is_inside = page_id == page_id",
         Call(PLAIN, "absurd new id", writes=True), "eager", "pool",
     ),
@@ -564,33 +565,35 @@ BUGS = {
     ),
     "part_of_the_table_not_waited_for": (
         "page_table",
-        "        _wait_half(walk, refs, part & 1)\n    following",
+        "        _wait_half(spec, refs, part & 1)\n    following",
         "    following",
         STREAMED, "eager", "race",
     ),
     "entry_of_the_other_half": (
         "page_table",
-        "refs.table_parts[i & (2 * walk.table_part - 1)]",
-        "refs.table_parts[i & (walk.table_part - 1)]",
+        "refs.table_parts[i & (2 * spec.table_part - 1)]",
+        "refs.table_parts[i & (spec.table_part - 1)]",
         STREAMED, "eager", "race",
     ),
     "part_of_the_table_taken_for_the_one_before": (
         "page_table",
-        "@pl.when(refs.state[TABLE_HELD + half] != part)",
-        "@pl.when(refs.state[TABLE_HELD + half] < 0)",
+        "@pl.when(refs.state.table_part[half] != part)",
+        "@pl.when(refs.state.table_part[half] < 0)",
         STREAMED, "eager", "numbers",
     ),
 }  # fmt: skip
 
 _LENS["absurd new id"] = [(1, 3), (1, 40)]
 _LENS["absurd id"] = _LENS["one decode"]
-_LENS["last rows"] = [(9, 128)]  # one full block, most rows of the window see not all of it
+_LENS["last rows"] = [(9, 128)]  # one full block, of which most rows do not see all
 _LENS["far"] = [(2, 2), (150, 0), (3, 9)]
 
 
 def _symptom(module, call, mode):
-    """How a run differs from the oracle: "numbers", "pool", "counts" (a slot is written as often as
-    it has a new token), "race", "error" or None."""
+    """How a run differs from the oracle: "numbers", "pool", "counts", "race", "error" or None.
+
+    "counts" means that a slot is not written exactly as often as it gets a new token.
+    """
     case, options = call.case(), call.options()
     if call.lens.startswith("absurd"):
         case.page_indices[int(call.writes), 1] = 1_000_000
@@ -653,22 +656,23 @@ def _stream(monkeypatch, module, call):
         monkeypatch.setattr(module, "_TABLE_PART", call.table_part)
 
 
-def _leave_out(monkeypatch, walk, call):
-    """Leaves out what nothing in a call runs and is half of the time that it takes to compile.
+def _leave_out(monkeypatch, room, call):
+    """Leaves out the code that a call does not run, which is half of what there is to compile.
 
-    Where a bug has it run after all, it does nothing and ends.
+    If a bug makes the call run it after all, it does nothing and ends.
     """
+    decodes, prefills = room.decode_iteration, room.prefill_iteration
 
     def skip(static, refs, *at):
-        refs.state[TAKEN] = refs.state[TAKEN] + 1
+        refs.state.num_taken = refs.state.num_taken + 1
 
     q_lens = {q_len for q_len, kv_len in _LENS[call.lens] if kv_len}
     if q_lens == {1}:
-        monkeypatch.setattr(walk, "_prefill", lambda *args: skip(*args) or jnp.bool_(False))
+        monkeypatch.setattr(prefills, "run", lambda *args: skip(*args) or jnp.bool_(False))
     if 1 not in q_lens:
-        monkeypatch.setattr(walk, "_decode", lambda *args: skip(*args) or (args[2], args[4]))
-    if call.sm_scale < 1:  # no sum is so large that its unit starts again
-        monkeypatch.setattr(walk, "_find_shifts", lambda *args: None)
+        monkeypatch.setattr(decodes, "run", lambda *args: skip(*args) or (args[2], args[4]))
+    if call.sm_scale < 1:  # no sum is so large that a work item takes its blocks twice
+        monkeypatch.setattr(prefills, "_find_shifts", lambda *args: None)
 
 
 NOTHING = ("launch", '"""Ragged paged attention on TPU', '"""Attention on TPU')
@@ -682,7 +686,7 @@ def test_bug_is_caught(name, monkeypatch):
     module_name, old, new, call, mode, symptom = BUGS[name]
     plant(monkeypatch, _ROOM, f"{_ROOM}.{module_name}", old, new)
     _stream(monkeypatch, tpu.launch, call)
-    _leave_out(monkeypatch, tpu.kernel, call)
+    _leave_out(monkeypatch, tpu, call)
     assert _symptom(tpu.launch, call, mode) == symptom
 
 
@@ -692,5 +696,5 @@ def test_without_a_bug_nothing_shows(call, monkeypatch):
     name, old, new = NOTHING
     module = plant(monkeypatch, _ROOM, f"{_ROOM}.{name}", old, new)
     _stream(monkeypatch, module, call)
-    _leave_out(monkeypatch, tpu.kernel, call)
+    _leave_out(monkeypatch, tpu, call)
     assert _symptom(module, call, "on_wait") is None

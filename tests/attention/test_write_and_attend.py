@@ -1,9 +1,9 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """The fused TPU kernel, which writes a batch's new tokens and attends: interpreted.
 
-The output is held to the oracle's by the tolerances, the whole pool bit for bit. Where new tokens
-go there is NaN before, as everywhere else where nothing is. test_attention_planted.py shows that
-these checks find bugs.
+The output is compared with the oracle's by the tolerances, and the whole pool bit for bit. Before
+the call there is NaN where new tokens go, as everywhere else where nothing is. test_tpu_planted.py
+shows that these checks find bugs.
 """
 
 import dataclasses
@@ -211,7 +211,7 @@ def test_coverage():
     assert {s.scale for s in setups if s.pool_dtype == "int8"} == {"head"}
     assert {s.is_window_traced for s in setups if s.windows} == {True, False}
     assert any(s.page_size > s.config[0] for s in setups)  # a page in parts
-    assert sum(len(s.config) == 4 for s in setups) >= 2  # several blocks to a body
+    assert sum(len(s.config) == 4 for s in setups) >= 2  # multiple blocks per iteration
     modes = {(batch, c.mode) for c in CALLS for batch in c.setup.batches}
     assert set(itertools.product(("chunks", "spans", "crowd"), cases.MODES)) <= modes
 
@@ -234,7 +234,7 @@ def _kernels(jaxpr):
 
 
 def _traced_kernels(num_tokens, monkeypatch):
-    """The kernels of a call of so many tokens, and whether it is said to be fused."""
+    """The kernels of a call with a number of tokens, and whether its plan says that it is fused."""
     ids = jnp.int32
     q = jax.ShapeDtypeStruct((num_tokens, 4, 128), jnp.bfloat16)
     new = jax.ShapeDtypeStruct((num_tokens, 256), jnp.bfloat16)
@@ -273,10 +273,10 @@ def test_more_tokens_than_vmem_holds_are_written_before(monkeypatch):
 def test_each_new_token_is_sent_once_and_none_is_read_back():
     """Counts the DMAs from and to every slot of the pool, as the interpreter starts them.
 
-    Chunks have several windows, old tokens before them in the page where they begin, and scores so
-    far apart that a window's blocks are taken twice. No slot that a prefill writes is read; each is
-    written once; nobody else's is written. (A decode is not a prefill: the page of its new token is
-    fetched with the old tokens in it, once, and the new token put over the stale one in VMEM.)
+    Prefills have multiple q tiles, old tokens before them in the page where they begin, and scores
+    so far apart that KV blocks are taken twice. No slot that a prefill writes is read, each is
+    written once, and no other slot is written. (A decode is not a prefill: the page of its new
+    token is fetched once, with the old tokens in it, and the new token is inserted in VMEM.)
     """
     # Shapes that no other test has, so that the kernel is compiled inside.
     lens, page_size = [(1, 9), (290, 307), (1, 33), (20, 25), (3, 3)], 16
@@ -302,7 +302,7 @@ def test_each_new_token_is_sent_once_and_none_is_read_back():
 
 @pytest.mark.parametrize("batch", ["spans", "chunks"])
 def test_scores_far_apart(batch):
-    """A window's blocks are taken twice, those among the new tokens too."""
+    """A q tile's KV blocks are taken twice, those of new tokens too."""
     call = CALLS[0]
     options = call.setup.options() | {"sm_scale": 5.0}
     write = call.write(batch)
@@ -435,7 +435,7 @@ STREAMED = [
 
 
 @pytest.mark.parametrize("writes", [False, True], ids=["read_only", "write"])
-@pytest.mark.parametrize(("setup", "mode"), STREAMED, ids=["chunks", "several_blocks"])
+@pytest.mark.parametrize(("setup", "mode"), STREAMED, ids=["chunks", "multiple_blocks"])
 def test_a_table_in_parts(monkeypatch, setup, mode, writes):
     """Numbers of tokens that no other test has: what is static is read when a call is traced."""
     monkeypatch.setattr(mosaic_tpu, "MAX_TABLE", 1)

@@ -1,9 +1,9 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """write_and_attend in Mosaic GPU, composed of the writes and the attention.
 
-The output is held to the oracle's by the tolerances, the whole pool bit for bit; in place, in one
-call and in a loop over layers. On a GPU these run there (`JAX_PLATFORMS=cuda pytest tests -k gpu`);
-on a CPU interpreted and lowered for CUDA.
+The output is compared with the oracle's by the tolerances, and the whole pool bit by bit. The pool
+is updated in place, in one call and in a loop over layers. On a GPU these tests run there
+(`JAX_PLATFORMS=cuda pytest tests -k gpu`). On a CPU they are interpreted and lowered for CUDA.
 """
 
 import re
@@ -44,7 +44,7 @@ DEVICE_CALLS = [
 
 
 @pytest.fixture(autouse=True)
-def few_blocks_of_threads(monkeypatch):
+def few_thread_blocks(monkeypatch):
     """The interpreter gets a chip of two multiprocessors."""
     if not ON_GPU:
         monkeypatch.setattr(dispatch, "num_multiprocessors", lambda: 2)

@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""bench.attention: its walk on paper, its reading of the schedule, its gate, flags and output."""
+"""bench.attention: its trips on paper, its reading of the schedule, its gate, flags and output."""
 
 import collections
 import contextlib
@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -25,18 +26,43 @@ from bench.cases.attention import CASES, PRESETS, SCALES, Call, Case, room_for
 from bench.peers import child as peers
 from bench.tpu_model import attention as model
 from bench.tpu_model import attention_roles as roles
-from bench.tpu_model import attention_trips as walk
+from bench.tpu_model import attention_trips
 from bench.tpu_model import schedule as ts
-from bench.tpu_model.attention_trips import DECODE, END, FILL, FULL, PREFILL, SEVERAL, SINGLE
+from bench.tpu_model.attention_trips import DECODE, END, FILL, FULL, MULTIPLE, PREFILL, SINGLE
 from bench.tpu_model.compile import COMPILE_ENV, DEVICES, TOPOLOGIES, as_if_on, mesh_of
 from pallas_paged import dispatch, tuned
 from pallas_paged.attention import oracle
-from pallas_paged.attention.tpu import kernel, kv_blocks, refs
+from pallas_paged.attention.tpu import (
+    decode_iteration,
+    kv_fetch,
+    new_kv,
+    prefill,
+    prefill_iteration,
+    q_tiles,
+)
 from pallas_paged.attention.tpu import launch as mosaic_tpu
+from pallas_paged.attention.tpu import spec as kernel_spec
 from tests.kv_write.cases import FAST_COMPILE
 
-_ONE = walk.Blocks(block=128, window=128, ring=3, kv_blocks_per_iteration=1, page_size=16, piece=16)
-_TWO = dataclasses.replace(_ONE, ring=4, kv_blocks_per_iteration=2)
+
+def _spec(*sizes, **fields):
+    """The kernel's own static parameters, with pages of 16 and block sizes of a config's order."""
+    config = mosaic_tpu.TpuAttentionConfig(*sizes)
+    call = Call(num_heads=2, num_kv_heads=1, page_size=16, config=config, **fields)
+    return model.spec_of(call, "v6e")
+
+
+_ONE = _spec(128, 128, 3, 1)
+_TWO = _spec(128, 128, 4, 2)
+
+
+@pytest.fixture
+def two_decodes(monkeypatch):
+    """Iterations over full blocks take two decodes, however short they are."""
+    monkeypatch.setattr(kernel_spec, "LONG_ITERATION_KEYS", 256)
+    attention_trips.trips.cache_clear()
+    yield
+    attention_trips.trips.cache_clear()
 
 
 @contextlib.contextmanager
@@ -51,26 +77,26 @@ def _flags(**values):
         yield
 
 
-def _counts(blocks, *lens, **options):
+def _counts(spec, *lens, **options):
     """What `trips` counts, zeros left out."""
-    return {key: n for key, n in walk.trips(tuple(lens), blocks, **options).items() if n}
+    return {key: n for key, n in attention_trips.trips(lens, spec, **options).items() if n}
 
 
-# --- the walk on paper ------------------------------------------------------------------------
+# --- the trips on paper ------------------------------------------------------------------------
 
 
 def test_one_decode():
     """100 keys are 7 pages and one block; the second of the two fetches ahead finds nothing."""
     assert _counts(_ONE, (1, 100)) == {
-        (FILL, "body"): 2,
+        (FILL, "iteration"): 2,
         (FILL, "slow"): 2,
         (FILL, "find0"): 1,
         (FILL, "fetch0"): 1,
-        (FILL, "pieces0"): 7,
+        (FILL, "chunks0"): 7,
         (DECODE, "first"): 1,
         (DECODE, "open"): 1,
         (DECODE, "tiles"): 1,
-        (SINGLE, "body"): 1,
+        (SINGLE, "iteration"): 1,
         (SINGLE, "slow"): 1,
         (END, "close"): 1,
         (END, "gather"): 1,
@@ -79,81 +105,69 @@ def test_one_decode():
 
 
 def test_a_long_decode_takes_two_full_blocks_and_then_any_two():
-    """5 full blocks and 10 keys: two bodies of full blocks, then one of what is left."""
+    """5 full blocks and 10 keys: two iterations over full blocks, then one of what is left."""
     counts = _counts(_TWO, (1, 650))
-    assert counts[FULL, "body"] == 2 and counts[SEVERAL, "body"] == 1
-    assert (SINGLE, "body") not in counts
-    assert counts[FILL, "body"] == 2  # 4 buffers, and a body takes 2
-    # The full bodies fetch blocks 2, 3 (full, within the unit), then 4 and the one page of the 5th.
+    assert counts[FULL, "iteration"] == 2 and counts[MULTIPLE, "iteration"] == 1
+    assert (SINGLE, "iteration") not in counts
+    assert counts[FILL, "iteration"] == 2  # 4 buffers, and an iteration takes 2
+    # The full iterations fetch blocks 2, 3 (full, within the unit), then 4 and the one page of the 5th.
     assert counts[FULL, "slow"] == 1
-    assert (counts[FULL, "pieces0"], counts[FULL, "pieces1"]) == (16, 9)
-    assert (SEVERAL, "pieces0") not in counts
+    assert (counts[FULL, "chunks0"], counts[FULL, "chunks1"]) == (16, 9)
+    assert (MULTIPLE, "chunks0") not in counts
 
 
-def test_a_body_of_several_takes_short_decodes_together():
-    """Three decodes of a block each: two in one body, and the third alone: nothing is behind it."""
+def test_a_iteration_takes_short_decodes_together():
+    """Three decodes of a block each: two in one iteration, and the third alone: nothing is after it."""
     counts = _counts(_TWO, (1, 100), (1, 100), (1, 100))
-    assert counts[SEVERAL, "body"] == counts[SINGLE, "body"] == 1
-    # The ring starts with two; the body finds the third before it knows that it has no two blocks.
-    assert counts[FILL, "find0"] == 2 and counts[SEVERAL, "find"] == 1
-    assert counts[SEVERAL, "fetch0"] == counts[SEVERAL, "slow"] == 1
-    assert (SEVERAL, "fetch1") not in counts
-    assert counts[DECODE, "first"] == 2  # the second's first block comes in the first's body
+    assert counts[MULTIPLE, "iteration"] == counts[SINGLE, "iteration"] == 1
+    # The ring starts with two; the iteration finds the third before it knows that it has no two blocks.
+    assert counts[FILL, "find0"] == 2 and counts[MULTIPLE, "find"] == 1
+    assert counts[MULTIPLE, "fetch0"] == counts[MULTIPLE, "slow"] == 1
+    assert (MULTIPLE, "fetch1") not in counts
+    assert counts[DECODE, "first"] == 2  # the second's first block comes in the first's iteration
 
 
-def test_several_are_decodes_of_one_window():
-    """A decode, a prefill, a decode: neither the prefill nor what is behind it joins a body."""
+def test_they_are_decodes_of_one_q_tile():
+    """A decode, a prefill, a decode: neither the prefill nor what is after it joins an iteration."""
     counts = _counts(_TWO, (1, 100), (8, 100), (1, 100))
-    assert counts[SINGLE, "body"] == 2 and counts[PREFILL, "body"] == 1
-    assert (SEVERAL, "body") not in counts and (FULL, "body") not in counts
-    counts = _counts(_TWO, *[(1, 100)] * 129)  # one more than a window's rows
-    assert counts[SEVERAL, "body"] == 64 and counts[SINGLE, "body"] == 1
+    assert counts[SINGLE, "iteration"] == 2 and counts[PREFILL, "iteration"] == 1
+    assert (MULTIPLE, "iteration") not in counts and (FULL, "iteration") not in counts
+    counts = _counts(_TWO, *[(1, 100)] * 129)  # one more than a q tile's rows
+    assert counts[MULTIPLE, "iteration"] == 64 and counts[SINGLE, "iteration"] == 1
     assert counts[DECODE, "open"] == 2
 
 
-def test_a_full_body_may_be_of_two_decodes():
+def test_a_full_iteration_may_be_of_two_decodes(two_decodes):
     """With two parts of one block each, full blocks of any two neighbours go together."""
-    two_parts = dataclasses.replace(_TWO, full_parts=2)
-    counts = _counts(two_parts, (1, 128), (1, 128), (1, 128), (1, 100))
-    assert counts[FULL, "body"] == counts[SEVERAL, "body"] == 1
+    counts = _counts(_TWO, (1, 128), (1, 128), (1, 128), (1, 100))
+    assert counts[FULL, "iteration"] == counts[MULTIPLE, "iteration"] == 1
     assert counts[FULL, "find0"] == counts[FULL, "find1"] == 1
-    assert _counts(_TWO, (1, 128), (1, 128))[SEVERAL, "body"] == 1
 
 
-def test_each_part_of_a_body_is_fetched_at_once():
-    """Two decodes of two full blocks each: each half of a body's fetches is within one of them."""
-    two_parts = dataclasses.replace(_ONE, ring=8, kv_blocks_per_iteration=4, full_parts=2)
-    counts = _counts(two_parts, *[(1, 256)] * 6)
-    assert counts[FULL, "body"] == 3
+def test_a_short_iteration_over_full_blocks_is_of_one_decode():
+    assert _counts(_TWO, (1, 128), (1, 128))[MULTIPLE, "iteration"] == 1
+
+
+def test_each_part_of_an_iteration_is_fetched_at_once(two_decodes):
+    """Two decodes of two full blocks each: each half of an iteration's fetches is within one of them."""
+    counts = _counts(_spec(128, 128, 8, 4), *[(1, 256)] * 6)
+    assert counts[FULL, "iteration"] == 3
     assert counts[FULL, "find"] + counts[FULL, "find_1"] == 4  # and the ring began with two
     assert (FULL, "find0") not in counts and (FULL, "find2") not in counts
     assert counts[FULL, "slow"] == counts[FULL, "slow_1"] == 1  # of the last, behind the last unit
 
 
-def test_long_bodies_are_of_two_decodes():
-    """As the kernel's own static side has it."""
-    nothing = dict.fromkeys(field.name for field in dataclasses.fields(mosaic_tpu.Walk))
-    for sizes, wanted in (((1024, 128, 16, 8), 2), ((512, 128, 8, 4), 1), ((4096, 128, 6, 3), 1)):
-        config = mosaic_tpu.TpuAttentionConfig(*sizes)
-        fields = nothing | {
-            "block": config.block_kv,
-            "kv_blocks_per_iteration": config.kv_blocks_per_iteration,
-        }
-        static = mosaic_tpu.Walk(**fields)
-        assert walk.blocks_of(config, 128).full_parts == static.full_parts == wanted
-
-
-def test_the_fetches_of_a_body_cross_sequences():
-    """Three decodes of a block each: the ring starts with two, the first body finds the third."""
+def test_the_fetches_of_an_iteration_cross_sequences():
+    """Three decodes of a block each: the ring starts with two, the first iteration finds the third."""
     counts = _counts(_ONE, (1, 128), (1, 128), (1, 128))
     assert counts[FILL, "find0"] == 2 and counts[SINGLE, "find0"] == 1
-    assert counts[SINGLE, "body"] == 3 and counts[DECODE, "open"] == 1
+    assert counts[SINGLE, "iteration"] == 3 and counts[DECODE, "open"] == 1
 
 
 def test_a_prefill_masks_the_block_of_its_diagonal():
     """40 rows at 260..299: keys 0..255 are earlier than all of them, the rest is not."""
     counts = _counts(_ONE, (40, 300))
-    assert counts[PREFILL, "body"] == 3
+    assert counts[PREFILL, "iteration"] == 3
     assert (counts[PREFILL, "unmasked"], counts[PREFILL, "masked"]) == (2, 1)
     assert counts[PREFILL, "last"] == counts[PREFILL, "open"] == 1
 
@@ -161,15 +175,15 @@ def test_a_prefill_masks_the_block_of_its_diagonal():
 def test_a_window_leaves_out_blocks_and_masks_the_first():
     """20 rows at 500..519 look back 100 keys: from 401 on, page 25, so two blocks, both masked."""
     counts = _counts(_ONE, (20, 520), sliding_window=100)
-    assert counts[PREFILL, "body"] == counts[PREFILL, "masked"] == 1
-    units, _ = walk.find_units(((20, 520),), _ONE, 100)
-    assert (units[0].first_piece, units[0].end_piece) == (25, 33)
+    assert counts[PREFILL, "iteration"] == counts[PREFILL, "masked"] == 1
+    items, _ = attention_trips.find_work_items(((20, 520),), _ONE, 100)
+    assert (items[0].first_chunk, items[0].end_chunk) == (25, 33)
 
 
 def test_prefill_units_start_at_row_tiles():
-    """A decode, then 200 rows from row 1 on: the units end at rows 128 and 201."""
-    units, _ = walk.find_units(((1, 64), (200, 200)), _ONE, None)
-    assert [(u.row, u.end) for u in units] == [(0, 1), (1, 128), (128, 201)]
+    """A decode, then 200 rows from row 1 on: the items end at rows 128 and 201."""
+    items, _ = attention_trips.find_work_items(((1, 64), (200, 200)), _ONE, None)
+    assert [(u.row, u.end) for u in items] == [(0, 1), (1, 128), (128, 201)]
     counts = _counts(_ONE, (1, 64), (200, 200))
     # The prefill's first window begins in the tile that the decode's left: its rows are kept.
     assert counts[PREFILL, "keep"] == 1 and counts[PREFILL, "gather"] == 1
@@ -186,45 +200,82 @@ def test_empty_sequences_are_skipped_and_their_rows_zeroed():
     assert (END, "zero") not in counts  # one row tile, the decode's
 
 
-def test_the_walk_is_the_kernels(monkeypatch):
-    """The interpreted kernel runs the bodies that the walk counts, and searches as often."""
-    done, decode_blocks, find_unit = [], kernel._decode_blocks, kv_blocks.find_unit
+_LENS_OF_TWINS = {
+    # Full blocks of two decodes, multiple blocks, one block; a prefill; searches.
+    "decodes": ((2, 1, 128), (1, 1, 256), (2, 1, 100), (1, 5, 200), (1, 1, 300)),
+    # Prefills of two q tiles, an empty sequence, a window that hides blocks, new tokens.
+    "prefills": ((1, 150, 205), (1, 3, 0), (2, 1, 140), (1, 9, 330)),
+}
 
-    def counted_blocks(static, refs, taken, **options):
-        place = SINGLE if len(taken) == 1 else FULL if options["is_full"] else SEVERAL
-        jax.debug.callback(lambda: done.append(place))
-        return decode_blocks(static, refs, taken, **options)
 
-    def counted_search(static, refs):
-        jax.debug.callback(lambda: done.append("find"))
-        return find_unit(static, refs)
+@pytest.mark.parametrize("name", _LENS_OF_TWINS)
+def test_the_interpreted_kernel_does_what_is_counted(name, monkeypatch, two_decodes):
+    """Iterations, searches, fetched chunks and q tiles, with and without a window and writes."""
+    done = []
 
-    monkeypatch.setattr(kernel, "_decode_blocks", counted_blocks)
-    monkeypatch.setattr(kv_blocks, "find_unit", counted_search)
-    monkeypatch.setattr(refs, "_LONG_BODY", 256)  # full bodies are of two decodes
-    runs = ((2, 1, 128), (1, 1, 256), (2, 1, 100), (1, 5, 200), (1, 1, 300))
-    # A cap that no other call has, so that jit traces what counts.
+    def count(module, function, event):
+        original = getattr(module, function)
+
+        def counted(*args, **options):
+            what = event(args, options) if callable(event) else event
+            jax.debug.callback(lambda: done.append(what))
+            return original(*args, **options)
+
+        monkeypatch.setattr(module, function, counted)
+
+    def place(args, options):
+        return SINGLE if len(args[2]) == 1 else FULL if options["is_full"] else MULTIPLE
+
+    count(decode_iteration, "run_iteration", place)
+    count(prefill, "attend", lambda _, options: "masked" if options["is_masked"] else "unmasked")
+    count(kv_fetch, "find_work_item", "find")
+    count(kv_fetch, "_start_chunk", "chunks")
+    count(q_tiles, "open_q_tile", "open")
+    count(q_tiles, "_gather_decodes", "gather")
+    count(prefill_iteration, "_finish", "last")
+    count(new_kv, "make_prefill", "make")
+
+    runs, window = _LENS_OF_TWINS[name], 130 if name == "prefills" else None
     call = Call(
         num_heads=2,
         num_kv_heads=1,
-        soft_cap=41.0,
+        soft_cap=41.0,  # that no other call has, so that jit traces what counts
+        sliding_window=window,
+        writes=name == "prefills",
         config=mosaic_tpu.TpuAttentionConfig(128, 128, 4, 2),
         **room_for([runs], 16, is_exact=True),
     )
     case = Case("own", "v6e", runs, call)
-    pool, q, *metadata = attention.random_inputs(case, seed=0)
+    pool, q, *arrays = attention.random_inputs(case, seed=0)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
         step = jax.jit(call.step("mosaic_tpu"), compiler_options=FAST_COMPILE)
-        jax.block_until_ready(step(q, pool, *metadata))
+        jax.block_until_ready(step(q, pool, *arrays))
     jax.effects_barrier()
-    counts = walk.trips(case.lens, walk.blocks_of(call.config, 16))
+    counts = attention_trips.trips(case.lens, model.spec_of(call, "v6e"), window)
+
+    def total(event):
+        return sum(n for (_, e), n in counts.items() if re.fullmatch(event, e))
+
     assert collections.Counter(done) == {
-        FULL: counts[FULL, "body"],
-        SEVERAL: counts[SEVERAL, "body"],
-        SINGLE: counts[SINGLE, "body"],
-        "find": sum(n for (_, event), n in counts.items() if event.startswith("find")),
+        event: number
+        for event, number in {
+            **{kind: counts[kind, "iteration"] for kind in (FULL, MULTIPLE, SINGLE)},
+            "masked": total("masked"),
+            "unmasked": total("unmasked"),
+            "find": total(r"find_?\d*"),
+            "chunks": total(r"(masked_|unmasked_)?chunks\d*"),
+            "open": total("open"),
+            "gather": total("gather"),
+            "last": total("last"),
+            "make": total("make"),
+        }.items()
+        if number
     }
-    assert {*done} == {FULL, SEVERAL, SINGLE, "find"}
+    wanted = {
+        "decodes": {FULL, MULTIPLE, SINGLE, "find", "masked", "gather"},
+        "prefills": {"masked", "unmasked", "make", "last", "chunks"},
+    }
+    assert wanted[name] <= {*done}
 
 
 def test_a_case_counts_its_operations():
@@ -358,13 +409,13 @@ def test_new_tokens_are_made_and_sent_on_the_way():
     """200 rows from row 1 on, behind 20 old tokens, are two windows: rows 1..127 are 8 tiles and
     fill pages from the 2nd to the 9th, 128..200 5 tiles and 5 pages. Of a window's pages the first
     goes by itself, and a last one that is not full; the 7 and 3 between them four at a time."""
-    counts = _counts(_ONE, (1, 64), (200, 220), writes=True)
+    counts = _counts(_spec(128, 128, 3, 1, writes=True), (1, 64), (200, 220))
     assert counts[PREFILL, "make"] == 2 and counts[PREFILL, "make_trips"] == 7 + 4
     assert counts[PREFILL, "send"] == 2 and counts[PREFILL, "send_trips"] == 2 + 1
     # The one old page comes from the pool, for each window; all else is new, in blocks of 128.
-    pieces = sum(n for (_, event), n in counts.items() if event.startswith("pieces"))
-    assert pieces == 4 + 2 * 1
-    assert counts[PREFILL, "body"] == (1 + 2) + (1 + 2)
+    chunks = sum(n for (_, event), n in counts.items() if event.startswith("chunks"))
+    assert chunks == 4 + 2 * 1
+    assert counts[PREFILL, "iteration"] == (1 + 2) + (1 + 2)
 
 
 def test_wrong_trip_counts_are_refused(monkeypatch, run):
@@ -373,7 +424,7 @@ def test_wrong_trip_counts_are_refused(monkeypatch, run):
 
     def wrong(case, config):
         counts = right(case, config).copy()
-        counts[FULL, "body"] -= 1
+        counts[FULL, "iteration"] -= 1
         return counts
 
     monkeypatch.setattr(model, "_counts", wrong)

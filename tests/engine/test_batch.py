@@ -10,9 +10,9 @@ from reference_engine.config import KV_WRITES, EngineConfig
 from reference_engine.scheduler import Segment
 
 SEGMENTS = (
-    Segment(0, 3, (11, 12, 13, 14, 15, 16, 17), (5, 2, 9), True),
-    Segment(1, 8, (21,), (4, 7, 1), True),
-    Segment(2, 0, (31, 32, 33, 34), (8, 3), False),
+    Segment(0, 3, (11, 12, 13, 14, 15, 16, 17), (5, 2, 9), samples=True, is_decode=False),
+    Segment(1, 8, (21,), (4, 7, 1), samples=True, is_decode=True),
+    Segment(2, 0, (31, 32, 33, 34), (8, 3), samples=False, is_decode=False),
 )
 
 
@@ -88,10 +88,9 @@ def test_every_step_has_one_of_the_announced_shapes(kv_write):
     for num_seqs in range(1, 7):
         for length in range(1, 40 // num_seqs + 1):
             for start in range(4):
+                page_ids = tuple(range(12)[: -(-(start + length) // 4)])
                 segments = [
-                    Segment(
-                        i, start, (1,) * length, tuple(range(12)[: -(-(start + length) // 4)]), True
-                    )
+                    Segment(i, start, (1,) * length, page_ids, samples=True, is_decode=False)
                     for i in range(num_seqs)
                 ]
                 if start + length > 20:

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from reference_engine import checkpoint, weights
+from reference_engine import weights
+from reference_engine.generation_config import read_generation_config
+from reference_engine.hf_config import read_model_config
 from reference_engine.rope import RopeScaling
 from tests.engine.checkpoints import MODEL, hf_config, hf_tensors, write_checkpoint
 
@@ -28,7 +30,7 @@ def assert_same(got, want):
 def test_what_was_written_is_read(tmp_path, num_shards, tied, dtype):
     config = dataclasses.replace(SMALL, tie_embeddings=tied, dtype=dtype)
     params = write_checkpoint(tmp_path, config, num_shards=num_shards)
-    assert checkpoint.read_model_config(tmp_path) == config
+    assert read_model_config(tmp_path) == config
     names = []
     assert_same(weights.load_params(tmp_path, config, on_tensor=names.append), params)
     assert len(names) == len(set(names)) == 2 * len(params["layers"]) + 3 - tied
@@ -40,7 +42,7 @@ def test_weights_are_cast_and_stray_buffers_left_out(tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float64)
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
-    config = checkpoint.read_model_config(tmp_path, dtype="bfloat16")
+    config = read_model_config(tmp_path, dtype="bfloat16")
     want = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     assert_same(weights.load_params(tmp_path, config), want)
 
@@ -108,10 +110,10 @@ def test_a_config_without_a_dtype_means_the_tensors_own(tmp_path, stored, want, 
         for odd in (None, "auto", "float64", "int8", "torch.float64", "bf16", "", 16, ["x"], {}):
             raw = {key: value for key, value in raw.items() if "dtype" not in key} | {name: odd}
             (tmp_path / "config.json").write_text(json.dumps(raw))
-            assert checkpoint.read_model_config(tmp_path).dtype == want
+            assert read_model_config(tmp_path).dtype == want
     del raw["dtype"]
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    config = checkpoint.read_model_config(tmp_path)
+    config = read_model_config(tmp_path)
     assert config.dtype == want
     loaded = weights.load_params(tmp_path, config)
     assert_same(
@@ -124,13 +126,13 @@ def test_a_config_without_a_dtype_means_the_tensors_own(tmp_path, stored, want, 
         ("torch_dtype", "half", "float16"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(raw | {name: value}))
-        assert checkpoint.read_model_config(tmp_path).dtype == meant
+        assert read_model_config(tmp_path).dtype == meant
         for name in ("float16", "half", "torch.float16"):
-            assert checkpoint.read_model_config(tmp_path, name).dtype == "float16"
+            assert read_model_config(tmp_path, name).dtype == "float16"
     (tmp_path / "config.json").write_text(
         json.dumps(raw | {"dtype": "bfloat16", "torch_dtype": "float16"})
     )
-    assert checkpoint.read_model_config(tmp_path).dtype == "bfloat16"
+    assert read_model_config(tmp_path).dtype == "bfloat16"
 
 
 def test_of_several_dtypes_the_first_tensors_by_name_counts(tmp_path):
@@ -141,10 +143,10 @@ def test_of_several_dtypes_the_first_tensors_by_name_counts(tmp_path):
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     raw = hf_config(SMALL) | {"torch_dtype": None}
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert checkpoint.read_model_config(tmp_path).dtype == "bfloat16"
+    assert read_model_config(tmp_path).dtype == "bfloat16"
     safetensors.numpy.save_file({"x": np.ones(3, np.int32)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="model.safetensors: no tensor is one of F64, F32"):
-        checkpoint.read_model_config(tmp_path)
+        read_model_config(tmp_path)
 
 
 def _change(name, change):
@@ -307,7 +309,7 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path, keep):
 
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json"):
-        checkpoint.read_model_config(tmp_path)
+        read_model_config(tmp_path)
     write_checkpoint(tmp_path, SMALL, num_shards=2)
     (tmp_path / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model-00001-of-00002"):
@@ -448,7 +450,7 @@ def test_missing_files_are_named(tmp_path):
 def test_models_that_are_not_served_are_refused_by_field(tmp_path, fields, message):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(SMALL) | fields))
     with pytest.raises(ValueError, match=f"config.json: .*{message}"):
-        checkpoint.read_model_config(tmp_path)
+        read_model_config(tmp_path)
 
 
 def test_what_a_missing_field_means_depends_on_the_family(tmp_path):
@@ -467,7 +469,7 @@ def test_what_a_missing_field_means_depends_on_the_family(tmp_path):
 
     def read(family, **fields):
         (tmp_path / "config.json").write_text(json.dumps(raw | {"model_type": family} | fields))
-        return checkpoint.read_model_config(tmp_path)
+        return read_model_config(tmp_path)
 
     for family, num_kv_heads, head_dim, longest in (
         ("llama", 64, 2, 2048),
@@ -518,7 +520,7 @@ def test_what_a_missing_field_means_depends_on_the_family(tmp_path):
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_the_longest_context_is_what_rope_reaches(tmp_path, rope, longest, name):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(SMALL) | {name: rope}))
-    assert checkpoint.read_model_config(tmp_path).max_position == longest
+    assert read_model_config(tmp_path).max_position == longest
 
 
 @pytest.mark.parametrize(
@@ -535,17 +537,17 @@ def test_the_longest_context_is_what_rope_reaches(tmp_path, rope, longest, name)
 def test_a_window_that_no_layer_has_is_none(tmp_path, fields):
     raw = hf_config(SMALL) | {"use_sliding_window": True} | fields
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert checkpoint.read_model_config(tmp_path).num_layers == 2
+    assert read_model_config(tmp_path).num_layers == 2
 
 
 def test_a_config_that_is_no_json_is_refused(tmp_path):
     for text in ("{", "[1]", "", "null", "7", "\x00", "[" * 99_999):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match="config.json: no JSON"):
-            checkpoint.read_model_config(tmp_path)
+            read_model_config(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff{}")
     with pytest.raises(ValueError, match="config.json: no JSON"):
-        checkpoint.read_model_config(tmp_path)
+        read_model_config(tmp_path)
 
 
 def test_families_and_forms_of_rope(tmp_path):
@@ -554,7 +556,7 @@ def test_families_and_forms_of_rope(tmp_path):
 
     def read(**fields):
         (tmp_path / "config.json").write_text(json.dumps(raw | fields))
-        return checkpoint.read_model_config(tmp_path)
+        return read_model_config(tmp_path)
 
     assert read(rope_scaling=yarn).rope_scaling == RopeScaling("yarn", 2.0, 256)
     got = read(rope_parameters={"rope_type": "linear", "factor": 3, "rope_theta": 7.0})
@@ -573,7 +575,7 @@ def test_families_and_forms_of_rope(tmp_path):
     assert (llama.num_kv_heads, llama.head_dim) == (4, 8)
     assert read(torch_dtype="float64").dtype == "float32"
     with pytest.raises(ValueError, match="argument `dtype` is 'int8'"):
-        checkpoint.read_model_config(tmp_path, dtype="int8")
+        read_model_config(tmp_path, dtype="int8")
 
 
 def test_end_of_text_ids_are_found(tmp_path):
@@ -581,7 +583,7 @@ def test_end_of_text_ids_are_found(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
         if generation is not None:
             (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-        return checkpoint.read_generation_config(tmp_path)["eos_token_id"]
+        return read_generation_config(tmp_path)["eos_token_id"]
 
     assert eos(None, {"eos_token_id": 7}) == (7,)
     assert eos(None, {}) == ()
@@ -594,4 +596,4 @@ def test_end_of_text_ids_are_found(tmp_path):
             eos({}, {"eos_token_id": wrong})
     (tmp_path / "generation_config.json").write_text("[]")
     with pytest.raises(ValueError, match="generation_config.json: no JSON object"):
-        checkpoint.read_generation_config(tmp_path)
+        read_generation_config(tmp_path)

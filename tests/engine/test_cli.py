@@ -14,8 +14,10 @@ from absl.testing import flagsaver
 from reference_engine import __main__ as cli
 from reference_engine import batch as batch_lib
 from reference_engine import engine as engine_lib
-from reference_engine.llm import LLM, CompletionOutput, RequestOutput
-from reference_engine.request import SamplingParams
+from reference_engine.completions import CompletionOutput, RequestOutput
+from reference_engine.llm import LLM
+from reference_engine.replay import Result
+from reference_engine.sampling_params import SamplingParams
 from tests.engine.checkpoints import byte_tokenizer, write_checkpoint
 
 SMALL = {"num_requests": 5, "length_scale": 0.04, "max_num_batched_tokens": 48, "max_num_seqs": 4}
@@ -42,8 +44,10 @@ def test_replay_prints_both_runs_and_that_they_are_equal(capsys):
     for label in ("steps", "tokens computed", "whole pages written", "slices (whole and partial)"):
         assert all(int(cell.replace(",", "")) > 0 for cell in rows[label].split())
     assert {"deferrals", "preemptions", "steps to first token, p50"} <= rows.keys()
-    tokens = re.search(r"generated tokens +(\d+) of (\d+)\n", out)
-    logits = re.search(r"logits +(\d+) of (\d+) rows, bit for bit\n", out)
+    assert out.startswith("The two runs came to the same.\nEqual, bit for bit: ")
+    assert out.count("\n") <= 25
+    tokens = re.search(r": (\d+) of (\d+) generated tokens", out)
+    logits = re.search(r" (\d+) of (\d+) rows of logits", out)
     assert len({*tokens.groups(), *logits.groups()}) == 1
     assert "5 of 5 requests" in out and "5 different outputs of 5 requests" in out
 
@@ -64,13 +68,15 @@ def test_replay_fails_where_the_runs_differ(capsys, monkeypatch):
     assert exit_info.value.code == 1
     out, err = capsys.readouterr()
     assert err == "reference_engine: the two runs differ\n"
-    assert re.search(r"logits .* the largest difference is [\d.]+", out)
+    assert out.startswith("THE TWO RUNS DIFFER.\n")
+    assert re.search(r"the largest difference of logits is [\d.]+", out)
 
 
 def test_explain_prints_every_step(capsys, tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text(TRACE)
-    main("explain", **(SMALL | {"trace": str(trace), "length_scale": 1.0, "num_pages": 40}))
+    values = SMALL | {"trace": str(trace), "length_scale": 1.0, "num_pages": 40}
+    main("explain", **values, all=True)
     out = capsys.readouterr().out
     assert "prompts as recorded" in out and "3 requests" in out
     assert "request 0 prefill [0, 48) of 48 + 10: whole pages 0-2\n" in out
@@ -80,19 +86,30 @@ def test_explain_prints_every_step(capsys, tmp_path):
     assert out.count("finished: length") == 3
 
 
+def test_explain_prints_the_summary_and_the_first_steps(capsys):
+    main("explain", **SMALL)
+    short = capsys.readouterr().out.splitlines()
+    main("explain", **SMALL, all=True)
+    whole = capsys.readouterr().out.splitlines()
+    num_steps, num_left = int(whole[0].split()[3]), int(re.search(r"\d+", short[-1])[0])
+    assert len(short) <= 25 and whole[: len(short) - 1] == short[:-1]
+    steps = [sum(line.startswith("step ") for line in lines) for lines in (short, whole)]
+    assert steps == [num_steps - num_left, num_steps] and "which --all prints" in short[-1]
+
+
 def test_explain_without_alignment_defers_nobody(capsys):
-    main("explain", **SMALL, page_aligned_scheduling=False)
+    main("explain", **SMALL, page_aligned_scheduling=False, all=True)
     out = capsys.readouterr().out
     assert "page_aligned_scheduling off" in out and "deferred" not in out
 
 
 @pytest.mark.parametrize("kv_write", ["tokens", "fused"])
 def test_other_forms_of_write_replay_to_the_same(capsys, kv_write):
-    main("replay", **SMALL, kv_write=kv_write, attention="oracle")
+    main("replay", **SMALL, kv_write=kv_write, attention_backend="oracle")
     out, err = capsys.readouterr()
     assert err == "" and "5 of 5 requests" in out
     how = "fused with the attention" if kv_write == "fused" else f"{kv_write} by auto"
-    assert f"kv_write {how}, attention by oracle\n" in out
+    assert f"kv_write {how}, attention by oracle; " in out
 
 
 def test_replay_fails_where_one_run_has_a_wrong_page_table(capsys, monkeypatch):
@@ -116,10 +133,10 @@ def test_replay_fails_where_one_run_has_a_wrong_page_table(capsys, monkeypatch):
     "values, wanted",
     [
         ({}, 0),
-        ({"kv_write": "fused", "attention": "oracle"}, 0),
+        ({"kv_write": "fused", "attention_backend": "oracle"}, 0),
         ({"write_backend": "mosaic_tpu"}, 1),
-        ({"attention": "mosaic_tpu"}, 1),
-        ({"kv_write": "fused", "attention": "mosaic_tpu"}, 1),
+        ({"attention_backend": "mosaic_tpu"}, 1),
+        ({"kv_write": "fused", "attention_backend": "mosaic_tpu"}, 1),
     ],
 )
 def test_a_cpu_interprets_the_tpu_kernels(monkeypatch, values, wanted):
@@ -134,6 +151,7 @@ def test_a_cpu_interprets_the_tpu_kernels(monkeypatch, values, wanted):
     def replay(jobs, params, model, config, observe):
         assert entered == ["in"] * wanted
         assert {name: getattr(config, name) for name in values} == values
+        return Result()
 
     monkeypatch.setattr(cli.pltpu, "force_tpu_interpret_mode", interpreting)
     monkeypatch.setattr(cli.replay_lib, "replay", replay)
@@ -145,11 +163,11 @@ def test_explain_says_who_is_not_admitted(capsys, tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text(TRACE)
     small = SMALL | {"trace": str(trace), "length_scale": 1.0}
-    main("explain", **small, num_pages=10)
+    main("explain", **small, num_pages=10, all=True)
     assert re.search(
         r"request 2 not admitted: it wants 7 pages and \d are free", capsys.readouterr().out
     )
-    main("explain", **(small | {"max_num_seqs": 1}), num_pages=40)
+    main("explain", **(small | {"max_num_seqs": 1}), num_pages=40, all=True)
     assert "request 1 not admitted: max_num_seqs=1 requests are running" in capsys.readouterr().out
 
 
@@ -162,6 +180,7 @@ def test_explain_draws_the_steps(capsys, tmp_path):
         **(SMALL | {"trace": str(trace), "length_scale": 1.0}),
         num_pages=6,
         plot=str(tmp_path / "steps.png"),
+        all=True,
     )
     assert "preempted" in capsys.readouterr().out
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
@@ -277,13 +296,21 @@ def test_soft_alignment_is_announced_on_stderr(capsys):
         ("replay", {"num_pages": 1}, "wanted at most the pool's 1 pages"),
         ("replay", {"num_pages": -3}, "argument `num_pages` is -3"),
         ("replay", {"write_backend": "cuda"}, "argument `write_backend` is 'cuda'"),
-        ("replay", {"attention": "flash"}, "argument `attention` is 'flash'; wanted one of"),
+        (
+            "replay",
+            {"attention_backend": "flash"},
+            "argument `attention_backend` is 'flash'; wanted one of",
+        ),
         (
             "replay",
             {"kv_write": "fused", "write_backend": "oracle"},
-            "argument `write_backend` is 'oracle'; wanted 'auto' or attention='auto'",
+            "argument `write_backend` is 'oracle'; wanted 'auto' or attention_backend='auto'",
         ),
-        ("replay", {"attention": "mosaic_gpu"}, "backend 'mosaic_gpu' cannot run this call"),
+        (
+            "replay",
+            {"attention_backend": "mosaic_gpu"},
+            "backend 'mosaic_gpu' cannot run this call",
+        ),
         ("explain", {"plot": "/no/such/x.png"}, "cannot open /no/such/x.png: No such file"),
         ("generate", {}, "--model is missing; wanted the folder of a model"),
         ("generate", {"model": "/no/such"}, "--prompt is missing; wanted a prompt, or --prompt_i"),

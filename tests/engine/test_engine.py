@@ -18,12 +18,14 @@ from reference_engine import engine as engine_lib
 from reference_engine import model as model_lib
 from reference_engine import replay as replay_lib
 from reference_engine import rope
+from reference_engine import sampler as sampler_lib
 from reference_engine import scheduler as scheduler_lib
 from reference_engine.config import KV_WRITES, EngineConfig, ModelConfig
 from reference_engine.engine import Engine
 from reference_engine.replay import Job, compare, replay
-from reference_engine.request import FinishReason, SamplingParams
+from reference_engine.request import FinishReason
 from reference_engine.rope import RopeScaling
+from reference_engine.sampling_params import SamplingParams
 from reference_engine.weights import random_params
 
 MODEL = ModelConfig(
@@ -104,7 +106,7 @@ def test_outputs_are_diverse():
         {"kv_write": "tokens"},
         {"kv_write": "tokens", "page_aligned_scheduling": False},
         {"kv_write": "fused"},
-        {"kv_write": "fused", "page_aligned_scheduling": False, "attention": "oracle"},
+        {"kv_write": "fused", "page_aligned_scheduling": False, "attention_backend": "oracle"},
         {"max_num_batched_tokens": 64},
         {"max_num_batched_tokens": 14},
         {"max_num_batched_tokens": 9, "max_num_seqs": 1},
@@ -133,7 +135,7 @@ def test_the_tpu_attention_yields_the_oracles_tokens(monkeypatch, kv_write):
     # The default blocks would hold thirty times these contexts, and take thrice as long to compile.
     small = attention_tpu.TpuAttentionConfig(block_kv=128, block_q=128)
     monkeypatch.setattr(attention_tpu, "default_config", lambda *args: small)
-    want, got = run_few(), run_few_interpreted(attention="mosaic_tpu", kv_write=kv_write)
+    want, got = run_few(), run_few_interpreted(attention_backend="mosaic_tpu", kv_write=kv_write)
     comparison = compare(want, got)
     assert comparison.num_equal_tokens == comparison.num_outputs == 6
     assert comparison.num_distinct_tokens > 3
@@ -164,19 +166,23 @@ def test_each_form_calls_its_ops_with_the_backends_asked_for(monkeypatch, kv_wri
 
         return op
 
-    for name in ("page_write", "slice_write", "token_write", "write_and_attend"):
+    for name in (
+        "page_write",
+        "slice_write",
+        "token_write",
+        "write_and_attend",
+        "ragged_paged_attention",
+    ):
         monkeypatch.setattr(pallas_paged, name, recording(name, getattr(pallas_paged, name)))
-    name = "ragged_paged_attention"
-    monkeypatch.setattr(model_lib, name, recording(name, getattr(model_lib, name)))
     config = dataclasses.replace(CONFIG, kv_write=kv_write)
-    segments = [batch_lib.Segment(0, 0, (1,) * 20, (0, 1, 2), True)]
+    segments = [batch_lib.Segment(0, 0, (1,) * 20, (0, 1, 2), samples=True, is_decode=False)]
     jax.eval_shape(
         functools.partial(
             model_lib.forward,
             config=MODEL,
             kv_write=kv_write,
             write_backend="W",
-            attention="A",
+            attention_backend="A",
         ),
         params(),
         model_lib.make_pool(MODEL, config.num_pages, config.page_size),
@@ -317,9 +323,9 @@ def test_other_shapes_change_the_last_bits_at_most():
 
 def test_no_shape_is_compiled_that_was_not_announced():
     config = dataclasses.replace(CONFIG, token_buckets=(16, 64), seq_buckets=(8,))
-    engine_lib.jitted_step("cpu").clear_cache()
+    model_lib.jitted_step("cpu").clear_cache()
     replay(jobs(), params(), MODEL, config)
-    assert engine_lib.jitted_step("cpu")._cache_size() <= len(batch_lib.batch_shapes(config)) == 2
+    assert model_lib.jitted_step("cpu")._cache_size() <= len(batch_lib.batch_shapes(config)) == 2
 
 
 def test_the_model_is_the_dense_one():
@@ -400,13 +406,13 @@ def test_the_pool_is_not_copied(kv_write):
     """The flat pool goes through the layers in place: no temporary of its size."""
     config = dataclasses.replace(CONFIG, num_pages=4096, kv_write=kv_write)
     pool = jax.eval_shape(lambda: model_lib.make_pool(MODEL, config.num_pages, config.page_size))
-    segments = [batch_lib.Segment(0, 0, (1,) * 20, (0, 1, 2), True)]
+    segments = [batch_lib.Segment(0, 0, (1,) * 20, (0, 1, 2), samples=True, is_decode=False)]
     forward = functools.partial(
         model_lib.forward,
         config=MODEL,
         kv_write=kv_write,
         write_backend="oracle",
-        attention="oracle",
+        attention_backend="oracle",
     )
     compiled = (
         jax.jit(forward, donate_argnums=1)
@@ -493,11 +499,11 @@ def assert_plant_is_seen(result):
 
 def run_anew(**changes):
     """A run of which no function comes from the cache of the jitted model, nor stays there."""
-    engine_lib.jitted_step("cpu").clear_cache()
+    model_lib.jitted_step("cpu").clear_cache()
     try:
         return run(**changes)
     finally:
-        engine_lib.jitted_step("cpu").clear_cache()
+        model_lib.jitted_step("cpu").clear_cache()
 
 
 def _layers_share_their_pages(batch, first_page, page_size):
@@ -547,14 +553,15 @@ _real_run_step = engine_lib.run_step
 
 
 @pytest.mark.parametrize(
-    "name, failing",
+    "module, name, failing",
     [
-        ("run_step", _raise_before),
-        ("run_step", _raise_after_the_pool_is_gone),
-        ("greedy", _raise_before),  # as an error of the device, which shows when its result is read
+        (engine_lib, "run_step", _raise_before),
+        (engine_lib, "run_step", _raise_after_the_pool_is_gone),
+        # As an error of the device, which shows when its result is read.
+        (sampler_lib, "greedy", _raise_before),
     ],
 )
-def test_a_step_that_raises_loses_nothing(monkeypatch, name, failing):
+def test_a_step_that_raises_loses_nothing(monkeypatch, module, name, failing):
     engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, num_pages=32))
     for job in jobs():
         engine.add_request(job.prompt_ids, SamplingParams(job.max_tokens))
@@ -564,7 +571,7 @@ def test_a_step_that_raises_loses_nothing(monkeypatch, name, failing):
         step += 1
         if step % 5 == 2:
             with monkeypatch.context() as patch:
-                patch.setattr(engine_lib, name, failing)
+                patch.setattr(module, name, failing)
                 with pytest.raises(ModelError):
                     engine.step()
             assert_books_balance(engine)
@@ -716,17 +723,18 @@ def test_model_configs_are_checked(fields, message):
         ),
         ({"kv_write": None}, "argument `kv_write` is None"),
         (
-            {"attention": "flash"},
-            r"argument `attention` is 'flash'; wanted one of \('auto', 'oracle', 'mosaic_tpu'",
+            {"attention_backend": "flash"},
+            r"argument `attention_backend` is 'flash'; wanted one of "
+            r"\('auto', 'oracle', 'mosaic_tpu'",
         ),
         ({"write_backend": "cuda"}, "argument `write_backend` is 'cuda'; wanted one of"),
         (
             {"kv_write": "fused", "write_backend": "mosaic_tpu"},
-            "argument `write_backend` is 'mosaic_tpu'; wanted 'auto' or attention='auto'",
+            "argument `write_backend` is 'mosaic_tpu'; wanted 'auto' or attention_backend='auto'",
         ),
         (
-            {"kv_write": "fused", "write_backend": "oracle", "attention": "mosaic_tpu"},
-            "argument `write_backend` is 'oracle'; wanted 'auto' or attention='mosaic_tpu'",
+            {"kv_write": "fused", "write_backend": "oracle", "attention_backend": "mosaic_tpu"},
+            "argument `write_backend` is 'oracle'; wanted 'auto' or attention_backend='mosaic_tpu'",
         ),
     ],
 )
@@ -736,7 +744,7 @@ def test_ways_to_write_and_attend_are_checked(fields, message):
 
 
 def test_a_backend_that_cannot_run_is_refused_and_never_replaced():
-    engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, attention="mosaic_gpu"))
+    engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, attention_backend="mosaic_gpu"))
     engine.add_request([1, 2, 3])
     with pytest.raises(NotImplementedError, match="backend 'mosaic_gpu' cannot run this call"):
         engine.step()

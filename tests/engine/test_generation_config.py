@@ -5,15 +5,14 @@ import json
 
 import pytest
 
-from reference_engine import checkpoint
-from reference_engine.generation_config import sampling_params
-from reference_engine.request import SamplingParams
+from reference_engine.generation_config import read_generation_config, sampling_params
+from reference_engine.sampling_params import SamplingParams
 
 
 def sampling(tmp_path, **generation):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    return sampling_params(tmp_path, checkpoint.read_generation_config(tmp_path))
+    return sampling_params(tmp_path, read_generation_config(tmp_path))
 
 
 @pytest.mark.parametrize(

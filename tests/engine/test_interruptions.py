@@ -18,12 +18,12 @@ import pytest
 from hypothesis import strategies as st
 
 from reference_engine import engine as engine_lib
-from reference_engine import scheduler as scheduler_lib
 from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.engine import Engine
 from reference_engine.llm import LLM
 from reference_engine.page_pool import PagePool
-from reference_engine.request import FinishReason, Request, SamplingParams
+from reference_engine.request import FinishReason, Request
+from reference_engine.sampling_params import SamplingParams
 from reference_engine.scheduler import Scheduler
 from tests.engine.checkpoints import byte_tokenizer, write_checkpoint
 
@@ -404,7 +404,10 @@ def test_whatever_befalls_a_step_pages_balance_and_tokens_are_right(happenings, 
 # A second interrupt while the first is dealt with, and one that takes what was handed over away
 # from the caller, are beyond what a function can do.
 _EXEMPT = {"restart", "reset", "forget_all", "_recover", "_hand_over"}
-_FILES = {engine_lib.__file__, scheduler_lib.__file__, sys.modules[PagePool.__module__].__file__}
+_FILES = {
+    sys.modules[f"reference_engine.{name}"].__file__
+    for name in ("engine", "outputs", "scheduler", "page_pool")
+}
 
 
 def interrupted_step(engine, after):

@@ -9,8 +9,9 @@ import pytest
 
 from reference_engine import LLM, EngineConfig, FinishReason, SamplingParams, compiles
 from reference_engine import engine as engine_lib
-from reference_engine import llm as llm_lib
-from reference_engine.engine import Output
+from reference_engine import model as model_lib
+from reference_engine.completions import Job, Stream
+from reference_engine.outputs import Output
 from tests.engine.checkpoints import MODEL, byte_tokenizer, write_checkpoint
 
 CONFIG = EngineConfig(
@@ -242,7 +243,7 @@ def test_nothing_of_a_stop_string_is_streamed(llm, text, stops, shown, is_includ
             min_tokens=min_tokens,
             include_stop_str_in_output=is_included,
         )
-        stream = llm_lib._Stream(0, llm_lib._Job(0, 0, None, (1,), params), llm.tokenizer, True)
+        stream = Stream(0, Job(0, 0, None, (1,), params), llm.tokenizer, True)
         for i, token in enumerate(ids):
             is_last = i == len(ids) - 1
             ended = stream.push(Output(0, token, FinishReason.LENGTH if is_last else None))
@@ -517,7 +518,7 @@ def test_a_folder_without_a_tokenizer_serves_token_ids(tmp_path, llm, folder):
         ([[3, 2**40]], "prompt 0: .* is 1099511627776 at index 1"),
         (["a", None], r"argument `prompts\[1\]` is None"),
         ([[3], 4], r"argument `prompts\[1\]` is 4"),
-        (["a\ud800"], "no text, because UTF-8 has none of it"),
+        (["a\ud800"], "no text, because UTF-8 cannot encode it"),
         ({"prompt": 5}, r"argument `prompts\[0\]` is {'prompt': 5}"),
         ({"prompt": "x", "prompt_token_ids": "x"}, r"argument `prompts\[0\]` is {"),
         ({"text": "x"}, r"`prompts\[0\]` is a dict with \['text'\]; wanted no other keys than"),
@@ -584,11 +585,12 @@ def test_arguments_that_are_not_served_are_a_sentence(llm, arguments, message):
     "arguments, message",
     [
         ({"tensor_parallel_size": 2}, "LLM: argument `tensor_parallel_size` is 2, which is not"),
-        ({"trust_remote_code": True}, "no code of a model's folder is ever run; leave it out"),
+        ({"trust_remote_code": True}, "no code in a model's folder is ever run; leave it out"),
         ({"quantization": "awq"}, "quantised weights are left out on purpose"),
         ({"block_size": 16}, "it is page_size here"),
         ({"gpu_memory_utilization": 0.9}, "give num_pages"),
         ({"max_tokens": 3}, "LLM: there is no argument `max_tokens`; it is 3"),
+        ({"attention": "oracle"}, "there is no argument `attention`; it is 'oracle'"),
         ({"page_size": 0}, "argument `page_size` is 0"),
         ({"seed": -1}, "argument `seed` is -1; wanted an int >= 0"),
         ({"seed": 1.5}, "argument `seed` is 1.5"),
@@ -599,6 +601,18 @@ def test_arguments_that_are_not_served_are_a_sentence(llm, arguments, message):
 def test_what_an_llm_does_not_take_is_a_sentence(folder, arguments, message):
     with pytest.raises(ValueError, match=message):
         LLM(folder, **arguments)
+
+
+def test_each_prompt_is_checked_once(llm, monkeypatch):
+    checked, real = [], engine_lib.check_request
+
+    def check_request(prompt, *args, **kwargs):
+        checked.append(list(prompt))
+        return real(prompt, *args, **kwargs)
+
+    monkeypatch.setattr(engine_lib, "check_request", check_request)
+    llm.generate([[1, 2], [3]], SamplingParams(max_tokens=1, n=2, temperature=1.0))
+    assert checked == [[1, 2], [3]]
 
 
 def test_an_llm_takes_vllms_names_and_the_fields_of_its_config(folder):
@@ -673,7 +687,7 @@ def test_nothing_is_compiled_after_warm_up(folder):
     llm.generate(PROMPTS, SamplingParams(max_tokens=3, repetition_penalty=1.1, bad_words=["dog"]))
     assert stats.num_steps > 10 and stats.num_recompiles == 0
     # The counter counts: one shape less, and it shows.
-    engine_lib.jitted_step("cpu").clear_cache()
+    model_lib.jitted_step("cpu").clear_cache()
     llm.generate(PROMPTS[0], params[0])
     assert stats.num_recompiles > 0
 

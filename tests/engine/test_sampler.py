@@ -9,11 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from reference_engine import engine as engine_lib
 from reference_engine import sampler
-from reference_engine.engine import next_tokens
-from reference_engine.request import _UNSERVED as UNSERVED
-from reference_engine.request import MAX_BIASED_IDS, MAX_LOGPROBS, Request, SamplingParams
+from reference_engine.request import Request
 from reference_engine.sampler import (
     add_bias,
     greedy,
@@ -21,9 +18,12 @@ from reference_engine.sampler import (
     make_bias,
     make_penalties,
     make_sampling,
+    next_tokens,
     penalise,
     sample,
 )
+from reference_engine.sampling_params import MAX_BIASED_IDS, MAX_LOGPROBS, SamplingParams
+from reference_engine.unserved import SAMPLING_PARAMS as UNSERVED
 
 VOCAB = 24
 LOGITS = np.random.default_rng(5).normal(size=VOCAB).astype(np.float32) * 2
@@ -258,10 +258,10 @@ def test_requests_without_them_do_not_pay_for_them(monkeypatch):
 
     logits, plain = np.tile(LOGITS, (2, 1)), request(temperature=1.0)
     for name in ("add_bias", "penalise", "make_bias", "make_penalties"):
-        monkeypatch.setattr(engine_lib, name, fail)
+        monkeypatch.setattr(sampler, name, fail)
     want = sample(logits, make_sampling([plain], 2))
     assert next_tokens(logits, [plain], 8).tolist() == want.tolist()
-    monkeypatch.setattr(engine_lib, "sample", fail)
+    monkeypatch.setattr(sampler, "sample", fail)
     assert next_tokens(logits, [request()], 8).tolist() == greedy(logits).tolist()
     for params in ({"presence_penalty": 0.1}, {"logit_bias": {1: 0.5}}, {"bad_words": [[1]]}):
         with pytest.raises(AssertionError):

@@ -17,7 +17,8 @@ from reference_engine import page_pool as page_pool_lib
 from reference_engine import scheduler as scheduler_lib
 from reference_engine.config import EngineConfig
 from reference_engine.page_pool import PagePool
-from reference_engine.request import FinishReason, Request, SamplingParams
+from reference_engine.request import FinishReason, Request
+from reference_engine.sampling_params import SamplingParams
 from reference_engine.scheduler import Scheduler, limit
 from reference_engine.write_plan import plan_writes
 
@@ -217,6 +218,7 @@ class Simulation:
             assert list(segment.token_ids) == tokens[segment.start : segment.end]
             assert segment.end <= len(tokens) <= config.max_model_len
             assert segment.samples == (segment.end == len(tokens)), "a token too many or too few"
+            assert segment.is_decode == self._is_decode(segment.request_id), "a wrong kind"
             if config.long_prefill_token_threshold and len(self.requests) > 1:
                 assert length <= config.long_prefill_token_threshold, "above the threshold"
             if config.page_aligned_scheduling and not segment.samples:
@@ -484,6 +486,10 @@ def _sample_from_every_chunk(request, start, end):
     return _real_segment(request, start, end)._replace(samples=True)
 
 
+def _call_every_output_a_decode(request, start, end):
+    return _real_segment(request, start, end)._replace(is_decode=start >= request.num_prompt)
+
+
 _real_allocate = PagePool.allocate
 _real_take = PagePool.take
 _real_preempt = Scheduler._preempt_last
@@ -501,6 +507,7 @@ PLANTED = [
     (scheduler_lib, "limit", _budget_ignored, "budget overdrawn"),
     (scheduler_lib, "limit", _threshold_ignored, "above the threshold"),
     (scheduler_lib, "_segment", _sample_from_every_chunk, "a token too many"),
+    (scheduler_lib, "_segment", _call_every_output_a_decode, "a wrong kind"),
     (PagePool, "allocate", _allocate_twice, "pages do not add up"),
     (PagePool, "take", _leave_a_found_page_free, "pages do not add up"),
     (PagePool, "_forget", _hand_out_and_still_know, "does not hold its reader's tokens"),

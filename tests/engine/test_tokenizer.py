@@ -347,7 +347,7 @@ def test_the_newest_of_versioned_tokenizers_is_read(tmp_path):
 
 def test_half_a_character_is_refused_by_a_sentence(tmp_path):
     tokenizer = Tokenizer(folder_with(tmp_path))
-    with pytest.raises(ValueError, match="no text, because UTF-8 has none of it"):
+    with pytest.raises(ValueError, match="no text, because UTF-8 cannot encode it"):
         tokenizer.encode("a\ud800b")
 
 
@@ -407,7 +407,7 @@ def test_files_that_are_no_utf8_are_named(tmp_path, name):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("half of a pair: \ud83e", "no text, because UTF-8 has none of it"),
+        ("half of a pair: \ud83e", "no text, because UTF-8 cannot encode it"),
         (None, "wanted a str"),
         (b"dog", "wanted a str"),
         (3, "wanted a str"),

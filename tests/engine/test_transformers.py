@@ -9,12 +9,12 @@ import warnings
 import numpy as np
 import pytest
 
-from reference_engine import checkpoint
 from reference_engine.config import EngineConfig
 from reference_engine.engine import Engine
+from reference_engine.hf_config import read_model_config
 from reference_engine.llm import LLM
-from reference_engine.request import SamplingParams
 from reference_engine.rope import RopeScaling, frequencies
+from reference_engine.sampling_params import SamplingParams
 from reference_engine.weights import load_params
 
 torch = pytest.importorskip(
@@ -159,7 +159,7 @@ def test_a_wrong_config_is_seen(tmp_path, name, fields):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = write_checkpoint(tmp_path, name)
-    config = checkpoint.read_model_config(tmp_path, "float32")
+    config = read_model_config(tmp_path, "float32")
     wrong = dataclasses.replace(config, **fields)
     engine = Engine(load_params(tmp_path, wrong), wrong, ENGINE)
     engine.add_request(PROMPTS[1], SamplingParams(max_tokens=1))
@@ -233,11 +233,11 @@ def test_every_way_to_write_rope_down_means_what_it_means_to_transformers(tmp_pa
                 theirs = LlamaRotaryEmbedding(config)
             except (KeyError, TypeError) as error:  # a number is missing
                 with pytest.raises(ValueError, match=r"config.json: `\w*factor` is missing"):
-                    checkpoint.read_model_config(tmp_path)
+                    read_model_config(tmp_path)
                 num_refused += 1
                 assert "factor" in str(error) or "NoneType" in str(error)
                 continue
-        ours = checkpoint.read_model_config(tmp_path)
+        ours = read_model_config(tmp_path)
         got, factor = frequencies(ours.head_dim, ours.rope_theta, ours.rope_scaling)
         np.testing.assert_allclose(got, theirs.inv_freq.numpy(), rtol=2e-5, err_msg=str(raw))
         assert factor == pytest.approx(theirs.attention_scaling, rel=1e-6), raw
@@ -282,10 +282,10 @@ def test_older_configs_say_the_same(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         write_checkpoint(tmp_path, "llama-biases-llama3")
-    new = checkpoint.read_model_config(tmp_path)
+    new = read_model_config(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     rope = raw.pop("rope_parameters")
     raw |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     raw["torch_dtype"] = raw.pop("dtype")
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert checkpoint.read_model_config(tmp_path) == new
+    assert read_model_config(tmp_path) == new

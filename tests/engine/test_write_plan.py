@@ -40,8 +40,9 @@ def _tokens_by_slot(slots, tokens, lengths):
     ]
 
 
-def make_segment(request_id, start, length, page_ids, samples=True):
-    return Segment(request_id, start, (7,) * length, tuple(page_ids), samples)
+def make_segment(request_id, start, length, page_ids):
+    token_ids = (7,) * length
+    return Segment(request_id, start, token_ids, tuple(page_ids), samples=True, is_decode=False)
 
 
 @st.composite

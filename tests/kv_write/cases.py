@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import threading
 import types
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 import pallas_paged
+from pallas_paged.kv_write.options import WriteOptions, WriteScales
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 MODES = ("on_wait", "eager")  # each finds bugs that the other misses
@@ -35,7 +37,7 @@ Entries = Literal[
     "live",  # ascending, all good
     "equal",  # slices: ascending, all good, of one length
     "beyond",  # pages: ascending, what is to be skipped has an id past the pool, none is negative
-    "step_back",  # pages: one step back, right behind a start that overflows int32
+    "step_back",  # pages: one step back, right after a start that overflows int32
     "implicit",  # pages: no token_starts, with holes
     "none",  # all are to be skipped
 ]
@@ -55,8 +57,8 @@ class Case:
       num_rows: R of a caller's own pool; None takes what `make_kv_pages` gives.
       scale: what k_scale and v_scale are, for 8-bit pools.
       extreme: k and v hold infinities, NaN, subnormals, ties, and values beyond the pool's range.
-      block_tokens, turn_packed, fetch_first: the kernel's Config; small, so that a small case has
-        several windows or blocks.
+      block_tokens, transpose_packed, fetch_first: the kernel's Config. The blocks are small, so
+        that a small case has more than one.
     """
 
     op: Op
@@ -72,7 +74,7 @@ class Case:
     extreme: bool = False
     num_rows: int | None = None
     block_tokens: int = 16
-    turn_packed: bool = False
+    transpose_packed: bool = False
     fetch_first: bool = True
 
     @property
@@ -92,7 +94,7 @@ class Case:
         parts += [f"R{self.num_rows}"] if self.num_rows else []
         parts += [f"scale_{self.scale}"] if self.scale != "none" else []
         parts += ["extreme"] if self.extreme else []
-        parts += ["packed"] if self.turn_packed else []
+        parts += ["packed"] if self.transpose_packed else []
         parts += [] if self.fetch_first else ["fetch_late"]
         return "-".join(parts)
 
@@ -134,12 +136,17 @@ class Call:
 
     def config(self, backend: str) -> Any:
         """The Config of this case for a backend's kernel."""
-        from pallas_paged.kv_write.gpu import launch as mosaic_gpu
-        from pallas_paged.kv_write.tpu import launch as mosaic_tpu
-
         if backend == "mosaic_gpu":
-            return mosaic_gpu.GpuWriteConfig(self.case.block_tokens, self.case.fetch_first)
-        return mosaic_tpu.TpuWriteConfig(self.case.block_tokens, self.case.turn_packed)
+            return pallas_paged.GpuWriteConfig(self.case.block_tokens, self.case.fetch_first)
+        return pallas_paged.TpuWriteConfig(self.case.block_tokens, self.case.transpose_packed)
+
+    def backend_arguments(self, backend: str) -> tuple[list[Any], WriteOptions]:
+        """Fresh arrays, scales among them, and options for the op in a backend's own module."""
+        arrays, keywords = self.arguments()
+        if self.k is not None:
+            arrays.append(WriteScales(keywords.get("k_scale"), keywords.get("v_scale")))
+        config = self.config(backend)
+        return arrays, WriteOptions(backend, False, config, self.case.num_kv_heads)
 
     def run(self, backend: str) -> jax.Array:
         """Calls the public op, with the TPU kernel, which is interpreted, in a quick jit."""
@@ -274,9 +281,9 @@ def _page_entries(case, rng):
         where = rng.integers(0, n + 1, wild.size)
         ids = np.insert(ids, where, spare[: wild.size])
         starts = np.insert(starts, where, wild)
-    # What write_indices puts behind the pages of a batch; one number of entries for all kinds.
-    behind = num_tokens // page_size + 12 - ids.size
-    ids, starts = np.append(ids, [-1] * behind), np.append(starts, [-1] * behind)
+    # What write_indices puts after the pages of a batch; one number of entries for all kinds.
+    num_unused = num_tokens // page_size + 12 - ids.size
+    ids, starts = np.append(ids, [-1] * num_unused), np.append(starts, [-1] * num_unused)
     return num_pages, _int32(ids, starts)
 
 
@@ -318,14 +325,14 @@ def _slice_entries(case, rng):
         where = rng.integers(0, rows.shape[1] + 1, wild.shape[1])
         rows = np.insert(rows, where, wild, axis=1)
     num_slices = rows.shape[1]
-    # Behind num_slices: slices that would be good ones, and absurd ones.
-    behind = np.array([(spare[6], 0, 1), (spare[7], 0, 1), (INT_MIN, INT_MAX, INT_MIN)]).T
-    rows = np.concatenate([rows, np.tile(behind, num_tokens + 16)], axis=1)[:, : num_tokens + 16]
+    # After num_slices: slices that would be good ones, and absurd ones.
+    unused = np.array([(spare[6], 0, 1), (spare[7], 0, 1), (INT_MIN, INT_MAX, INT_MIN)]).T
+    rows = np.concatenate([rows, np.tile(unused, num_tokens + 16)], axis=1)[:, : num_tokens + 16]
     return num_pages, (*_int32(rows), *_int32([num_slices]))
 
 
 def _slice_lengths(case, rng):
-    """About two tokens a slice, so that whole chunks of 16 come up; in "any" also long ones."""
+    """About two tokens per slice, so that whole iterations of 16 come up; "any" has longer ones."""
     lengths, free = [], case.num_tokens
     while free > 0:
         is_long = case.entries == "any" and rng.random() < 0.3
@@ -582,13 +589,49 @@ def interpret(call: Any, mode: str, *, detect_races: bool = True) -> np.ndarray:
         pltpu.reset_tpu_interpret_mode_state()
 
 
+@contextlib.contextmanager
+def _faster_gpu_threads(options: dict[str, bool | str | int | float]) -> Iterator[None]:
+    """The GPU interpreter compiles a kernel once for each of its threads; once for all will do.
+
+    Its callbacks take numpy's numbers, too, if it is told how to read them.
+    """
+    from jax._src.pallas.mosaic.interpret import thread_map
+    from jax._src.pallas.mosaic_gpu.interpret import shared_memory
+
+    lock, compiled, to_int = threading.Lock(), {}, shared_memory._to_int
+
+    def numpy_to_int(x):
+        return int(x) if isinstance(x, np.ndarray) else to_int(x)
+
+    def run(jaxpr, consts, *args):
+        with lock:
+            if id(jaxpr) not in compiled:
+                traced = jax.jit(thread_map._run, static_argnums=0).trace(jaxpr, consts, *args)
+                compiled[id(jaxpr)] = jaxpr, traced.lower().compile(compiler_options=options)
+        compiled[id(jaxpr)][1](consts, *args)
+
+    with (
+        mock.patch.object(thread_map, "_run_jaxpr", run),
+        mock.patch.object(shared_memory, "_to_int", numpy_to_int),
+        _faster_callbacks(),
+    ):
+        yield
+
+
 def run_on_gpu(call: Any, *, detect_races: bool = True) -> np.ndarray:
     """As `run_all_on_gpu`, where `call()` returns one array."""
-    return run_all_on_gpu(lambda: (call(),), detect_races=detect_races)[0]
+    return run_all_on_gpu(lambda: (call(),), detect_races=detect_races, is_exact=True)[0]
 
 
-def run_all_on_gpu(call: Any, *, detect_races: bool = True) -> list[np.ndarray]:
+def run_all_on_gpu(
+    call: Any, *, detect_races: bool = True, is_exact: bool = False
+) -> list[np.ndarray]:
     """The results of `call()` on the GPU that jax runs on, or in GPU interpret mode on a CPU.
+
+    Args:
+      call: makes the arrays.
+      detect_races: whether the interpreter looks for races.
+      is_exact: whether results are compared bit for bit; see FAST_COMPILE.
 
     Raises:
       RaceFoundError: the interpreter's race detector found a race.
@@ -606,7 +649,12 @@ def run_all_on_gpu(call: Any, *, detect_races: bool = True) -> list[np.ndarray]:
     params = plgpu.InterpretGPUParams(detect_races=detect_races, **_ON_RACE)
     gpu_callbacks.reset_gpu_interpret_mode_state()
     try:
-        with _races_raise(was_found), plgpu.force_gpu_interpret_mode(params):
+        with (
+            _races_raise(was_found),
+            plgpu.force_gpu_interpret_mode(params),
+            _faster_gpu_threads({} if is_exact else FAST_COMPILE),
+            _faster_race_detector(),
+        ):
             return [np.asarray(x) for x in call()]
     finally:
         gpu_callbacks.reset_gpu_interpret_mode_state()

@@ -77,7 +77,7 @@ SPECIAL = [
     Case("token_write", 1, 4, 1, 64, "int8", "live", scale="head", block_tokens=4),
     Case("token_write", 3, 4, 1, 64, "float8_e5m2", "any", scale="head", block_tokens=4),
     Case("page_write", 33, 1, 1, 64, "float8_e4m3fn", "any", scale="head", block_tokens=4),
-    # Many heads: several blocks a token.
+    # Many heads: more than one thread block per token.
     Case("token_write", 5, 4, 24, 256, "float32", "any", "float32", block_tokens=4),
     Case("token_write", 3, 4, 12, 64, "int8", "live", scale="head", block_tokens=2),
     # A caller's own pool: padding rows beyond the heads.
@@ -99,7 +99,7 @@ SPECIAL += [
 COPIES = [
     Case("copy_pages", 5, 4, 2, 128, "bfloat16", "holes"),
     Case("copy_pages", 19, 1, 1, 64, "int8", "holes"),
-    Case("copy_pages", 4, 33, 5, 256, "float32", "live"),  # several blocks a page, the last partial
+    Case("copy_pages", 4, 33, 5, 256, "float32", "live"),  # a page takes more than one thread block
     Case("copy_pages", 3, 2, 1, 128, "float8_e5m2", "none"),
 ]
 CASES = [*_static_cases(), *SPECIAL, *COPIES]

@@ -1,12 +1,10 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Bugs planted in the GPU writes: the checks of test_kv_write_gpu.py must catch each.
+"""Bugs planted in the GPU writes: the checks of test_gpu.py must catch each.
 
 A bug is one snippet of a module's source, replaced; the modules that import it are made anew. The
 test says how it shows in GPU interpret mode. On a GPU only those run that cannot reach memory that
 is not theirs.
 """
-
-import functools
 
 import jax
 import pytest
@@ -36,113 +34,113 @@ COPIES = Case("copy_pages", 16, 1, 2, 128, "float32", "holes")
 
 # name: (module, snippet, what is planted instead, case, symptom)
 BUGS = {
-    "page_past_the_pool": ("launch", "& (page < shape.num_pages)", "", MANY, "error"),
-    "page_below_zero": ("launch", "(page >= 0) &", "(page >= -1) &", PAGES, "error"),
+    "page_past_the_pool": ("block_tokens", "& (page < spec.num_pages)", "", MANY, "error"),
+    "page_below_zero": ("block_tokens", "(page >= 0) &", "(page >= -1) &", PAGES, "error"),
     "start_past_the_batch": (
-        "launch",
-        "(start <= shape.num_tokens - shape.page_size)",
-        "(start <= shape.num_tokens)",
+        "block_tokens",
+        "(start <= spec.num_tokens - page_size)",
+        "(start <= spec.num_tokens)",
         PAGES,
         "error",
     ),
     "start_below_zero": (
-        "launch",
-        "(start >= 0) & (start",
-        "(start >= -1) & (start",
+        "block_tokens",
+        "is_live &= (start >= 0) & (start <= spec.num_tokens - page",
+        "is_live &= (start >= -1) & (start <= spec.num_tokens - page",
         PAGES,
         "bytes",
     ),
-    "rest_of_a_page_twice": ("launch", "row + j >= first_row", "row + j >= 0", LONG, "race"),
+    "rest_of_a_page_twice": ("block_tokens", "row + j >= first_row", "row + j >= 0", LONG, "race"),
     "part_past_its_page": (
-        "launch",
-        "row = jnp.minimum(first_row, shape.page_size - count)",
+        "block_tokens",
+        "row = jnp.minimum(first_row, page_size - count)",
         "row = first_row",
         LONG,
         "race",
     ),
     "rows_in_reverse": (
-        "launch",
-        "page * shape.page_size + row + j for",
-        "page * shape.page_size + row + count - 1 - j for",
+        "block_tokens",
+        "page * page_size + row + j for",
+        "page * page_size + row + count - 1 - j for",
         HOLES,
         "bytes",
     ),
     "slice_past_num_slices": (
-        "launch",
+        "block_tokens",
         "(entry < num_slices[0])",
         "(entry <= num_slices[0])",
         SLICES,
         "bytes",
     ),
     "slice_leaves_its_page": (
-        "launch",
-        "slot % shape.page_size <= shape.page_size - length",
-        "slot % shape.page_size <= shape.page_size",
+        "block_tokens",
+        "slot % spec.page_size <= spec.page_size - length",
+        "slot % spec.page_size <= spec.page_size",
         SLICES,
         "race",
     ),
     "slice_overflows": (
-        "launch",
-        "(token >= 0) & (token <= shape.num_tokens - length)",
-        "(token >= 0) & (token + length <= shape.num_tokens)",
+        "block_tokens",
+        "(start >= 0) & (start <= spec.num_tokens - length)",
+        "(start >= 0) & (start + length <= spec.num_tokens)",
         SLICES,
         "error",
     ),
     "slice_too_long": (
-        "launch",
+        "block_tokens",
         "is_live & (offset + j < length)",
         "is_live & (offset + j <= length)",
         LIVE_SLICES,
         "error/race",
     ),
     "slot_past_the_pool": (
-        "launch",
-        "(slot >= 0) & (slot < shape.num_slots) & (first",
-        "(slot > -100) & (first",
+        "block_tokens",
+        "(slot >= 0) & (slot < spec.num_slots) & (start",
+        "(slot > -100) & (start",
         TOKENS,
         "error",
     ),
-    "last_block_twice": ("launch", "& (first + j >= block * count)", "", TOKENS, "race"),
+    "last_block_twice": ("block_tokens", "& (start + j >= block * count)", "", TOKENS, "race"),
     "pulled_back_and_forgotten": (
-        "launch",
-        "return source, first - source",
-        "return source, 0",
+        "block_tokens",
+        "return first, start - first",
+        "return first, 0",
         LIVE_SLICES,
         "bytes",
     ),
     "k_and_v_swapped": (
-        "launch",
-        "enumerate((k_smem, v_smem)):\n                    plgpu",
-        "enumerate((v_smem, k_smem)):\n                    plgpu",
+        "kernel",
+        "enumerate((refs.k_smem, refs.v_smem)):\n                plgpu",
+        "enumerate((refs.v_smem, refs.k_smem)):\n                plgpu",
         TOKENS,
         "bytes",
     ),
     "not_awaited": (
-        "launch",
-        "plgpu.barrier_wait(barrier)\n        send()",
-        "send()",
+        "kernel",
+        "plgpu.barrier_wait(barrier)\n        _send(",
+        "_send(",
         TOKENS,
         "race",
     ),
     "padding_not_written": (
-        "launch",
+        "kernel",
         "@pl.when(is_live & (head == 0))",
         "@pl.when(head < 0)",
         PADDED,
         "bytes",
     ),
-    "zeros_not_committed": ("launch", "plgpu.commit_smem()\n", "pass\n", PADDED, "race"),
-    "scale_of_another_head": ("launch", "scales[kind][head]", "scales[kind][0]", E4M3, "bytes"),
-    "v_scaled_as_k": ("launch", "scales[kind][head]", "scales[0][head]", INT8, "bytes"),
+    "zeros_not_committed": ("kernel", "plgpu.commit_smem()\n", "pass\n", PADDED, "race"),
+    "scale_of_another_head": ("kernel", "scales[kind][head]", "scales[kind][0]", E4M3, "bytes"),
+    "v_scaled_as_k": ("kernel", "scales[kind][head]", "scales[0][head]", INT8, "bytes"),
     "copied_the_wrong_way": (
-        "launch",
+        "page_copies",
         "for ids in (src_ids, dst_ids))",
         "for ids in (dst_ids, src_ids))",
         COPIES,
         "race",
     ),
     "copied_from_nowhere": (
-        "launch",
+        "page_copies",
         "(src >= 0) & (src < num_pages)",
         "(src < num_pages)",
         COPIES,
@@ -184,13 +182,9 @@ def _plant(monkeypatch, module, old, new):
 
 def _run(call):
     """The call through the module as it now is, past the public op and what that has compiled."""
-    positional, keywords = call.arguments()
-    static = {}
-    if call.k is not None:
-        keywords = {"k_scale": None, "v_scale": None} | keywords
-        static = {"num_kv_heads": keywords.pop("num_kv_heads"), "config": call.config("mosaic_gpu")}
-    op = functools.partial(getattr(gpu.launch, call.case.op), **static)
-    return jax.jit(lambda positional, keywords: op(*positional, **keywords))(positional, keywords)
+    arrays, options = call.backend_arguments("mosaic_gpu")
+    op = getattr(gpu.launch, call.case.op)
+    return jax.jit(lambda arrays: op(*arrays, options))(arrays)
 
 
 def _symptom(call):

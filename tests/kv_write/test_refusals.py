@@ -140,7 +140,7 @@ SCALES = {
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 def test_scale(op, argument, scale):
     pool = _pool(dtype=jnp.int8)
-    _refused(ValueError, op, argument, "one a KV head", kv_pages=pool, **{argument: scale})
+    _refused(ValueError, op, argument, "one per KV head", kv_pages=pool, **{argument: scale})
 
 
 METADATA = {
@@ -210,7 +210,7 @@ def test_new_float16_on_a_tpu(op):
 def test_slots_that_no_vmem_holds(op):
     new = jax.ShapeDtypeStruct((T, 1024, H), jnp.float32)
     pool = jax.ShapeDtypeStruct((P, PAGE_SIZE, 2048, H), jnp.float32)
-    reason = "MiB of VMEM for their smallest window"
+    reason = "MiB of VMEM for their smallest token block"
     changes = {"kv_pages": pool, "k": new, "v": new}
     _refused(NotImplementedError, op, None, reason, backend="mosaic_tpu", **changes)
 
@@ -301,7 +301,7 @@ MAKE = {
     "no_head_dim": ({"head_dim": 0}, "head_dim is 0; wanted an integer >= 1"),
     "large_head_dim": ({"head_dim": 257}, "wanted at most 256: split the head"),
     "dtype": ({"dtype": jnp.int32}, "dtype is int32; wanted one of float32, bfloat16"),
-    "slots": ({"num_pages": 2**20, "page_size": 2**11}, "use fewer pages or several pools"),
+    "slots": ({"num_pages": 2**20, "page_size": 2**11}, "use fewer pages or multiple pools"),
 }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import pallas_paged
-from pallas_paged.kv_write.tpu import kernel, page_copies
+from pallas_paged.kv_write.tpu import grouping, page_copies
 from pallas_paged.kv_write.tpu import launch as mosaic_tpu
 from tests.kv_write import cases
 from tests.kv_write.cases import Case, difference, expected, interpret, make
@@ -57,7 +57,7 @@ def _with_kinds():
 
 
 def _every_kind():
-    """What the kernel does by the order of its entries, whole unrolled chunks and what is left."""
+    """What the kernel does by the order of its entries, whole unrolled iterations and the rest."""
     for case, mode in (
         (Case("page_write", 70, 1, 2, 128, block_tokens=32), "on_wait"),
         (Case("page_write", 70, 2, 1, 128, is_flat=False, block_tokens=32), "eager"),
@@ -72,9 +72,9 @@ def _every_kind():
 SPECIAL = [
     (Case("page_write", 61, 4, 3, 64, "int8", "implicit", scale="head"), "on_wait"),
     (Case("page_write", 33, 1, 2, 128, entries="implicit"), "eager"),
-    # bf16 turned as pairs of tokens.
-    (Case("page_write", 61, 4, 3, 128, turn_packed=True, extreme=True), "eager"),
-    (Case("slice_write", 33, 16, 2, 256, turn_packed=True, extreme=True), "on_wait"),
+    # bf16 transposed as pairs of tokens.
+    (Case("page_write", 61, 4, 3, 128, transpose_packed=True, extreme=True), "eager"),
+    (Case("slice_write", 33, 16, 2, 256, transpose_packed=True, extreme=True), "on_wait"),
     # Fewer tokens than a page, than a DMA's row tile, or than anything.
     (Case("page_write", 7, 4, 2, 128), "on_wait"),
     (Case("page_write", 16, 33, 2, 128), "on_wait"),
@@ -95,14 +95,14 @@ SPECIAL = [
         "on_wait",
     ),
     (Case("slice_write", 33, 16, 1, 96, "int8", "any", "int8", scale="tensor"), "eager"),
-    # A page longer than a window that has no divisor but 1.
+    # A page longer than a token block that has no divisor but 1.
     (Case("page_write", 61, 29, 1, 64, "float32", "live"), "on_wait"),
-    # Pages that leave too much of a window empty, and so go out in two parts.
+    # Pages that leave too much of a token block empty, and so go out in two chunks.
     (Case("page_write", 70, 32, 1, 128, entries="holes", block_tokens=48), "eager"),
     (Case("page_write", 70, 32, 1, 128, entries="implicit", block_tokens=48), "on_wait"),
-    # Slices longer than a window: two equal parts.
+    # Slices longer than a token block: two equal chunks.
     (Case("slice_write", 70, 64, 1, 128, entries="any", block_tokens=48), "eager"),
-    # A window of nine tiles, interleaved as two bodies of five.
+    # A token block of nine tiles, interleaved as two iterations of five.
     (Case("page_write", 160, 16, 1, 128, entries="live", block_tokens=128), "eager"),
 ]
 COPIES = [
@@ -158,7 +158,7 @@ def test_coverage():
 
 
 @pytest.mark.parametrize(
-    ("op", "kind", "order"),
+    ("op", "kind", "regularity"),
     [
         ("page_write", "any", "ANY_ORDER"),
         ("page_write", "holes", "ASCENDING"),
@@ -171,22 +171,19 @@ def test_coverage():
         ("slice_write", "equal", "EQUAL_LENGTHS"),
     ],
 )
-def test_kinds_reach_every_order(op, kind, order, monkeypatch):
-    """What the kernel is told of the entries is what the kind is named for."""
+def test_kinds_reach_every_regularity(op, kind, regularity, monkeypatch):
+    """What the kernel is told about the entries is what the kind is named for."""
     call = make(next(c for c, _ in _every_kind() if c.op == op and c.entries == kind))
-    surveys = []
+    summaries = []
 
-    def launch(pool, survey, *args, **kwargs):
-        surveys.append(survey)
-        return pool
+    def launch(spec, kv_pages, operands):
+        summaries.append(operands.summary)
+        return kv_pages
 
     monkeypatch.setattr(mosaic_tpu, "_launch", launch)
-    (pool, *rest), keywords = call.arguments()
-    scales = {"k_scale": None, "v_scale": None}
-    getattr(mosaic_tpu, op)(
-        pool.astype(jnp.float32), *rest, **keywords, **scales, config=call.config("mosaic_tpu")
-    )
-    assert int(kernel._order(surveys[0])[1]) == getattr(kernel, order)
+    arrays, options = call.backend_arguments("mosaic_tpu")
+    getattr(mosaic_tpu, op)(*arrays, options)
+    assert int(grouping.read_summary(summaries[0])[1]) == getattr(grouping, regularity)
 
 
 STEPS = [
@@ -200,7 +197,7 @@ STEPS = [
 @pytest.mark.parametrize(("case", "mode"), STEPS, ids=_id)
 def test_several_grid_steps(case, mode, monkeypatch):
     """More entries than are in SMEM at a time."""
-    monkeypatch.setattr(mosaic_tpu, "ENTRIES_PER_STEP", 16)
+    monkeypatch.setattr(mosaic_tpu, "ELEMENTS_PER_STEP", 16)
     monkeypatch.setattr(page_copies, "_PAIRS_PER_STEP", 16)
     jax.clear_caches()  # what other tests compiled with one step, and below what this one did
     call = make(case)

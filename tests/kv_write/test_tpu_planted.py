@@ -1,12 +1,11 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Bugs planted in the oracle and in the kernels: the checks of test_kv_write.py must catch each.
+"""Bugs planted in the oracle and in the kernels: the checks of test_tpu.py must catch each.
 
 A bug is one snippet of a module's source, replaced; the modules that import it are made anew. Each
 kernel bug is run in one DMA mode in which it must show, and the test says how it shows.
 """
 
 import dataclasses
-import functools
 
 import jax
 import pytest
@@ -30,19 +29,13 @@ def _plant(monkeypatch, name, old, new):
 
 def _run(module, call):
     """The call through a backend's module, past the public op and what it has compiled."""
-    positional, keywords = call.arguments()
-    if call.case.op != "copy_pages":
-        keywords = {"k_scale": None, "v_scale": None} | keywords
-    static = {"num_kv_heads": keywords.pop("num_kv_heads")} if call.k is not None else {}
     is_kernel = module.__name__.endswith("launch")
-    if call.k is not None and is_kernel:
-        static["config"] = call.config("mosaic_tpu")
-    op = functools.partial(getattr(module, call.case.op), **static)
+    arrays, options = call.backend_arguments("mosaic_tpu" if is_kernel else "oracle")
+    op = getattr(module, call.case.op)
     jitted = jax.jit(
-        lambda positional, keywords: op(*positional, **keywords),
-        compiler_options=EXACT_COMPILE if is_kernel else None,
+        lambda arrays: op(*arrays, options), compiler_options=EXACT_COMPILE if is_kernel else None
     )
-    return jitted(positional, keywords)
+    return jitted(arrays)
 
 
 def _symptom(call, module, mode):
@@ -67,7 +60,7 @@ TOKENS = Case("token_write", 33, 4, 1, 128, "float32", "any", "float32", is_flat
 INT8 = Case("token_write", 16, 4, 3, 64, "int8", "live", scale="head", extreme=True)
 E4M3 = Case("token_write", 16, 4, 2, 128, "float8_e4m3fn", "live", extreme=True)
 BF16 = Case("token_write", 16, 4, 2, 128, "bfloat16", "live", is_flat=False)
-PACKED = dataclasses.replace(BF16, is_flat=True, turn_packed=True)
+PACKED = dataclasses.replace(BF16, is_flat=True, transpose_packed=True)
 SPARE_ROWS = dataclasses.replace(TOKENS, num_tokens=16, num_rows=6)
 COPIES = Case("copy_pages", 9, 4, 1, 128, "float32", "holes")
 CONTROLS = (
@@ -79,133 +72,134 @@ BEYOND, STEP_BACK, LIVE, NONE = (
     dataclasses.replace(ONE_BY_ONE, entries=kind)
     for kind in ("beyond", "step_back", "live", "none")
 )
-# A window of nine tiles, interleaved as two bodies of five.
+# A token block of nine tiles, interleaved as two iterations of five.
 TILES = Case("page_write", 160, 16, 1, 128, entries="live", block_tokens=128)
 
 # name: (module, snippet, what stands there instead, case, DMA mode, how it shows)
 KERNEL_BUGS = {
     "no_final_drain": (
         "tpu.kernel",
-        "    wait_sent(sent_before, slot)\n    wait_sent(sent, 1 - slot)\n",
+        "    wait_sent(refs, sent_before, stage)\n    wait_sent(refs, sent, 1 - stage)\n",
         "",
         PAGES, "on_wait", "bytes",
     ),
     "no_final_drain_seen_as_race": (
         "tpu.kernel",
-        "    wait_sent(sent_before, slot)\n    wait_sent(sent, 1 - slot)\n",
+        "    wait_sent(refs, sent_before, stage)\n    wait_sent(refs, sent, 1 - stage)\n",
         "",
         PAGES, "eager", "race",
     ),
     "drain_one_short": (
-        "tpu.kernel",
-        "view = pool_words.at[pl.ds(0, sent)]",
-        "view = pool_words.at[pl.ds(0, jnp.maximum(sent - 1, 1))]",
+        "tpu.issue",
+        "view = refs.pool.at[pl.ds(0, sent)]",
+        "view = refs.pool.at[pl.ds(0, jnp.maximum(sent - 1, 1))]",
         ONE_BY_ONE, "on_wait", "bytes",
     ),
     "buffer_reused_before_its_wait": (
         "tpu.kernel",
-        "        wait_sent(sent_before, slot)\n        interleave(",
-        "        interleave(",
+        "        wait_sent(refs, sent_before, stage)\n        _interleave(",
+        "        _interleave(",
         TOKENS, "on_wait", "bytes",
     ),
     "loads_not_waited_for": (
         "tpu.kernel",
-        "        wait_loads(start, needed, slot)\n",
+        "        wait_loads(spec, refs, group, stage)\n",
         "",
         TOKENS, "on_wait", "bytes",
     ),
     "skip_not_honoured": (
-        "tpu.kernel",
-        "pl.when(live)(lambda: send(",
-        "(lambda action: action())(lambda: send(",
+        "tpu.issue",
+        "pl.when(live)(lambda: self.send(",
+        "(lambda action: action())(lambda: self.send(",
         TOKENS, "eager", "error",
     ),
-    "skip_not_honoured_in_chunks": (
-        "tpu.kernel",
-        "pl.when(is_in_pool(goal))(",
-        "(lambda action: action())(",
+    "skip_not_honoured_in_iterations": (
+        "tpu.issue",
+        "when_in_pool = pl.when(chunks.is_in_pool(target))",
+        "when_in_pool = lambda action: action()",
         TOKENS, "eager", "error",
     ),
     "id_clamped": (
-        "tpu.kernel",
-        "return target_ref[i // parts]",
-        "return jnp.clip(target_ref[i // parts], 0, num_targets - 1)",
+        "tpu.grouping",
+        "return self.refs.targets[i // self.spec.chunks_per_element]",
+        "return jnp.clip(self.refs.targets[i // self.spec.chunks_per_element], 0, "
+        "self.num_targets - 1)",
         PAGES, "on_wait", "bytes",
     ),
     "identity_page_ids": (
-        "tpu.kernel",
-        "return target_ref[i // parts]",
-        "return i // parts",
+        "tpu.grouping",
+        "return self.refs.targets[i // self.spec.chunks_per_element]",
+        "return i // self.spec.chunks_per_element",
         PAGES, "on_wait", "bytes",
     ),
     "source_off_by_one": (
-        "tpu.launch",
+        "tpu.entries",
         "starts = jnp.clip(token_starts, 0, num_tokens)",
         "starts = jnp.clip(token_starts - 1, 0, num_tokens)",
         PAGES, "eager", "bytes",
     ),
     "ragged_end_ignored": (
-        "tpu.kernel",
-        "needed > walk.whole, pltpu",
-        "needed > walk.num_tokens, pltpu",
+        "tpu.token_blocks",
+        "needed_end > spec.aligned_tokens, pltpu",
+        "needed_end > spec.num_tokens, pltpu",
         RAGGED, "on_wait", "bytes",
     ),
-    "window_one_short": (
-        "tpu.kernel",
-        "rows = (needed - start + walk.align - 1) & -walk.align",
-        "rows = (needed - start + walk.align - 2) & -walk.align",
+    "token_block_one_short": (
+        "tpu.token_blocks",
+        "rows = (needed_end - start + spec.row_align - 1) & -spec.row_align",
+        "rows = (needed_end - start + spec.row_align - 2) & -spec.row_align",
         PAGES, "on_wait", "bytes",
     ),
     "needed_end_ignores_later_entries": (
-        "tpu.kernel",
-        "needed = jnp.where(live, jnp.maximum(needed, end(last)), needed)",
-        "needed = jnp.maximum(needed, jnp.where(last == i, end(last), needed))",
+        "tpu.grouping",
+        "needed_end = jnp.where(live, jnp.maximum(needed_end, chunks.end(end)), needed_end)",
+        "needed_end = jnp.maximum(needed_end, jnp.where(end == i, chunks.end(end), needed_end))",
         SLICES, "on_wait", "bytes",
     ),
     "sent_counted_short": (
-        "tpu.kernel",
-        "return sent if num_tokens is None else sent + walk.unroll * num_tokens",
-        "return sent if num_tokens is None else sent + (walk.unroll - 1) * num_tokens",
+        "tpu.issue",
+        "return sent if num_tokens is None else sent + unroll * num_tokens",
+        "return sent if num_tokens is None else sent + (unroll - 1) * num_tokens",
         LIVE, "on_wait", "bytes",
     ),
     "any_order_taken_for_ascending": (
-        "tpu.kernel",
-        "return num_walked, jnp.where(-early < num_walked, ANY_ORDER, order)",
-        "return num_walked, order",
+        "tpu.grouping",
+        "return num_used, jnp.where(-step_back < num_used, ANY_ORDER, regularity)",
+        "return num_used, regularity",
         STEP_BACK, "on_wait", "error",
     ),
     "holes_taken_for_live": (
-        "tpu.kernel",
-        "order = jnp.where(-hole < num_walked, ASCENDING, order)",
+        "tpu.grouping",
+        "regularity = jnp.where(-hole < num_used, ASCENDING, regularity)",
         "pass",
         BEYOND, "eager", "error",
     ),
     "ids_past_the_pool_taken_for_live": (
-        "tpu.launch",
+        "tpu.entries",
         "is_live = (page_ids >= 0) & (page_ids < num_pages)",
         "is_live = page_ids >= 0",
         BEYOND, "eager", "error",
     ),
     "whole_group_taken_for_live": (
-        "tpu.kernel",
-        "is_whole & (order >= ALL_LIVE),",
+        "tpu.issue",
+        "is_whole & (sender.chunks.regularity >= ALL_LIVE),",
         "is_whole,",
         dataclasses.replace(TILES, num_tokens=320, entries="holes"), "eager", "error",
     ),
-    "last_body_not_pulled_back": (
+    "last_iteration_not_pulled_back": (
         "tpu.interleave",
-        "fill(jnp.minimum(i * tiling.unroll, behind), tiling.unroll)",
-        "fill(i * tiling.unroll, tiling.unroll)",
+        "make_slots(jnp.minimum(i * per_iteration, last_start), per_iteration)",
+        "make_slots(i * per_iteration, per_iteration)",
         TILES, "eager", "error",
     ),
-    "turned_over_unread_words": (
+    "stored_over_unread_words": (
         "tpu.interleave",
         "return (u % _REGIONS * lane_tiles",
         "return (0 * lane_tiles",
         TILES, "eager", "bytes",
     ),
     "start_overflows": (
-        "tpu.launch",
+        "tpu.entries",
         "starts = jnp.clip(token_starts, 0, num_tokens)",
         "starts = token_starts",
         STEP_BACK, "on_wait", "error",
@@ -242,43 +236,43 @@ KERNEL_BUGS = {
     ),
     "first_heads_scale_for_all": (
         "tpu.kernel",
-        "scale_ref[which * slots.num_kv_heads + head]",
-        "scale_ref[which * slots.num_kv_heads]",
+        "refs.inverse_scales[which * spec.slots.num_kv_heads + head]",
+        "refs.inverse_scales[which * spec.slots.num_kv_heads]",
         INT8, "eager", "bytes",
     ),
     "fp8_rounded_toward_zero": (
-        "tpu.interleave",
+        "tpu.quantize",
         "normal = (clipped - rebias + ((1 << (shift - 1)) - 1) + odd) >> shift",
         "normal = (clipped - rebias) >> shift",
         E4M3, "eager", "bytes",
     ),
     "fp8_ties_rounded_down": (
-        "tpu.interleave",
+        "tpu.quantize",
         "((1 << (shift - 1)) - 1) + odd",
         "((1 << (shift - 1)) - 1)",
         E4M3, "eager", "bytes",
     ),
     "fp8_not_saturated": (
-        "tpu.interleave",
+        "tpu.quantize",
         "clipped = jnp.minimum(magnitude, largest)",
         "clipped = magnitude",
         E4M3, "eager", "bytes",
     ),
     "fp8_subnormals_flushed": (
-        "tpu.interleave",
+        "tpu.quantize",
         "clipped < smallest_normal, subnormal, normal",
         "clipped < smallest_normal, 0, normal",
         E4M3, "eager", "bytes",
     ),
     "int8_not_saturated": (
-        "tpu.interleave",
+        "tpu.quantize",
         "jnp.clip(x, -128.0, 127.0)",
         "x",
         INT8, "eager", "bytes",
     ),
     "padding_rows_not_cleared": (
         "tpu.kernel",
-        "if slots.has_padding:",
+        "if spec.slots.has_padding:",
         "if False:",
         SPARE_ROWS, "eager", "bytes",
     ),
@@ -356,8 +350,8 @@ ORACLE_BUGS = {
     ),
     "scale_ignored": (" * inverse_scale(scale, x.shape[1])[:, None]", "", INT8),
     "k_scale_for_v": (
-        "quantize(layout.split_heads(v, num_kv_heads), v_scale,",
-        "quantize(layout.split_heads(v, num_kv_heads), k_scale,",
+        "quantize(layout.split_heads(v, num_kv_heads), scales.v,",
+        "quantize(layout.split_heads(v, num_kv_heads), scales.k,",
         INT8,
     ),
     "int8_rounded_toward_zero": ("jnp.round(y)", "jnp.trunc(y)", INT8),

@@ -22,7 +22,7 @@ from bench.tpu_model.compile import mesh_of
 from pallas_paged import settings
 from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.engine import Engine
-from reference_engine.request import SamplingParams
+from reference_engine.sampling_params import SamplingParams
 from reference_engine.weights import random_params
 from tests.attention.cases import interpret_all
 from tests.kv_write.cases import run_all_on_gpu

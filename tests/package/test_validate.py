@@ -349,7 +349,7 @@ REFUSALS = [
         "`token_starts` is of shape [2]; wanted [1]:",
     ),
     ({"src_ids": ints(1), "dst_ids": ints(0, 4)}, "`dst_ids` is of shape [2]; wanted [1]:"),
-    ({"num_tokens": 3, "slots": ints(1, 2)}, "`slots` is of shape [2]; wanted [3], one for each"),
+    ({"num_tokens": 3, "slots": ints(1, 2)}, "`slots` is of shape [2]; wanted [3], one per token"),
     ({"num_tokens": -1}, "`num_tokens` is -1; wanted None or an integer >= 0:"),
     ({"num_tokens": 2.0}, "`num_tokens` is 2.0; wanted None or an integer >= 0:"),
 ]

@@ -1,101 +1,117 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Puts together the heads that the decode kernel cut between blocks of threads.
+"""Combines the partial results of the heads whose keys are split between partitions (split-KV).
 
-A warpgroup takes a KV head and, strip by strip, its query heads: the parts' values weighed by their
-log-sum-exps, some values a thread. It runs in the prefill kernel, in front of the tiles, because a
-launch costs more than the work.
+A warpgroup takes a KV head and goes through its query heads strip by strip. It weighs the partial
+results by their log-sum-exps; each thread holds some values of the strip. The combination runs in
+the prefill kernel, in front of the tiles, because a launch costs more than this work.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_paged.attention.gpu import online_softmax as attention
-from pallas_paged.attention.gpu import rows as gpu_rows
-from pallas_paged.attention.gpu.schedule import (
-    LOG2E,
-    LOWEST,
-    WARPGROUP,
-    Shape,
-    keep_if,
-)
+from pallas_paged.attention.gpu import row_io
+from pallas_paged.attention.gpu.mma_layout import keep_if
+from pallas_paged.attention.gpu.online_softmax import LOG2E, LOWEST, Result, natural_log
+from pallas_paged.attention.gpu.refs import PartialResults, PrefillOutputs
+from pallas_paged.attention.gpu.spec import WARPGROUP, KernelSpec, Scalar
 
-# Values of a strip, at most, unless one head has more; those of 16 strips of 512 read at a time,
-# so that their loads overlap, are 128 registers of a thread.
+# The most values of a strip, unless one head has more.
 _STRIP = 1024
+# The values that are read at a time, so that their loads overlap: those of 16 strips of 512 take
+# 128 registers of a thread.
 _VALUES_AT_ONCE = 16 * 512
 
 
-def merge_heads(inputs, out, lse, first, stride, shape: Shape) -> None:
-    """Merges the heads that begin in the shares first, first + stride, ... and end in later ones.
+def combine_splits(
+    partial: PartialResults,
+    outputs: PrefillOutputs,
+    first: Scalar,
+    stride: int,
+    spec: KernelSpec,
+) -> None:
+    """Combines the split heads that begin in the partitions first, first + stride, and so on.
 
     Args:
-      inputs: refs in device memory, of what `decode.decode` returns
-        means, sums: f32[parts, 64 * H]
-        merges: int32[shares, 4]
-      out: ref [T, N, H].
-      lse: ref f32[T, N], or None.
-      first, stride: int32 scalar and int.
-      shape: the static description.
+      partial: the refs of the partial results.
+      outputs: the refs where the results go.
+      first, stride: the partitions that this warpgroup takes.
+      spec: the static parameters.
     """
-    merges = inputs["merges"]
-    heads = _heads_of_strip(shape)
-    num_strips = shape.group // heads
+    num_partitions = partial.splits.shape[0]
+    heads = _heads_of_strip(spec)
+    num_strips = spec.group // heads
 
-    def merge_head(i, _):
-        share = first + i * stride
-        num_parts, row, num_tokens, kv_head = (merges[share, j] for j in range(4))
+    def combine_head(i: Scalar, _: None) -> None:
+        partition = first + i * stride
+        num_splits, row, num_tokens, kv_head = (partial.splits[partition, j] for j in range(4))
 
-        def merge_strip(i, _):
+        def combine_strip(i: Scalar, _: None) -> None:
             token, strip = i // num_strips, lax.rem(i, num_strips)
-            first_value = (token * num_strips + strip) * heads * shape.head_dim
-            mean, log2_sum = _merge_parts(inputs, share, num_parts, first_value, heads, shape)
-            first_head = kv_head * shape.group + strip * heads
-            where = (row + token, first_head, heads, shape.is_interpreted)
-            gpu_rows.store_heads(mean.astype(shape.q_dtype), out, *where)
-            if lse is not None:
-                log_sum = attention.natural_log(log2_sum)
-                gpu_rows.store_heads_column(log_sum, lse, *where, shape.head_dim)
+            first_value = (token * num_strips + strip) * heads * spec.head_dim
+            mean, log2_sum = _combine_strip(
+                partial, partition, num_splits, first_value, heads, spec
+            )
+            first_head = kv_head * spec.group + strip * heads
+            where = (row + token, first_head, heads, spec.is_interpreted)
+            row_io.store_heads(mean.astype(spec.q_dtype), outputs.out, *where)
+            if outputs.lse is not None:
+                log_sum = natural_log(log2_sum)
+                row_io.store_heads_column(log_sum, outputs.lse, *where, spec.head_dim)
 
-        count = jnp.where(num_parts > 0, num_tokens * num_strips, 0)
-        lax.fori_loop(0, count, merge_strip, None)
+        count = jnp.where(num_splits > 0, num_tokens * num_strips, 0)
+        lax.fori_loop(0, count, combine_strip, None)
 
-    count = (merges.shape[0] - first + stride - 1) // stride
-    lax.fori_loop(0, jnp.maximum(count, 0), merge_head, None)
-
-
-def _heads_of_strip(shape: Shape) -> int:
-    """Query heads of a strip, a divisor of G."""
-    most = max(1, _STRIP // shape.head_dim)
-    return max(n for n in range(1, min(most, shape.group) + 1) if shape.group % n == 0)
+    count = (num_partitions - first + stride - 1) // stride
+    lax.fori_loop(0, jnp.maximum(count, 0), combine_head, None)
 
 
-def _merge_parts(inputs, share, num_parts, first_value, heads: int, shape: Shape):
-    """Mean and log2 of the sum over all parts, of a strip of heads side by side."""
-    # A warpgroup takes whole multiples of 128; the rest is the next strip's, or nobody's.
-    size = -(-heads * shape.head_dim // WARPGROUP) * WARPGROUP
+def _heads_of_strip(spec: KernelSpec) -> int:
+    """The query heads of a strip, a divisor of G."""
+    most = max(1, _STRIP // spec.head_dim)
+    return max(n for n in range(1, min(most, spec.group) + 1) if spec.group % n == 0)
+
+
+def _combine_strip(
+    partial: PartialResults,
+    partition: Scalar,
+    num_splits: Scalar,
+    first_value: Scalar,
+    heads: int,
+    spec: KernelSpec,
+) -> Result:
+    """The mean and the log2 of the sum over all splits, of a strip of heads side by side.
+
+    Both are f32 of `heads * H` values or more, strided over the threads of a warpgroup.
+    """
+    # A warpgroup takes whole multiples of 128. The rest belongs to the next strip, or to nobody.
+    size = -(-heads * spec.head_dim // WARPGROUP) * WARPGROUP
     at_once = max(1, min(16, _VALUES_AT_ONCE // size))
     columns = pl.ds(first_value, size)
 
-    def read(j):
-        is_part = j < num_parts
-        j = jnp.minimum(j, num_parts - 1)
-        part = 2 * (share + j) + jnp.where(j == 0, 1, 0)
-        mean, log2_sum = inputs["means"][part, columns], inputs["sums"][part, columns]
-        return keep_if(is_part, mean, 0.0), keep_if(is_part, log2_sum, 2 * LOWEST)
+    def read(j: Scalar) -> Result:
+        is_split = j < num_splits
+        j = jnp.minimum(j, num_splits - 1)
+        # A partition has two: of a head that began before it, and of one that begins in it.
+        index = 2 * (partition + j) + jnp.where(j == 0, 1, 0)
+        mean, log2_sum = partial.means[index, columns], partial.log2_sums[index, columns]
+        return keep_if(is_split, mean, 0.0), keep_if(is_split, log2_sum, 2 * LOWEST)
 
-    def add(i, carry):
+    def add(
+        i: Scalar, carry: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         mean, total, largest = carry
-        parts = [read(i * at_once + j) for j in range(at_once)]
+        splits = [read(i * at_once + j) for j in range(at_once)]
         newest = largest
-        for _, log2_sum in parts:
+        for _, log2_sum in splits:
             newest = jnp.maximum(newest, log2_sum)
         shrink = jnp.exp2(largest - newest)
         mean, total = mean * shrink, total * shrink
-        for part, log2_sum in parts:
+        for split_mean, log2_sum in splits:
             weight = jnp.exp2(log2_sum - newest)
-            mean, total = mean + part * weight, total + weight
+            mean, total = mean + split_mean * weight, total + weight
         return mean, total, newest
 
     vec_size = next(n for n in (4, 2, 1) if size // WARPGROUP % n == 0)
@@ -103,7 +119,7 @@ def _merge_parts(inputs, share, num_parts, first_value, heads: int, shape: Shape
     zeros, lowest = (
         plgpu.layout_cast(jnp.full((size,), value, jnp.float32), layout) for value in (0.0, LOWEST)
     )
-    steps = (num_parts + at_once - 1) // at_once
+    steps = (num_splits + at_once - 1) // at_once
     mean, total, largest = lax.fori_loop(0, steps, add, (zeros, zeros, lowest))
     is_any = total > 0
     total = jnp.where(is_any, total, 1.0)

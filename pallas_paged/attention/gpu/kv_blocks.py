@@ -1,10 +1,10 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Blocks of keys and values in shared memory: a ring that one warpgroup fills and others empty.
+"""KV blocks in shared memory: pipeline stages that one warpgroup fills and others read.
 
-A block is `block` consecutive positions of one KV head, K and V side by side, `[block, 2H]`. The
-producer asks for it piece by piece, one tensor copy a page (or a part of a page). Blocks of a
-quantised pool come into a ring of their own, and a warpgroup turns them into the products' dtype
-on their way to the other ring, so that the consumers see no difference.
+A KV block is `block_kv` consecutive positions of one KV head, with K and V side by side:
+`[block_kv, 2H]`. The producer asks for it in chunks, with one tensor copy per page (or per equal
+part of a page). The blocks of a quantised pool arrive in raw stages of their own, from which
+convert.py brings them into the other stages, so that the consumers see no difference.
 """
 
 import dataclasses
@@ -17,126 +17,169 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, scf, vector
+from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
-from pallas_paged.attention.gpu.schedule import (
-    WARPGROUP,
-    Shape,
-    tiling,
-)
+from pallas_paged.attention.gpu.mma_layout import operand_transforms
+from pallas_paged.attention.gpu.refs import Inputs
+from pallas_paged.attention.gpu.schedule import KvRange
+from pallas_paged.attention.gpu.spec import WARPGROUP, KernelSpec, KvBlockSizes, Ref, Scalar
 
-# Values of a box of a tensor copy in each dimension, at most.
+# The refs of the stages and of the raw stages, as `scratch_types` has them.
+KvScratch = tuple[dict[str, Ref], dict[str, Ref] | None]
+# The most values in each dimension of a box, which one tensor copy brings.
 _MAX_BOX = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Ring:
-    """Slots for blocks, and the barriers that say which are full and which are empty.
+class KvStages:
+    """Pipeline stages for KV blocks, with the barriers that say which are full and which empty.
 
     Attributes:
-      smem: [slots, block, 2H]; of a quantised pool [slots, 2H / box, block, box].
-      full: a barrier a slot, which completes when its block is there.
-      empty: a barrier a slot, at which all that read it arrive.
-      cleared: a barrier at which all readers meet where one clears for all; None for one reader.
-      num_slots: of the ring.
-      first: its first slot, a traced scalar where several rings share the arrays.
+      smem: [stages, block_kv, 2H]; raw stages are [stages, 2H / box, block_kv, box].
+      full: one barrier per stage, which completes when the stage's block is there.
+      empty: one barrier per stage, at which all readers of the block arrive.
+      cleared: a barrier at which all readers meet after one of them has cleared values for all;
+        None where there is one reader.
+      num_stages: the number of stages.
+      first: the first stage, a traced scalar where multiple pipelines share the arrays.
     """
 
-    smem: Any
-    full: Any
-    empty: Any
-    cleared: Any
-    num_slots: int
-    first: Any = 0
+    smem: Ref
+    full: Ref
+    empty: Ref
+    cleared: Ref | None
+    num_stages: int
+    first: Scalar = 0
 
-    def slot(self, step) -> jax.Array:
-        """The slot of the step-th block that goes through the ring."""
-        return self.first + lax.rem(step, self.num_slots)
+    def stage(self, step: Scalar) -> Scalar:
+        """The stage of the step-th block that goes through the pipeline."""
+        return self.first + lax.rem(step, self.num_stages)
 
-    def keys(self, slot, head_dim: int):
-        """[block, H] of a slot: transposed, an operand of the matrix unit."""
-        return self.smem.at[slot, :, pl.ds(0, head_dim)]
+    def keys(self, stage: Scalar, head_dim: int) -> Ref:
+        """[block_kv, H] of a stage: transposed, an operand of the matrix unit."""
+        return self.smem.at[stage, :, pl.ds(0, head_dim)]
 
-    def values(self, slot, head_dim: int):
-        """[block, H] of a slot: an operand of the matrix unit."""
-        return self.smem.at[slot, :, pl.ds(head_dim, head_dim)]
+    def values(self, stage: Scalar, head_dim: int) -> Ref:
+        """[block_kv, H] of a stage: an operand of the matrix unit."""
+        return self.smem.at[stage, :, pl.ds(head_dim, head_dim)]
 
     def release_all(self) -> None:
-        """What a reader does first: every slot is empty."""
-        for slot in range(self.num_slots):
-            plgpu.barrier_arrive(self.empty.at[self.first + slot])
+        """Says that every stage is empty, which a reader does first."""
+        for stage in range(self.num_stages):
+            plgpu.barrier_arrive(self.empty.at[self.first + stage])
 
-    def drain(self, step) -> None:
-        """What a writer does last: waits until all slots are empty again."""
-        for i in range(self.num_slots):
-            plgpu.barrier_wait(self.empty.at[self.slot(step + i)])
+    def drain(self, step: Scalar) -> None:
+        """Waits until all stages are empty again, which a writer does last."""
+        for i in range(self.num_stages):
+            plgpu.barrier_wait(self.empty.at[self.stage(step + i)])
 
 
-def scratch(shape: Shape, block: int, num_slots: int, num_raw_slots: int, num_readers: int):
-    """The types of the two rings' scratch: of the products' dtype, and of a quantised pool's."""
-    pieces = block // shape.piece(block)
+def scratch_types(
+    spec: KernelSpec, sizes: KvBlockSizes, num_readers: int, num_pipelines: int = 1
+) -> KvScratch:
+    """The scratch of the stages of all pipelines, and of their raw stages if there are any."""
+    block_kv = sizes.block_kv
+    num_chunks = block_kv // spec.chunk(block_kv)
+    num_stages, num_raw_stages = (
+        n * num_pipelines for n in (sizes.num_stages, sizes.num_raw_stages)
+    )
 
-    def ring(block_shape, dtype, transforms, num_slots, num_writers, num_readers):
+    def types(
+        block_shape: tuple[int, ...],
+        dtype: Any,
+        transforms: tuple[Any, ...],
+        num_stages: int,
+        num_writers: int,
+        num_readers: int,
+    ) -> dict[str, Any]:
         return dict(
-            smem=plgpu.SMEM((num_slots, *block_shape), dtype, transforms=transforms),
-            full=plgpu.Barrier(num_barriers=num_slots, num_arrivals=num_writers),
-            empty=plgpu.Barrier(num_barriers=num_slots, num_arrivals=num_readers),
+            smem=plgpu.SMEM((num_stages, *block_shape), dtype, transforms=transforms),
+            full=plgpu.Barrier(num_barriers=num_stages, num_arrivals=num_writers),
+            empty=plgpu.Barrier(num_barriers=num_stages, num_arrivals=num_readers),
             cleared=plgpu.Barrier(num_arrivals=num_readers) if num_readers > 1 else None,
         )
 
-    dtype = shape.product_dtype
-    ready = (block, shape.kv_dim), dtype, tiling(dtype), num_slots
-    if not shape.is_quantized:
-        return ring(*ready, pieces, num_readers), None
-    box = min(shape.kv_dim, _MAX_BOX)
-    num_boxes = shape.kv_dim // box
-    raw = (num_boxes, block, box), shape.pool_dtype, (), num_raw_slots
-    return ring(*ready, 1, num_readers), ring(*raw, pieces * num_boxes, 1)
+    dtype = spec.product_dtype
+    ready = (block_kv, spec.kv_dim), dtype, operand_transforms(dtype), num_stages
+    if not spec.is_quantized:
+        return types(*ready, num_chunks, num_readers), None
+    box = min(spec.kv_dim, _MAX_BOX)
+    num_boxes = spec.kv_dim // box
+    raw = (num_boxes, block_kv, box), spec.pool_dtype, (), num_raw_stages
+    return types(*ready, 1, num_readers), types(*raw, num_chunks * num_boxes, 1)
 
 
-def rings(
-    scoped, num_slots: int, num_raw_slots: int, pipeline: Any = 0
-) -> tuple[Ring, Ring | None]:
-    """A pipeline's ring that is attended to, and the one of raw blocks of a quantised pool."""
-    ready, raw = (
-        scope and Ring(**scope, num_slots=count, first=pipeline * count)
-        for scope, count in zip(scoped, (num_slots, num_raw_slots), strict=True)
-    )
-    return ready, raw
+def stages_of(
+    scratch: KvScratch, sizes: KvBlockSizes, pipeline: Scalar = 0
+) -> tuple[KvStages, KvStages | None]:
+    """The stages that the consumers of a pipeline read, and its raw stages if there are any."""
+    ready, raw = scratch
+    stages = KvStages(**ready, num_stages=sizes.num_stages, first=pipeline * sizes.num_stages)
+    if raw is None:
+        return stages, None
+    first = pipeline * sizes.num_raw_stages
+    return stages, KvStages(**raw, num_stages=sizes.num_raw_stages, first=first)
 
 
-def fetch(ring: Ring, step, kv_hbm, table, seq, kv_head, first, begin, end, block, shape: Shape):
-    """Asks for the block of positions `first .. + block`; pages outside [begin, end) stay away.
+def fetch_range(
+    stages: KvStages,
+    step: Scalar,
+    kv_range: KvRange,
+    seq: Scalar,
+    kv_head: Scalar,
+    inputs: Inputs,
+    spec: KernelSpec,
+) -> Scalar:
+    """Asks for all blocks of a range, one after the other, as stages become empty.
 
     Args:
-      ring: where to.
-      step: how many blocks went into the ring before this one.
-      kv_hbm: the pool, [P, page_size, heads, 2H].
-      table: the page table, [S, M].
-      seq, kv_head: whose block.
-      first: its first position, a multiple of `block`.
-      begin, end: positions that somebody sees.
-      block: positions of a block.
-      shape: the static description.
+      stages: where the blocks go.
+      step: the blocks that went into the stages before.
+      kv_range: the blocks. Chunks that nobody sees are left out.
+      seq, kv_head: the sequence and the KV head that the blocks belong to.
+      inputs: the refs with the pool and the page table.
+      spec: the static parameters.
+
+    Returns:
+      the next block's step.
     """
-    piece = shape.piece(block)
-    starts = [first + j * piece for j in range(block // piece)]
-    # All of the table's entries first, so that their loads overlap.
+
+    def fetch(i: Scalar, _: None) -> None:
+        _fetch(stages, step + i, kv_range, kv_range.first_key(i), seq, kv_head, inputs, spec)
+
+    lax.fori_loop(0, kv_range.count, fetch, None)
+    return step + kv_range.count
+
+
+def _fetch(
+    stages: KvStages,
+    step: Scalar,
+    kv_range: KvRange,
+    first_key: Scalar,
+    seq: Scalar,
+    kv_head: Scalar,
+    inputs: Inputs,
+    spec: KernelSpec,
+) -> None:
+    """Asks for the block of a range that begins at position `first_key`."""
+    chunk = spec.chunk(kv_range.block_kv)
+    starts = [first_key + j * chunk for j in range(kv_range.block_kv // chunk)]
+    # All entries of the page table are read first, so that their loads overlap.
     pages = []
     for start in starts:
-        entry = jnp.minimum(start // shape.page_size, shape.table_width - 1)
-        pages.append(jnp.clip(table[seq, entry], 0, shape.num_pages - 1))
-    slot = ring.slot(step)
-    plgpu.barrier_wait(ring.empty.at[slot])
+        entry = jnp.minimum(start // spec.page_size, spec.table_width - 1)
+        pages.append(jnp.clip(inputs.table[seq, entry], 0, spec.num_pages - 1))
+    stage = stages.stage(step)
+    plgpu.barrier_wait(stages.empty.at[stage])
     for j, (start, page) in enumerate(zip(starts, pages, strict=True)):
-        row: Any = 0
-        if piece != shape.page_size:
-            row = pl.multiple_of(lax.rem(start, shape.page_size), piece)
-        is_seen = (start < end) & (start + piece > begin)
-        source = kv_hbm.at[page, pl.ds(row, piece), kv_head]
-        target = ring.smem.at[slot]
-        rows = pl.ds(j * piece, piece)
-        if not shape.is_quantized:
+        row: Scalar = 0
+        if chunk != spec.page_size:
+            row = pl.multiple_of(lax.rem(start, spec.page_size), chunk)
+        is_seen = (start < kv_range.end) & (start + chunk > kv_range.low)
+        source = inputs.kv.at[page, pl.ds(row, chunk), kv_head]
+        target = stages.smem.at[stage]
+        rows = pl.ds(j * chunk, chunk)
+        if not spec.is_quantized:
             copies = [(source, target.at[rows])]
         else:
             num_boxes, _, box = target.shape
@@ -144,84 +187,90 @@ def fetch(ring: Ring, step, kv_hbm, table, seq, kv_head, first, begin, end, bloc
                 (source.at[:, pl.ds(n * box, box)], target.at[n, rows]) for n in range(num_boxes)
             ]
         for copy in copies:
-            _copy(*copy, ring.full.at[slot], is_seen, shape.is_interpreted)
+            _copy(*copy, stages.full.at[stage], is_seen, spec.is_interpreted)
 
 
-def _copy(source, target, barrier, is_wanted, is_interpreted: bool) -> None:
-    """A copy, or only its arrival at the barrier."""
+def _copy(
+    source: Ref, target: Ref, barrier: Ref, is_wanted: jax.Array, is_interpreted: bool
+) -> None:
+    """Starts a copy that arrives at the barrier, or only arrives there."""
     if not is_interpreted:
-        plgpu.copy_gmem_to_smem(source, target, barrier, predicate=is_wanted)
+        copy: Any = plgpu.copy_gmem_to_smem  # with a predicate from jax 0.11.2 on
+        copy(source, target, barrier, predicate=is_wanted)
         return
 
     # The interpreter takes no predicate.
     @pl.when(is_wanted)
-    def _():
+    def _() -> None:
         plgpu.copy_gmem_to_smem(source, target, barrier)
 
     @pl.when(jnp.logical_not(is_wanted))
-    def _():
+    def _() -> None:
         plgpu.barrier_arrive(barrier)
 
 
-def clear_values(ring: Ring, slot, begin, end, shape: Shape) -> None:
-    """Zeroes the values of a slot's rows outside [begin, end).
+def clear_values(
+    stages: KvStages, stage: Scalar, begin: Scalar, end: Scalar, spec: KernelSpec
+) -> None:
+    """Zeroes the values of a stage in the rows outside [begin, end).
 
-    Nobody sees those rows, so their weights are zero; but what is there, of another sequence or of
-    nobody, may be NaN, and zero times NaN is not zero. All readers of the ring call this together.
+    Nobody sees those rows, so their weights are zero. But they hold what another sequence or nobody
+    wrote, which may be NaN, and zero times NaN is not zero. All readers of the stage call this
+    together.
     """
-    block = ring.smem.shape[1]
-    values = ring.values(slot, shape.head_dim)
+    block_kv = stages.smem.shape[1]
+    values = stages.values(stage, spec.head_dim)
 
-    def clear():
-        if shape.is_interpreted:
-            rows = lax.broadcasted_iota(jnp.int32, (block, shape.head_dim), 0)
+    def clear() -> None:
+        if spec.is_interpreted:
+            rows = lax.broadcasted_iota(jnp.int32, (block_kv, spec.head_dim), 0)
             values[...] = jnp.where((rows >= begin) & (rows < end), values[...], 0)
         else:
-            _zero_rows(values, 0, jnp.clip(begin, 0, block), shape)
-            _zero_rows(values, jnp.clip(end, 0, block), block, shape)
+            _zero_rows(values, 0, jnp.clip(begin, 0, block_kv), spec)
+            _zero_rows(values, jnp.clip(end, 0, block_kv), block_kv, spec)
         plgpu.commit_smem()
 
-    if ring.cleared is None:
+    if stages.cleared is None:
         clear()
     else:
         pl.when(lax.axis_index("warpgroup") == 0)(clear)
-        plgpu.barrier_arrive(ring.cleared)
-        plgpu.barrier_wait(ring.cleared)
+        plgpu.barrier_arrive(stages.cleared)
+        plgpu.barrier_wait(stages.cleared)
 
 
-def _zero_rows(values, begin, end, shape: Shape) -> None:
-    """Zeroes rows [begin, end) of a swizzled [block, H], 16 bytes a thread and step.
+def _zero_rows(values: Ref, begin: Scalar, end: Scalar, spec: KernelSpec) -> None:
+    """Zeroes the rows [begin, end) of a swizzled [block_kv, H], 16 bytes per thread and step.
 
     A row is whole lines of 128 bytes, and swizzling moves data only inside a line.
     """
     scalar = plgpu.Layout.WG_SPLAT
-    operand = plgpu.RefType(tiling(shape.product_dtype))
+    operand = plgpu.RefType(operand_transforms(spec.product_dtype))
     width = 8  # values in 16 bytes
-    tile_columns = 128 // shape.product_dtype.itemsize
+    tile_columns = 128 // spec.product_dtype.itemsize
 
     @plgpu.inline_mgpu(arg_types=(operand, scalar, scalar))
-    def run(_, tiles, begin, end):  # tiles [block / 8, H / 64, 8, 64]
-        def index(x):
+    def run(_: Any, tiles: ir.Value, begin: Any, end: Any) -> None:
+        # tiles: [block_kv / 8, H / 64, 8, 64]
+        def index(x: Any) -> ir.Value:
             return arith.index_cast(ir.IndexType.get(), x.registers.item())
 
-        def const(x):
-            return arith.constant(ir.IndexType.get(), x)
-
-        chunks = const(shape.head_dim // width)
+        vectors = index_constant(spec.head_dim // width)  # in a row
         thread = gpu.thread_id(gpu.Dimension.x)
-        thread = arith.remui(thread, const(128))
+        thread = arith.remui(thread, index_constant(WARPGROUP))
         i32 = ir.IntegerType.get_signless(32)
         words = ir.VectorType.get((4,), i32)
         zero = arith.constant(
             words, ir.DenseElementsAttr.get_splat(words, ir.IntegerAttr.get(i32, 0))
         )
-        low = arith.addi(arith.muli(index(begin), chunks), thread)
-        loop = scf.ForOp(low, arith.muli(index(end), chunks), const(128))
+        low = arith.addi(arith.muli(index(begin), vectors), thread)
+        loop = scf.ForOp(low, arith.muli(index(end), vectors), index_constant(WARPGROUP))
         with ir.InsertionPoint(loop.body):
-            row = arith.divui(loop.induction_variable, chunks)
-            column = arith.muli(arith.remui(loop.induction_variable, chunks), const(width))
-            eight, wide = const(8), const(tile_columns)
-            _store_16_bytes(
+            row = arith.divui(loop.induction_variable, vectors)
+            column = arith.muli(
+                arith.remui(loop.induction_variable, vectors), index_constant(width)
+            )
+            eight, wide = index_constant(8), index_constant(tile_columns)
+            store_16_bytes(
                 zero,
                 tiles,
                 [
@@ -236,112 +285,16 @@ def _zero_rows(values, begin, end, shape: Shape) -> None:
     run(values, jnp.asarray(begin, jnp.int32), jnp.asarray(end, jnp.int32))
 
 
-def convert(raw: Ring, ready: Ring, step, shape: Shape) -> None:
-    """Turns the step-th block of a quantised pool into the products' dtype, exactly; no scales."""
-    source, target = raw.slot(step), ready.slot(step)
-    plgpu.barrier_wait(raw.full.at[source])
-    plgpu.barrier_wait(ready.empty.at[target])
-    if shape.is_interpreted:
-        values = raw.smem[source].swapaxes(0, 1).reshape(ready.smem.shape[1:])
-        ready.smem[target] = values.astype(ready.smem.dtype)
-    else:
-        _convert_block(raw.smem.at[source], ready.smem.at[target], shape)
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(raw.empty.at[source])
-    plgpu.barrier_arrive(ready.full.at[target])
+def index_constant(value: int) -> ir.Value:
+    """A constant of MLIR's index type."""
+    return arith.constant(ir.IndexType.get(), value)
 
 
-def _convert_block(source, target, shape: Shape) -> None:
-    """8 values at a time: a load of 8 bytes and a store of 16, where the swizzle has them."""
-    width = 8
-    _, block, box = source.shape
-    at_once = 4  # so that their loads and conversions overlap
-    steps = block * shape.kv_dim // (WARPGROUP * width * at_once)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(tiling(shape.product_dtype))))
-    def run(_, raw, tiles):  # raw [2H / box, block, box], tiles [block / 8, 2H / 64, 8, 64]
-        def const(x):
-            return arith.constant(ir.IndexType.get(), x)
-
-        chunks, eight = const(shape.kv_dim // width), const(8)
-        thread = arith.remui(gpu.thread_id(gpu.Dimension.x), const(WARPGROUP))
-
-        def load(item):
-            row, chunk = arith.divui(item, chunks), arith.remui(item, chunks)
-            chunks_of_box = const(box // width)
-            column = arith.muli(arith.remui(chunk, chunks_of_box), const(width))
-            place = [arith.divui(chunk, chunks_of_box), row, column]
-            return row, chunk, _load_8_bytes(raw, place)
-
-        def store(row, chunk, words):
-            # A tile's row is 8 chunks of 16 bytes; chunk c of row r lies at c ^ r.
-            in_tile = arith.remui(row, eight)
-            place = arith.xori(arith.remui(chunk, eight), in_tile)
-            target = [
-                arith.divui(row, eight),
-                arith.divui(chunk, eight),
-                in_tile,
-                arith.muli(place, const(width)),
-            ]
-            _store_16_bytes(_widen(words, shape), tiles, target)
-
-        loop = scf.ForOp(const(0), const(steps), const(1))
-        with ir.InsertionPoint(loop.body):
-            first = arith.muli(loop.induction_variable, const(WARPGROUP * at_once))
-            first = arith.addi(first, thread)
-            loaded = [load(arith.addi(first, const(n * WARPGROUP))) for n in range(at_once)]
-            for item in loaded:
-                store(*item)
-            scf.yield_([])
-
-    run(source, target)
-
-
-def _load_8_bytes(ref, indices):
-    """Two words from an element of a ref that lies at a multiple of 8 bytes."""
-    source = mgpu.utils.memref_ptr(mgpu.utils.memref_slice(ref, tuple(indices)))
-    words = ir.VectorType.get((2,), ir.IntegerType.get_signless(32))
-    return llvm.load(words, source, alignment=8)
-
-
-def _store_16_bytes(words, ref, indices) -> None:
+def store_16_bytes(words: ir.Value, ref: ir.Value, indices: list[ir.Value]) -> None:
     """Stores four words at an element of a ref that lies at a multiple of 16 bytes.
 
-    A store that does not say so is split into one of 2 bytes for each value, and a load into bytes.
+    A store that does not state its alignment is split into one store of 2 bytes per value, and a
+    load into loads of single bytes.
     """
     target = mgpu.utils.memref_ptr(mgpu.utils.memref_slice(ref, tuple(indices)))
     llvm.store(words, target, alignment=16)
-
-
-def _widen(words, shape: Shape):
-    """Two words of 8-bit values as the products' dtype, two values in each of four words."""
-    pairs = [pair for n in range(2) for pair in _convert_four(_extract(words, n), shape)]
-    return vector.from_elements(ir.VectorType.get((4,), ir.IntegerType.get_signless(32)), pairs)
-
-
-def _extract(words, n: int):
-    return vector.extract(words, dynamic_position=[], static_position=[n])
-
-
-def _convert_four(word, shape: Shape):
-    """Two words of 16-bit pairs from a word of four 8-bit values."""
-    i32 = ir.IntegerType.get_signless(32)
-    narrow = {"float8_e4m3fn": "e4m3x2", "float8_e5m2": "e5m2x2"}[shape.pool_dtype.name]
-    if shape.product_dtype == jnp.float16:
-        last = "mov.b32 $0, f0; mov.b32 $1, f1;"
-    else:  # float16 holds every 8-bit float; bfloat16 holds those too
-        last = " ".join(
-            f"mov.b32 {{h{2 * n}, h{2 * n + 1}}}, f{n}; cvt.f32.f16 w{2 * n}, h{2 * n}; "
-            f"cvt.f32.f16 w{2 * n + 1}, h{2 * n + 1}; "
-            f"cvt.rn.bf16x2.f32 ${n}, w{2 * n + 1}, w{2 * n};"
-            for n in range(2)
-        )
-    asm = (
-        "{ .reg .b16 lo, hi; .reg .b16 h<4>; .reg .b32 f<2>; .reg .f32 w<4>; "
-        f"mov.b32 {{lo, hi}}, $2; cvt.rn.f16x2.{narrow} f0, lo; cvt.rn.f16x2.{narrow} f1, hi; "
-        f"{last} }}"
-    )
-    both = llvm.inline_asm(
-        llvm.StructType.get_literal([i32, i32]), [word], asm, "=r,=r,r", has_side_effects=False
-    )
-    return [llvm.extractvalue(i32, both, [n]) for n in range(2)]

@@ -1,52 +1,48 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Ragged paged attention on Hopper: a schedule, short sequences split evenly, then tiles of rows.
+"""Ragged paged attention on Hopper: a schedule, a kernel for short sequences and one for the rest.
 
-A batch of any mix takes three launches, none of which needs the host to know a length: XLA computes
-the schedule; the decode kernel takes the sequences whose new tokens fit the rows of one warpgroup
-and cuts their keys evenly over the chip; the prefill kernel puts together what that cut, takes the
-other sequences, tile by tile, and zeroes the rows of none.
+Any batch takes three launches, and none of them needs the host to know a length. XLA computes the
+schedule. The decode kernel takes the sequences whose new tokens fit the rows of one warpgroup, and
+splits their keys evenly over the chip. The prefill kernel combines what was split, takes the other
+sequences tile by tile, and zeroes the rows that belong to no sequence.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_paged import dispatch, layout
-from pallas_paged.attention.gpu import decode, prefill
+from pallas_paged.attention.gpu import kernel, kv_blocks
 from pallas_paged.attention.gpu.config import GpuAttentionConfig, default_config
-from pallas_paged.attention.gpu.schedule import (
+from pallas_paged.attention.gpu.mma_layout import operand_transforms
+from pallas_paged.attention.gpu.prefill import QueryStage
+from pallas_paged.attention.gpu.refs import (
+    DecodeOutputs,
+    Inputs,
+    PartialResults,
+    PrefillOutputs,
+)
+from pallas_paged.attention.gpu.schedule import make_schedule
+from pallas_paged.attention.gpu.spec import (
     ROW_TILE,
     WARPGROUP_ROWS,
-    Shape,
-    make_schedule,
-    per_head,
+    KernelSpec,
+    KvBlockSizes,
 )
 from pallas_paged.attention.options import AttentionOptions, Batch, Factors
 from pallas_paged.kv_write.gpu import launch as writes
 from pallas_paged.unfused import unfused
 
 _HEAD_DIMS = (64, 128, 256)
-# Shared memory that one block of threads may have, less what barriers take.
+# The shared memory that one thread block may have, less what barriers take.
 _SHARED_BYTES = 227 * 1024 - 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """What the kernels are launched with; static.
-
-    Attributes:
-      shape: the static description of the call.
-      config: the block sizes.
-      num_multiprocessors: of the GPU that the call is made for.
-    """
-
-    shape: Shape
-    config: GpuAttentionConfig
-    num_multiprocessors: int
 
 
 def plan(
@@ -67,10 +63,10 @@ def plan(
       page_indices: int32[S, M].
       options: the static options.
       config: the block sizes; None lets `default_config` choose.
-      k: the new keys of a call that writes them, by another kernel.
+      k: the new keys of a call that also writes them, which another kernel does.
 
     Returns:
-      a `Plan` whose `spec` is a `Launch`.
+      a `Plan` whose `spec` is a `KernelSpec`.
     """
     refusal = dispatch.why_no_mosaic_gpu() or _refusal(
         q, kv_pages, page_indices, options.num_kv_heads
@@ -79,31 +75,25 @@ def plan(
         refusal = writes.unsupported_pool(kv_pages, q)
     if refusal is not None:
         return dispatch.Plan(refusal=refusal)
-    shape = Shape(
+    head_dim = layout.padded_head_dim(q.shape[2])
+    max_seqs, table_width = page_indices.shape
+    num_pages, page_size = kv_pages.shape[:2]
+    spec = KernelSpec(
         num_heads=q.shape[1],
-        num_kv_heads=options.num_kv_heads,
-        head_dim=layout.padded_head_dim(q.shape[2]),
-        num_pages=kv_pages.shape[0],
-        page_size=kv_pages.shape[1],
-        table_width=page_indices.shape[1],
+        head_dim=head_dim,
+        num_pages=num_pages,
+        page_size=page_size,
+        table_width=table_width,
         q_dtype=jnp.dtype(q.dtype),
-        product_dtype=jnp.dtype(q.dtype),
         pool_dtype=jnp.dtype(kv_pages.dtype),
-        causal=options.causal,
-        soft_cap=options.soft_cap,
-        is_scale_positive=options.is_scale_positive,
-        has_window=options.has_window,
-        return_lse=options.return_lse,
-        is_interpreted=False,
+        product_dtype=jnp.dtype(q.dtype),
+        options=options,
+        config=config
+        or default_config(head_dim, layout.is_quantized(kv_pages.dtype), max_seqs, page_size),
+        num_multiprocessors=dispatch.num_multiprocessors(),
     )
-    if config is not None:
-        refusal = _refusal_of_sizes(shape, config)
-        if refusal is not None:
-            return dispatch.Plan(refusal=refusal)
-    sizes = config or default_config(
-        shape.head_dim, shape.is_quantized, page_indices.shape[0], shape.page_size
-    )
-    return dispatch.Plan(spec=Launch(shape, sizes, dispatch.num_multiprocessors()))
+    refusal = None if config is None else _refusal_of_sizes(spec)
+    return dispatch.Plan(refusal=refusal) if refusal else dispatch.Plan(spec=spec)
 
 
 def _refusal(
@@ -116,8 +106,8 @@ def _refusal(
         return f"q is {q.dtype} and the matrix unit takes bfloat16 and float16: cast q"
     if kv_pages.dtype not in (q.dtype, jnp.float8_e4m3fn, jnp.float8_e5m2):
         return (
-            f"the pool is {kv_pages.dtype} and q {q.dtype}; the kernels take a pool of q's dtype, "
-            "float8_e4m3fn or float8_e5m2"
+            f"the pool is {kv_pages.dtype} and q is {q.dtype}; the kernels take a pool of q's "
+            "dtype, float8_e4m3fn or float8_e5m2"
         )
     if head_dim not in _HEAD_DIMS:
         return (
@@ -126,12 +116,12 @@ def _refusal(
         )
     if page_size % ROW_TILE:
         return (
-            f"page_size is {page_size}, and a page must be whole tiles of the matrix unit, "
-            f"multiples of {ROW_TILE} tokens"
+            f"page_size is {page_size}, and a page must be whole tiles of the matrix unit: take a "
+            f"multiple of {ROW_TILE} tokens"
         )
     if head_dim > layout.HALF_LANES and num_rows % 2:
         return (
-            f"the pool has R = {num_rows} rows a slot and K and V of a head are a pair of rows; "
+            f"the pool has R = {num_rows} rows per slot, and K and V of a head are a pair of rows; "
             "make it with make_kv_pages"
         )
     group = num_heads // num_kv_heads
@@ -143,50 +133,48 @@ def _refusal(
     max_seqs, table_width = page_indices.shape
     if max_seqs * num_kv_heads * -(-table_width * page_size // 64) >= 2**31:
         return (
-            f"page_indices [{max_seqs}, {table_width}] has room for 2**31 blocks of keys or more, "
+            f"page_indices [{max_seqs}, {table_width}] has room for 2**31 KV blocks or more, "
             "and blocks are counted in int32"
         )
     return None
 
 
-def _refusal_of_sizes(shape: Shape, config: GpuAttentionConfig) -> str | None:
+def _refusal_of_sizes(spec: KernelSpec) -> str | None:
     """Why the kernels cannot run with a caller's block sizes, as a sentence; None if they can."""
-    if shape.is_quantized and config.decode_pipelines > 1:
+    if spec.is_quantized and spec.config.decode_pipelines > 1:
         return (
-            f"config has {config.decode_pipelines} decode pipelines, and where a pool is "
+            f"config has {spec.config.decode_pipelines} decode pipelines, and where a pool is "
             "converted there are registers for one"
         )
-    for name, needed in zip(("prefill", "decode"), _shared_bytes(shape, config), strict=True):
+    for name, needed in zip(("prefill", "decode"), _shared_bytes(spec), strict=True):
         if needed > _SHARED_BYTES:
             return (
                 f"config's {name} blocks take {needed} bytes of shared memory, and a "
-                f"multiprocessor has {_SHARED_BYTES} for them: fewer slots or keys"
+                f"multiprocessor has {_SHARED_BYTES} for them: take fewer stages or keys"
             )
     return None
 
 
-def _shared_bytes(shape: Shape, config: GpuAttentionConfig) -> tuple[int, int]:
-    """Shared memory that a block of threads of the prefill and of the decode kernel takes."""
+def _shared_bytes(spec: KernelSpec) -> tuple[int, int]:
+    """The shared memory that a thread block of the prefill and of the decode kernel takes."""
 
-    def ring(block_kv, slots, raw_stages):
-        raw = raw_stages if shape.is_quantized else 0
-        per_key = slots * shape.q_dtype.itemsize + raw * shape.pool_dtype.itemsize
-        return block_kv * shape.kv_dim * per_key
+    def stages(sizes: KvBlockSizes) -> int:
+        bytes_per_value = (
+            sizes.num_stages * spec.q_dtype.itemsize
+            + sizes.num_raw_stages * spec.pool_dtype.itemsize
+        )
+        return sizes.block_kv * spec.kv_dim * bytes_per_value
 
-    queries = WARPGROUP_ROWS * shape.head_dim * shape.q_dtype.itemsize
+    queries = WARPGROUP_ROWS * spec.head_dim * spec.q_dtype.itemsize
+    decode_queries = 0 if spec.has_decode_queries_in_registers else queries
     return (
-        prefill.num_consumers(shape) * queries
-        + ring(config.prefill_block_kv, config.prefill_stages, config.prefill_raw_stages),
-        config.decode_pipelines
-        * (
-            (not decode.queries_in_registers(shape)) * queries
-            + ring(config.decode_block_kv, config.decode_stages, config.decode_raw_stages)
-        ),
+        spec.prefill_consumers * queries + stages(spec.prefill_kv),
+        spec.config.decode_pipelines * (decode_queries + stages(spec.decode_kv)),
     )
 
 
 def attend(
-    spec: Launch,
+    spec: KernelSpec,
     q: jax.Array,
     new: None,
     kv_pages: jax.Array,
@@ -196,63 +184,173 @@ def attend(
     """Prepares the operands and launches the kernels.
 
     Args:
-      spec: of `plan`.
+      spec: the static parameters, of `plan`.
       q: [T, N, H].
       new: None: new keys and values are in the pool already.
       kv_pages: [P, page_size, R, C].
-      batch, factors: what else the call is given.
+      batch: the metadata.
+      factors: the traced options.
 
     Returns:
       the output, q's dtype [T, N, H], the log-sum-exp f32[T, N] or None, and None.
     """
-    shape, config = spec.shape, spec.config
     num_tokens, _, head_dim = q.shape
-    kv_lens, page_indices, cu_q_lens, num_seqs = batch
-    sm_scale, sliding_window, k_scale, v_scale, sinks = factors
-    # Tensor copies see rows in tiles of 8, and heads as wide as the pool has them; a batch of other
+    # Tensor copies see rows in tiles of 8, and heads as wide as the pool has them. A batch of other
     # sizes is copied.
     q = jnp.pad(layout.pad_heads(q), ((0, -num_tokens % ROW_TILE), (0, 0), (0, 0)))
-    operands: dict[str, Any] = {
+    operands = {
         "q": q,
-        "kv": per_head(kv_pages, shape),
-        "table": page_indices,
-        "sm_scale": jnp.asarray(sm_scale, jnp.float32).reshape(1),
+        # K and V of a head lie side by side: no copy.
+        "kv": kv_pages.reshape(*kv_pages.shape[:2], -1, spec.kv_dim),
+        "table": batch.page_indices,
+        "sm_scale": jnp.asarray(factors.sm_scale, jnp.float32).reshape(1),
     }
-    if shape.has_window:
-        operands["window"] = jnp.asarray(sliding_window, jnp.int32).reshape(1)
-    if shape.is_quantized:
-        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+    if factors.sliding_window is not None:
+        operands["window"] = jnp.asarray(factors.sliding_window, jnp.int32).reshape(1)
+    if spec.is_quantized:
+        for name, scale in (("k_scale", factors.k_scale), ("v_scale", factors.v_scale)):
             if scale is not None:
                 operands[name] = jnp.asarray(scale, jnp.float32).reshape(-1)
-    if sinks is not None:
-        operands["sinks"] = sinks.astype(jnp.float32)
-    operands |= {"kv_lens": kv_lens, "cu_q_lens": cu_q_lens, "num_seqs": num_seqs}
-    operands["schedule"] = make_schedule(
-        kv_lens,
-        cu_q_lens,
-        num_seqs,
-        sliding_window,
-        q.shape[0],
-        shape,
-        config.decode_block_kv,
-        prefill.tile_rows(shape),
-    )
-
-    launch = functools.partial(_launch, shape, config, spec.num_multiprocessors)
+    if factors.sinks is not None:
+        operands["sinks"] = factors.sinks.astype(jnp.float32)
+    operands |= {
+        "kv_lens": batch.kv_lens,
+        "cu_q_lens": batch.cu_q_lens,
+        "num_seqs": batch.num_seqs,
+        "schedule": make_schedule(batch, factors.sliding_window, q.shape[0], spec),
+    }
     out, lse = lax.platform_dependent(
         operands,
-        cuda=functools.partial(launch, False),
-        default=functools.partial(launch, True),
+        cuda=functools.partial(_launch, spec),
+        default=functools.partial(_launch, dataclasses.replace(spec, is_interpreted=True)),
     )
-    return out[:num_tokens, :, :head_dim], (lse[:num_tokens] if shape.return_lse else None), None
+    return out[:num_tokens, :, :head_dim], None if lse is None else lse[:num_tokens], None
 
 
-def _launch(shape: Shape, config: GpuAttentionConfig, num_sms: int, is_interpreted: bool, operands):
-    """The two kernels; the first leaves holes for the second, which updates the output in place."""
-    shape = dataclasses.replace(shape, is_interpreted=is_interpreted)
+def _launch(spec: KernelSpec, operands: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+    """Launches the two kernels: the second completes the output of the first in place."""
     operands = unfused(operands)
-    out, lse, means, sums, merges = decode.decode(shape, config, num_sms, operands)
-    parts = {"means": means.reshape(len(means), -1), "sums": sums.reshape(len(sums), -1)}
-    out_ref, lse_ref = jax.new_ref(out), None if lse is None else jax.new_ref(lse)
-    prefill.prefill(shape, config, num_sms, operands | parts | {"merges": merges}, out_ref, lse_ref)
-    return unfused((jax.ref.freeze(out_ref), None if lse_ref is None else jax.ref.freeze(lse_ref)))
+    decode, prefill = spec.decode_kv, spec.prefill_kv
+    num_pipelines = spec.config.decode_pipelines
+    decode_spec = spec
+    if spec.is_quantized:
+        # float16 holds every 8-bit float. One instruction converts two of them, five for bfloat16.
+        decode_spec = dataclasses.replace(spec, product_dtype=jnp.dtype(jnp.float16))
+    decode_queries = None
+    if not spec.has_decode_queries_in_registers:
+        decode_queries = _queries_type(decode_spec, num_pipelines)
+    [outputs] = _call(
+        kernel.decode_kernel,
+        f"decode_{_sizes(decode)}_{num_pipelines}",
+        decode_spec,
+        num_warpgroups=num_pipelines * spec.decode_roles,
+        operands=(operands,),
+        out_types=(_decode_types(spec, operands["q"]),),
+        scratch_types=(
+            decode_queries,
+            kv_blocks.scratch_types(decode_spec, decode, 1, num_pipelines),
+        ),
+    )
+    partial = PartialResults(
+        outputs.means.reshape(len(outputs.means), -1),
+        outputs.log2_sums.reshape(len(outputs.log2_sums), -1),
+        outputs.splits,
+    )
+    in_place = PrefillOutputs(
+        jax.new_ref(outputs.out), None if outputs.lse is None else jax.new_ref(outputs.lse)
+    )
+    num_consumers = spec.prefill_consumers
+    barrier = plgpu.Barrier(num_barriers=num_consumers)
+    _call(
+        kernel.prefill_kernel,
+        f"prefill_{_sizes(prefill)}",
+        spec,
+        num_warpgroups=num_consumers + 1 + spec.is_quantized,
+        operands=(operands, partial, in_place),
+        out_types=(),
+        scratch_types=(
+            QueryStage(_queries_type(spec, num_consumers), barrier, barrier),
+            kv_blocks.scratch_types(spec, prefill, num_consumers),
+        ),
+    )
+    return unfused(jax.tree.map(jax.ref.freeze, tuple(in_place)))
+
+
+def _decode_types(spec: KernelSpec, q: jax.Array) -> DecodeOutputs:
+    """The types of what the decode kernel writes."""
+    num_partitions = spec.num_multiprocessors * spec.config.decode_pipelines
+    partial = jax.ShapeDtypeStruct(
+        (2 * num_partitions + 1, WARPGROUP_ROWS, spec.head_dim), jnp.float32
+    )
+    return DecodeOutputs(
+        out=jax.ShapeDtypeStruct(q.shape, spec.q_dtype),
+        means=partial,
+        log2_sums=partial,
+        splits=jax.ShapeDtypeStruct((num_partitions, 4), jnp.int32),
+        lse=jax.ShapeDtypeStruct(q.shape[:2], jnp.float32) if spec.options.return_lse else None,
+    )
+
+
+def _queries_type(spec: KernelSpec, count: int) -> Any:
+    """The scratch for the queries of `count` consumers, as the matrix unit takes them."""
+    return plgpu.SMEM(
+        (count, WARPGROUP_ROWS, spec.head_dim),
+        spec.product_dtype,
+        transforms=operand_transforms(spec.product_dtype),
+    )
+
+
+def _sizes(sizes: KvBlockSizes) -> str:
+    """The sizes of KV blocks in the name of a kernel, which profiles show."""
+    return f"{sizes.block_kv}_{sizes.num_stages}_{sizes.num_raw_stages}"
+
+
+def _call(
+    main_loop: Callable[..., None],
+    name: str,
+    spec: KernelSpec,
+    *,
+    num_warpgroups: int,
+    operands: tuple[Any, ...],
+    out_types: tuple[Any, ...],
+    scratch_types: tuple[Any, ...],
+) -> tuple[Any, ...]:
+    """Launches `main_loop(spec, *operands, *outputs, *scratch)`, a thread block per multiprocessor.
+
+    Args:
+      main_loop: the function of kernel.py.
+      name: the kernel's name in profiles.
+      spec: the static parameters.
+      num_warpgroups: the warpgroups of a thread block.
+      operands: the arrays of `Inputs` by name, then pytrees of arrays and refs.
+      out_types: pytrees of the types of the outputs.
+      scratch_types: pytrees of the types of the scratch.
+
+    Returns:
+      the outputs, in the pytrees of `out_types`.
+    """
+    in_leaves, in_tree = jax.tree.flatten(operands)
+    out_leaves, out_tree = jax.tree.flatten(out_types)
+
+    def body(*refs: Any) -> None:
+        inputs, *others = jax.tree.unflatten(in_tree, refs[: len(in_leaves)])
+        outputs = jax.tree.unflatten(out_tree, refs[len(in_leaves) :])
+        pl.run_scoped(
+            functools.partial(main_loop, spec, Inputs(**inputs), *others, *outputs),
+            *scratch_types,
+            collective_axes="warpgroup",
+        )
+
+    body.__name__ = body.__qualname__ = name
+    outputs = plgpu.kernel(
+        body,
+        out_type=out_leaves,
+        grid=(spec.num_multiprocessors,),
+        grid_names=("block",),
+        num_threads=num_warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+    )(*in_leaves)
+    return jax.tree.unflatten(out_tree, outputs)

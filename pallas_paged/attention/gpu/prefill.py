@@ -1,15 +1,13 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Prefill attention on Hopper: tiles of 128 rows of one query head, one block of threads a tile.
+"""What is special to the prefill kernel: q tiles of one query head, dealt out to thread blocks.
 
-The pipeline: as many blocks of threads as multiprocessors, each walking every so many-th tile. One
-warpgroup produces (queries of the next tile, pages of keys and values), two consume, 64 rows each;
-with a quantised pool a fourth converts in between. Two consumers take turns by themselves: while
-one's softmax runs, the matrix unit has the products of the other. The longest tiles of a sequence
-come first. Before their first tile the consumers merge what the decode kernel left in parts.
+A q tile is up to 128 rows of one sequence, or of no sequence: those are zeroed. Thread block i of n
+takes the tiles i, i + n, and so on. The longest tiles of a sequence come first.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,329 +15,176 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_paged.attention.gpu import kv_blocks as blocks
-from pallas_paged.attention.gpu import online_softmax as attention
-from pallas_paged.attention.gpu import rows as gpu_rows
-from pallas_paged.attention.gpu.combine_splits import merge_heads
-from pallas_paged.attention.gpu.online_softmax import Rows, Span
+from pallas_paged.attention.gpu import row_io
+from pallas_paged.attention.gpu.mma_layout import as_column
+from pallas_paged.attention.gpu.online_softmax import LOG2E, QueryRows, natural_log, sink_score
+from pallas_paged.attention.gpu.refs import Inputs, PrefillOutputs, scale_of_head
+from pallas_paged.attention.gpu.row_io import BatchRows
 from pallas_paged.attention.gpu.schedule import (
-    LOG2E,
-    ROW_TILE,
-    TILES,
-    WARPGROUP_ROWS,
-    Lengths,
-    Shape,
-    clip_window,
+    Q_TILES,
+    KvRange,
     first_seen,
-    named,
-    of_head,
+    lengths_of,
     search,
-    tiling,
 )
-
-# Registers of a thread. 64 Ki are for all: 2 x 240 + 24, or 2 x 208 + 40 + 56, times 128.
-_CONSUMER_REGISTERS = {False: 240, True: 208}
-_PRODUCER_REGISTERS = {False: 24, True: 40}
-_CONVERTER_REGISTERS = 56
-
-
-def num_consumers(shape: Shape) -> int:
-    """Consuming warpgroups: two, or one where the sum of the values takes a quarter of the
-    registers and the converter's warpgroup leaves too few at the start."""
-    return 1 if shape.is_quantized and shape.head_dim == 256 else 2
-
-
-def tile_rows(shape: Shape) -> int:
-    """Rows of a tile."""
-    return num_consumers(shape) * WARPGROUP_ROWS
+from pallas_paged.attention.gpu.spec import ROW_TILE, WARPGROUP_ROWS, KernelSpec, Ref, Scalar
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
-    """The rows of the consumers, of one query head; traced scalars.
+class QTile:
+    """Rows of one query head, 64 per consumer; traced scalars.
 
     Attributes:
-      seq: the sequence; any, with nothing in the cache, for rows of none.
+      seq: the sequence. For rows of no sequence it is any, with nothing in the cache.
       head: the query head.
       row: the tile's first row in the batch, a multiple of 8: the sequence may begin later.
-      begin, end: rows of the sequence.
-      position: of the tile's first row.
-      length: of the sequence; 0 where there is nothing to attend to.
+      begin, end: the sequence's rows in the batch.
+      position: the position of the tile's first row.
+      length: the sequence's tokens in the cache; 0 where there is nothing to attend to.
     """
 
-    seq: Any
-    head: Any
-    row: Any
-    begin: Any
-    end: Any
-    position: Any
-    length: Any
+    seq: Scalar
+    head: Scalar
+    row: Scalar
+    begin: Scalar
+    end: Scalar
+    position: Scalar
+    length: Scalar
 
-    def span(self, window, block: int, shape: Shape) -> Span:
+    def kv_range(self, window: Scalar | None, spec: KernelSpec) -> KvRange:
+        """The KV blocks that the tile attends to."""
+        block_kv = spec.prefill_kv.block_kv
         high, end_whole = self.length, self.length
-        if shape.causal:
-            high = jnp.minimum(high, self.position + tile_rows(shape))
+        if spec.options.causal:
+            high = jnp.minimum(high, self.position + spec.block_q)
             end_whole = jnp.minimum(end_whole, self.position + 1)
-        low: Any = 0
-        first_whole: Any = 0
-        if shape.has_window:
+        low: Scalar = 0
+        first_whole: Scalar = 0
+        if spec.options.has_window:
             low = first_seen(self.position, window)
-            first_whole = first_seen(self.position + tile_rows(shape) - 1, window)
-        newest = jnp.maximum(high - 1, 0) // block
-        return Span(
+            first_whole = first_seen(self.position + spec.block_q - 1, window)
+        newest = jnp.maximum(high - 1, 0) // block_kv
+        return KvRange(
             low=low,
             end=self.length,
             first_whole=first_whole,
             end_whole=end_whole,
-            block=block,
+            block_kv=block_kv,
             newest=newest,
-            count=newest - jnp.minimum(low // block, newest) + 1,
+            count=newest - jnp.minimum(low // block_kv, newest) + 1,
         )
 
 
-def prefill(shape: Shape, config, num_blocks: int, operands: dict[str, jax.Array], out, lse):
-    """Launches the kernel, which writes all of `out` and `lse` that the decode kernel left open.
+def for_each_tile(
+    inputs: Inputs, spec: KernelSpec, body: Callable[[QTile, Scalar], Scalar]
+) -> Scalar:
+    """Calls `step = body(tile, step)` for the tiles of this thread block; returns the last step.
 
-    Args:
-      shape: the static description.
-      config: block sizes.
-      num_blocks: blocks of threads.
-      operands: name -> array, as `_kernel` lists them; what is not given is left out.
-      out: ref [T, N, H].
-      lse: ref f32[T, N], or None.
+    A step counts the KV blocks that went through the stages before. The tiles of the sequences come
+    first, then those of the rows after the last sequence and of the rows before the first one.
     """
-    names = tuple(operands)
-    outs = (out,) if lse is None else (out, lse)
-    num_raw = config.prefill_raw_stages if shape.is_quantized else 0
-
-    @named(f"prefill_{config.prefill_block_kv}_{config.prefill_stages}_{num_raw}")
-    def body(*refs):
-        inputs = dict(zip(names, refs[: len(names)], strict=True))
-        out_ref, lse_ref = (*refs[len(names) :], None)[:2]
-        queries = plgpu.SMEM(
-            (num_consumers(shape), WARPGROUP_ROWS, shape.head_dim),
-            shape.q_dtype,
-            transforms=tiling(shape.q_dtype),
-        )
-        barrier = plgpu.Barrier(num_barriers=num_consumers(shape))
-        pl.run_scoped(
-            lambda *scoped: _kernel(inputs, out_ref, lse_ref, scoped, shape, config, num_raw),
-            queries,
-            barrier,
-            barrier,
-            blocks.scratch(
-                shape,
-                config.prefill_block_kv,
-                config.prefill_stages,
-                num_raw,
-                num_consumers(shape),
-            ),
-            collective_axes="warpgroup",
-        )
-
-    plgpu.kernel(
-        body,
-        out_type=(),
-        grid=(num_blocks,),
-        grid_names=("block",),
-        num_threads=num_consumers(shape) + 1 + shape.is_quantized,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-    )(*operands.values(), *outs)
-
-
-def _kernel(inputs, out, lse, scoped, shape: Shape, config, num_raw: int):
-    """The warpgroups' roles.
-
-    Args:
-      inputs: refs in device memory
-        q: [T, N, H]
-        kv: [P, page_size, heads, 2H]
-        table: int32[S, M]
-        kv_lens, cu_q_lens, num_seqs: int32[S], int32[S + 1], int32[1]
-        schedule: int32[2, S + 1]
-        means, sums, merges: the decode kernel's parts, as `merge_heads` takes them
-        sm_scale: f32[1]
-        window: int32[1], k_scale, v_scale: f32[1] or f32[K], sinks: f32[N]; where given
-      out: [T, N, H]
-      lse: f32[T, N] or None
-      scoped: scratch: queries [2, 64, H] and their barriers (full, empty), the rings
-    """
-    queries, queries_full, queries_empty, ring_scratch = scoped
-    block = config.prefill_block_kv
-    ready, raw = blocks.rings(ring_scratch, config.prefill_stages, num_raw)
-    warpgroup = lax.axis_index("warpgroup")
-    window = clip_window(inputs["window"][0]) if shape.has_window else None
-
-    def each_tile(body):
-        return _each_tile(inputs, shape, body)
-
-    @pl.when(warpgroup < num_consumers(shape))
-    def _consume():
-        plgpu.set_max_registers(_CONSUMER_REGISTERS[shape.is_quantized], action="increase")
-        ready.release_all()
-        plgpu.barrier_arrive(queries_empty.at[warpgroup])
-        num_blocks = lax.axis_size("block")
-        first_share = lax.axis_index("block") + warpgroup * num_blocks
-        merge_heads(inputs, out, lse, first_share, num_blocks * num_consumers(shape), shape)
-
-        def attend(tile: Tile, step):
-            span = tile.span(window, block, shape)
-            row = tile.row + warpgroup * WARPGROUP_ROWS
-            rows = _rows(inputs, queries.at[warpgroup], tile, warpgroup, window, shape)
-            plgpu.barrier_wait(queries_full.at[warpgroup])
-            sink = None
-            if "sinks" in inputs:
-                sink = attention.sink_score(inputs["sinks"][tile.head])
-                sink = jnp.broadcast_to(sink, (WARPGROUP_ROWS,))
-                sink = attention.on_gpu_rows(sink)
-
-            def release():
-                plgpu.barrier_arrive(queries_empty.at[warpgroup])
-
-            mean, log2_sum = attention.attend_overlapped(
-                rows, span, ready, step, sink, shape, release
-            )
-            if "v_scale" in inputs:
-                mean *= of_head(inputs["v_scale"], tile.head // shape.group)
-            _store(tile, row, mean, log2_sum, out, lse, shape)
-            return step + span.count
-
-        def nothing(tile: Tile, step):
-            row = tile.row + warpgroup * WARPGROUP_ROWS
-            zeros = jnp.zeros((WARPGROUP_ROWS, shape.head_dim), jnp.float32)
-            zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-            none = attention.on_gpu_rows(jnp.full((WARPGROUP_ROWS,), -jnp.inf, jnp.float32))
-            _store(tile, row, zeros, none, out, lse, shape)
-            return step
-
-        each_tile(
-            lambda tile, step: lax.cond(
-                tile.length > 0, lambda: attend(tile, step), lambda: nothing(tile, step)
-            )
-        )
-
-    @pl.when(warpgroup == num_consumers(shape))
-    def _produce():
-        plgpu.set_max_registers(_PRODUCER_REGISTERS[shape.is_quantized], action="decrease")
-        target = ready if raw is None else raw
-
-        def fetch(tile: Tile, step):
-            span = tile.span(window, block, shape)
-            kv_head = tile.head // shape.group
-
-            def fetch_block(i, _):
-                blocks.fetch(
-                    target,
-                    step + i,
-                    inputs["kv"],
-                    inputs["table"],
-                    tile.seq,
-                    kv_head,
-                    span.first_key(i),
-                    span.low,
-                    span.end,
-                    block,
-                    shape,
-                )
-
-            for consumer in range(num_consumers(shape)):
-                row = pl.multiple_of(tile.row + consumer * WARPGROUP_ROWS, ROW_TILE)
-                plgpu.barrier_wait(queries_empty.at[consumer])
-                plgpu.copy_gmem_to_smem(
-                    inputs["q"].at[pl.ds(row, WARPGROUP_ROWS), tile.head],
-                    queries.at[consumer],
-                    queries_full.at[consumer],
-                )
-            lax.fori_loop(0, span.count, fetch_block, None)
-            return step + span.count
-
-        steps = each_tile(
-            lambda tile, step: lax.cond(tile.length > 0, lambda: fetch(tile, step), lambda: step)
-        )
-        target.drain(steps)
-        for consumer in range(num_consumers(shape)):
-            plgpu.barrier_wait(queries_empty.at[consumer])
-
-    if raw is not None:
-
-        @pl.when(warpgroup == num_consumers(shape) + 1)
-        def _convert():
-            plgpu.set_max_registers(_CONVERTER_REGISTERS, action="decrease")
-            raw.release_all()
-
-            def convert(tile: Tile, step):
-                count = tile.span(window, block, shape).count
-                count = jnp.where(tile.length > 0, count, 0)
-                lax.fori_loop(
-                    0, count, lambda i, _: blocks.convert(raw, ready, step + i, shape), None
-                )
-                return step + count
-
-            ready.drain(each_tile(convert))
-
-
-def _each_tile(inputs, shape: Shape, body):
-    """Calls `step = body(tile, step)` for every tile of this block of threads; returns the last.
-
-    After the sequences' tiles come those of the rows behind the last one and before the first one.
-    """
-    schedule, num_tokens = inputs["schedule"], inputs["q"].shape[0]
+    schedule, num_tokens = inputs.schedule, inputs.q.shape[0]
     max_seqs = schedule.shape[1] - 1
-    lengths = Lengths(inputs["kv_lens"], inputs["cu_q_lens"], inputs["num_seqs"], num_tokens, shape)
+    lengths = lengths_of(inputs, spec)
     first_row = lengths.row(0)
-    last_row = lengths.row(jnp.clip(inputs["num_seqs"][0], 0, max_seqs))
-    num_seq_tiles = schedule[TILES, max_seqs]
-    num_behind = _num_tiles(last_row, num_tokens, shape)
-    total = (num_seq_tiles + num_behind + _num_tiles(0, first_row, shape)) * shape.num_heads
+    last_row = lengths.row(jnp.clip(inputs.num_seqs[0], 0, max_seqs))
+    num_seq_tiles = schedule[Q_TILES, max_seqs]
+    num_after = _num_tiles(last_row, num_tokens, spec)
+    total = (num_seq_tiles + num_after + _num_tiles(0, first_row, spec)) * spec.num_heads
 
-    def one(state):
+    def next_tile(state: Any) -> Any:
         item, seq, step = state
-        number, head = item // shape.num_heads, lax.rem(item, shape.num_heads)
+        number, head = item // spec.num_heads, lax.rem(item, spec.num_heads)
         is_of_sequence = number < num_seq_tiles
         seq = lax.while_loop(
-            lambda s: is_of_sequence & (number >= schedule[TILES, s + 1]), lambda s: s + 1, seq
+            lambda s: is_of_sequence & (number >= schedule[Q_TILES, s + 1]), lambda s: s + 1, seq
         )
         begin, end, length = lengths.of(seq)
-        is_behind = number < num_seq_tiles + num_behind
+        is_after = number < num_seq_tiles + num_after
         from_first = jnp.where(
             is_of_sequence,
-            schedule[TILES, seq + 1] - 1 - number,
-            number - num_seq_tiles - jnp.where(is_behind, 0, num_behind),
+            schedule[Q_TILES, seq + 1] - 1 - number,
+            number - num_seq_tiles - jnp.where(is_after, 0, num_after),
         )
-        begin = jnp.where(is_of_sequence, begin, jnp.where(is_behind, last_row, 0))
-        end = jnp.where(is_of_sequence, end, jnp.where(is_behind, num_tokens, first_row))
+        begin = jnp.where(is_of_sequence, begin, jnp.where(is_after, last_row, 0))
+        end = jnp.where(is_of_sequence, end, jnp.where(is_after, num_tokens, first_row))
         length = jnp.where(is_of_sequence, length, 0)
-        row = begin // ROW_TILE * ROW_TILE + from_first * tile_rows(shape)
-        tile = Tile(seq, head, row, begin, end, length - end + row, length)
+        row = begin // ROW_TILE * ROW_TILE + from_first * spec.block_q
+        tile = QTile(seq, head, row, begin, end, length - end + row, length)
         return item + lax.axis_size("block"), seq, body(tile, step)
 
-    # Decodes may stand before the first tile, too many to walk by; later ones are few at a time.
+    # The decodes before the first tile may be too many to go through one by one. Between later
+    # tiles there are few.
     block = lax.axis_index("block")
-    # Where there is none, as in most steps of an engine, nobody waits for the search.
-    first = lax.cond(
+    # Where there is no tile, as in most steps of an engine, nobody waits for the search.
+    first_seq = lax.cond(
         num_seq_tiles > 0,
-        lambda: search(schedule, TILES, max_seqs, block // shape.num_heads, 1),
+        lambda: search(schedule, Q_TILES, max_seqs, block // spec.num_heads, 1),
         lambda: jnp.int32(0),
     )
-    start = block, first, jnp.int32(0)
-    return lax.while_loop(lambda state: state[0] < total, one, start)[2]
+    start = block, first_seq, jnp.int32(0)
+    return lax.while_loop(lambda state: state[0] < total, next_tile, start)[2]
 
 
-def _num_tiles(begin, end, shape: Shape):
-    return jnp.where(end > begin, -(-(end - begin // ROW_TILE * ROW_TILE) // tile_rows(shape)), 0)
+def _num_tiles(begin: Scalar, end: Scalar, spec: KernelSpec) -> Scalar:
+    """The tiles of one query head that the rows [begin, end) of the batch take."""
+    return jnp.where(end > begin, -(-(end - begin // ROW_TILE * ROW_TILE) // spec.block_q), 0)
 
 
-def _rows(inputs, queries, tile: Tile, warpgroup, window, shape: Shape) -> Rows:
-    scale = inputs["sm_scale"][0] * LOG2E
-    if "k_scale" in inputs:
-        scale *= of_head(inputs["k_scale"], tile.head // shape.group)
-    return Rows(
-        queries=queries,
-        head=tile.head,
-        position=tile.position + warpgroup * WARPGROUP_ROWS,
+class QueryStage(NamedTuple):
+    """The queries of a tile in shared memory, with the barriers between producer and consumers.
+
+    Attributes:
+      smem: [consumers, 64, H].
+      full: one barrier per consumer, which completes when its queries are there.
+      empty: one barrier per consumer, at which it arrives when it has read its queries.
+    """
+
+    smem: Ref
+    full: Ref
+    empty: Ref
+
+    def fetch(self, tile: QTile, inputs: Inputs, spec: KernelSpec) -> None:
+        """Asks for the queries of a tile, as the consumers have read those of the tile before."""
+        for consumer in range(spec.prefill_consumers):
+            row = pl.multiple_of(tile.row + consumer * WARPGROUP_ROWS, ROW_TILE)
+            plgpu.barrier_wait(self.empty.at[consumer])
+            plgpu.copy_gmem_to_smem(
+                inputs.q.at[pl.ds(row, WARPGROUP_ROWS), tile.head],
+                self.smem.at[consumer],
+                self.full.at[consumer],
+            )
+
+    def wait(self, consumer: Scalar) -> None:
+        """Waits for a consumer's queries."""
+        plgpu.barrier_wait(self.full.at[consumer])
+
+    def release(self, consumer: Scalar) -> None:
+        """Says that a consumer has read its queries, or that it has none yet."""
+        plgpu.barrier_arrive(self.empty.at[consumer])
+
+    def drain(self, spec: KernelSpec) -> None:
+        """Waits until all queries are read, which the producer does last."""
+        for consumer in range(spec.prefill_consumers):
+            plgpu.barrier_wait(self.empty.at[consumer])
+
+
+def query_rows(
+    inputs: Inputs,
+    queries: QueryStage,
+    tile: QTile,
+    consumer: Scalar,
+    window: Scalar | None,
+    spec: KernelSpec,
+) -> QueryRows:
+    """The queries of one consumer, which are in shared memory, and what they see."""
+    mine = queries.smem.at[consumer]
+    scale = inputs.sm_scale[0] * LOG2E
+    if inputs.k_scale is not None:
+        scale *= scale_of_head(inputs.k_scale, tile.head // spec.group)
+    return QueryRows(
+        queries=mine,
+        position=tile.position + consumer * WARPGROUP_ROWS,
         length=tile.length,
         window=window,
         scale=scale,
@@ -347,9 +192,24 @@ def _rows(inputs, queries, tile: Tile, warpgroup, window, shape: Shape) -> Rows:
     )
 
 
-def _store(tile: Tile, row, mean, log2_sum, out, lse, shape: Shape):
-    """The rows of a warpgroup that are the sequence's."""
-    where = (row, tile.head, tile.begin - row, tile.end - row, 1, shape.is_interpreted)
-    gpu_rows.store(mean.astype(shape.q_dtype), out, *where)
-    if lse is not None:
-        gpu_rows.store(attention.natural_log(log2_sum), lse, *where)
+def load_sink(inputs: Inputs, tile: QTile) -> jax.Array | None:
+    """The sink of the tile's head for each row, f32[64] in base 2, or None."""
+    if inputs.sinks is None:
+        return None
+    sink = sink_score(inputs.sinks[tile.head])
+    return as_column(jnp.broadcast_to(sink, (WARPGROUP_ROWS,)))
+
+
+def store(
+    tile: QTile,
+    row: Scalar,
+    mean: jax.Array,
+    log2_sum: jax.Array,
+    outputs: PrefillOutputs,
+    spec: KernelSpec,
+) -> None:
+    """Stores a consumer's rows, from `row` of the batch on, as far as they are the sequence's."""
+    where = BatchRows(row, tile.head, 1), tile.begin - row, tile.end - row, spec.is_interpreted
+    row_io.store(mean.astype(spec.q_dtype), outputs.out, *where)
+    if outputs.lse is not None:
+        row_io.store(natural_log(log2_sum), outputs.lse, *where)

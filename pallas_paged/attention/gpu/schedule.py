@@ -1,136 +1,49 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""What the GPU attention kernels know when they are traced, and the schedule XLA gives them."""
+"""The schedule: how much work each sequence makes, and how a kernel finds its own work in it.
+
+XLA computes the schedule in front of the kernels, so no host needs to know a length.
+"""
 
 import dataclasses
-import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_paged import layout
-
-# Rows of the matrix unit's smallest product, which one warpgroup of 128 threads holds.
-WARPGROUP_ROWS = 64
-# Tensor copies to and from tiles of the matrix unit start at multiples of its 8 rows.
-ROW_TILE = 8
-# A warpgroup loads whole multiples of its threads.
-WARPGROUP = 128
-# Tokens at most of a copy that swizzles: a block in several copies arrives sooner than in one.
-_MAX_PIECE = 32
-LOG2E = math.log2(math.e)
-# Below any score: exp2 of it is 0, and its differences stay finite.
-LOWEST = -1e30
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """The static side of a call.
-
-    Attributes:
-      num_heads, num_kv_heads, head_dim: N, K and H.
-      num_pages, page_size, table_width: P, page_size and M.
-      q_dtype, pool_dtype: of q and the output, of the pool.
-      product_dtype: of the matrix unit's operands, bfloat16 or float16.
-      causal: whether a query sees no later key.
-      soft_cap: bound on the scores, or None.
-      is_scale_positive: whether the factor on the scores is known to be above 0.
-      has_window: whether a sliding window is given.
-      return_lse: whether the log-sum-exp is written.
-      is_interpreted: whether Pallas interprets the kernel, which cannot run inline Mosaic code.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_pages: int
-    page_size: int
-    table_width: int
-    q_dtype: jnp.dtype
-    pool_dtype: jnp.dtype
-    product_dtype: jnp.dtype
-    causal: bool
-    soft_cap: float | None
-    is_scale_positive: bool
-    has_window: bool
-    return_lse: bool
-    is_interpreted: bool
-
-    @property
-    def group(self) -> int:
-        """G, query heads to one KV head."""
-        return self.num_heads // self.num_kv_heads
-
-    @property
-    def kv_dim(self) -> int:
-        """Values of K and V of one head, which lie side by side in a slot."""
-        return 2 * self.head_dim
-
-    @property
-    def is_quantized(self) -> bool:
-        return layout.is_quantized(self.pool_dtype)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that a sequence's row of the page table has room for."""
-        return min(self.table_width * self.page_size, 2**31 - 2**16)
-
-    @property
-    def max_short(self) -> int:
-        """New tokens of the longest sequence that the decode kernel takes: all heads of a group in
-        the rows of one warpgroup."""
-        return WARPGROUP_ROWS // self.group
-
-    def piece(self, block: int) -> int:
-        """Tokens that one copy brings: of a block, and of one page."""
-        piece = math.gcd(self.page_size, block)
-        return piece if self.is_quantized else math.gcd(piece, _MAX_PIECE)
-
-
-def tiling(dtype: Any) -> tuple[Any, ...]:
-    """The form of an operand of the matrix unit in shared memory: 8 rows of 128 swizzled bytes."""
-    transforms: tuple[Any, ...] = (plgpu.TilingTransform, plgpu.SwizzleTransform)
-    tile, swizzle = transforms
-    return tile((ROW_TILE, 128 // jnp.dtype(dtype).itemsize)), swizzle(128)
-
-
-def per_head(kv_pages: jax.Array, shape: Shape) -> jax.Array:
-    """The pool as `[P, page_size, heads, 2H]`, K and V of a head side by side: no copy."""
-    return kv_pages.reshape(*kv_pages.shape[:2], -1, shape.kv_dim)
-
+from pallas_paged.attention.gpu.refs import Inputs
+from pallas_paged.attention.gpu.spec import ROW_TILE, KernelSpec, Ref, Scalar
+from pallas_paged.attention.options import Batch
 
 # The rows of the schedule.
-BLOCKS, TILES = range(2)
+KV_BLOCKS, Q_TILES = range(2)
 
 
 def make_schedule(
-    kv_lens: jax.Array,
-    cu_q_lens: jax.Array,
-    num_seqs: jax.Array,
-    window: jax.Array | None,
-    num_tokens: int,
-    shape: Shape,
-    block: int,
-    tile_rows: int,
+    batch: Batch, window: jax.Array | None, num_tokens: int, spec: KernelSpec
 ) -> jax.Array:
-    """int32[2, S + 1]: work before each sequence, and in all.
+    """The work in front of each sequence, and in all: int32[2, S + 1].
 
-    Rows: blocks of one KV head for the decode kernel, tiles of one query head for the prefill
-    kernel. Both kernels find their work in it, so no host needs to know the lengths. Written as one
-    sum over masked entries, because XLA makes one small kernel of that and three of prefix sums.
+    Row `KV_BLOCKS` counts the blocks of one KV head for the decode kernel, row `Q_TILES` the tiles
+    of one query head for the prefill kernel. Prefix sums are written as one sum over masked
+    entries, because XLA makes one small kernel of that and three of prefix sums.
+
+    Args:
+      batch: the metadata.
+      window: int32[], the sliding window, or None.
+      num_tokens: T, as the kernels have it.
+      spec: the static parameters.
     """
-    max_seqs = kv_lens.shape[0]
+    max_seqs = batch.kv_lens.shape[0]
+    block_kv = spec.decode_kv.block_kv
     seq = jnp.arange(max_seqs, dtype=jnp.int32)
-    lengths = Lengths(kv_lens, cu_q_lens, num_seqs, num_tokens, shape)
+    lengths = Lengths(batch.kv_lens, batch.cu_q_lens, num_tokens, spec.capacity)
     begin, end, length = lengths.of(slice(0, max_seqs), slice(1, max_seqs + 1))
-    is_used = (seq < num_seqs[0]) & (end > begin)
-    is_short = (end - begin <= shape.max_short) & (length > 0)
+    is_used = (seq < batch.num_seqs[0]) & (end > begin)
+    is_short = (end - begin <= spec.max_short) & (length > 0)
     low = 0 if window is None else first_seen(length - (end - begin), window)
     # A window of 0, which only a traced one can be, leaves no block, but rows to be zeroed.
-    blocks = jnp.maximum(-(-length // block) - low // block, 1)
-    tiles = -(-(end - begin // ROW_TILE * ROW_TILE) // tile_rows)
+    blocks = jnp.maximum(-(-length // block_kv) - low // block_kv, 1)
+    tiles = -(-(end - begin // ROW_TILE * ROW_TILE) // spec.block_q)
     counts = jnp.stack(
         [jnp.where(is_used & is_short, blocks, 0), jnp.where(is_used & ~is_short, tiles, 0)]
     )
@@ -140,37 +53,55 @@ def make_schedule(
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """The metadata of a batch, brought into bounds whatever it says; arrays or refs.
+    """The lengths of a batch, clipped so that every work item stays in bounds.
 
     Attributes:
-      kv_lens: int32[S].
-      cu_q_lens: int32[S + 1].
-      num_seqs: int32[1].
+      kv_lens: int32[S], an array or a ref.
+      cu_q_lens: int32[S + 1], an array or a ref.
       num_tokens: T.
-      shape: the static description.
+      capacity: the tokens that a row of the page table has room for.
     """
 
-    kv_lens: Any
-    cu_q_lens: Any
-    num_seqs: Any
+    kv_lens: Ref
+    cu_q_lens: Ref
     num_tokens: int
-    shape: Shape
+    capacity: int
 
-    def of(self, seq, following=None) -> tuple[Any, Any, Any]:
-        """(begin, end, length): rows of the batch and tokens in the cache of a sequence."""
+    def of(self, seq: Any, following: slice | None = None) -> tuple[Scalar, Scalar, Scalar]:
+        """(begin, end, length): the rows of a sequence in the batch, and its tokens in the cache.
+
+        Args:
+          seq: the index of the sequence, or a slice of indices.
+          following: the slice of the indices that follow those of `seq`, if that is a slice.
+        """
         begin = self.row(seq)
         end = jnp.maximum(begin, self.row(seq + 1 if following is None else following))
-        return begin, end, jnp.clip(self.kv_lens[seq], 0, self.shape.capacity)
+        return begin, end, jnp.clip(self.kv_lens[seq], 0, self.capacity)
 
-    def row(self, seq):
-        """A sequence's first row."""
+    def row(self, seq: Any) -> Scalar:
+        """The first row of a sequence, or of a slice of sequences."""
         return jnp.clip(self.cu_q_lens[seq], 0, self.num_tokens)
 
 
-def search(sums, row: int, size: int, value, scale: int):
-    """The last i < size with `sums[row, i] * scale <= value`, of sums that grow from 0.
+def lengths_of(inputs: Inputs, spec: KernelSpec) -> Lengths:
+    """The lengths of the batch that a kernel reads."""
+    return Lengths(inputs.kv_lens, inputs.cu_q_lens, inputs.q.shape[0], spec.capacity)
 
-    Sixteen places at a time: each step waits for the memory once.
+
+def search(schedule: Ref, row: int, size: int, item: Scalar, scale: int) -> Scalar:
+    """The sequence that a work item belongs to, by a search in one row of the schedule.
+
+    Each step compares 15 entries at a time, because each step waits for the memory once.
+
+    Args:
+      schedule: the schedule; its rows grow from 0.
+      row: `KV_BLOCKS` or `Q_TILES`.
+      size: S.
+      item: the number of the work item.
+      scale: the work items per unit of the schedule.
+
+    Returns:
+      the last i < size with `schedule[row, i] * scale <= item`.
     """
     found = jnp.int32(0)
     width = 16
@@ -178,55 +109,61 @@ def search(sums, row: int, size: int, value, scale: int):
     while stride * width < size:
         stride *= width
     while stride:
-        places = [jnp.minimum(found + j * stride, size) for j in range(1, width)]
-        reached = [sums[row, place] for place in places]
+        candidates = [jnp.minimum(found + j * stride, size) for j in range(1, width)]
+        sums = [schedule[row, i] for i in candidates]
         steps = [
-            jnp.where((place < size) & (sum_before * scale <= value), 1, 0)
-            for place, sum_before in zip(places, reached, strict=True)
+            jnp.where((i < size) & (sum_before * scale <= item), 1, 0)
+            for i, sum_before in zip(candidates, sums, strict=True)
         ]
         found += stride * sum(steps)
         stride //= width
     return found
 
 
-def first_seen(position: jax.Array, window: jax.Array) -> jax.Array:
+def first_seen(position: Scalar, window: Scalar) -> Scalar:
     """The first key that the query at a position looks back on."""
     return jnp.maximum(position - clip_window(window) + 1, 0)
 
 
-def clip_window(window: jax.Array) -> jax.Array:
-    """A window whose differences with positions stay in int32, 2**31 - 1 for "all" included."""
+def clip_window(window: Scalar) -> Scalar:
+    """A sliding window whose differences with positions stay in int32, also if it is 2**31 - 1."""
     return jnp.clip(window, 0, 2**30)
 
 
-def named(name: str):
-    """Names a kernel's function, and so the kernel in profiles."""
+@dataclasses.dataclass(frozen=True)
+class KvRange:
+    """The KV blocks that some rows attend to, from last to first.
 
-    def rename(body):
-        body.__name__ = body.__qualname__ = name
-        return body
+    The order puts the blocks that need a mask for the causal rule at the beginning.
 
-    return rename
+    Attributes:
+      low: the first position that any of the rows sees.
+      end: where the sequence ends. A block may hold later positions that the rows do not see.
+      first_whole, end_whole: the positions that all rows see. Blocks inside need no mask.
+      block_kv: the positions of a block.
+      newest: the index of the block to begin with.
+      count: the number of blocks, at least 1.
+    """
 
+    low: Scalar
+    end: Scalar
+    first_whole: Scalar
+    end_whole: Scalar
+    block_kv: int
+    newest: Scalar
+    count: Scalar
 
-def of_head(scale, kv_head):
-    """A scale of one KV head, of a ref f32[1] or f32[K]."""
-    return scale[kv_head if scale.shape[0] > 1 else 0]
+    def first_key(self, i: Scalar) -> Scalar:
+        """The first position of the i-th block."""
+        return (self.newest - i) * self.block_kv
 
+    def masked(self) -> tuple[Scalar, Scalar]:
+        """(a, b): the blocks before a and those from b on need a mask."""
+        begin = self.count - jnp.clip(self.end_whole // self.block_kv - self._oldest, 0, self.count)
+        whole = -(-self.first_whole // self.block_kv) - self._oldest
+        begin = jnp.maximum(begin, 1)
+        return begin, jnp.clip(self.count - whole, begin, self.count)
 
-def on_gpu_rows(value: jax.Array) -> jax.Array:
-    """One value to a row of a product's result, where the matrix unit's layout has them."""
-    return plgpu.layout_cast(value, plgpu.Layout.WGMMA.reduce(1))
-
-
-def keep_if(flag: jax.Array, x: jax.Array, other: float) -> jax.Array:
-    """All of x, or `other` everywhere; the lowering does not broadcast a scalar flag."""
-    return jnp.where(jax.lax.broadcast_in_dim(flag, x.shape, ()), x, other)
-
-
-def over_rows(rows: jax.Array, num_columns: int) -> jax.Array:
-    """One value a row, over the columns of a product's result."""
-    return jax.lax.broadcast_in_dim(rows, (rows.shape[0], num_columns), [0])
-
-
-iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, layout=plgpu.Layout.WGMMA)
+    @property
+    def _oldest(self) -> Scalar:
+        return self.newest - self.count + 1

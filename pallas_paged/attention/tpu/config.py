@@ -1,18 +1,19 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Block sizes of the TPU attention: what they are, which ones are taken, and the VMEM they need."""
+"""Block sizes of the TPU attention: what they are, how they are chosen, the VMEM that they need."""
 
 import dataclasses
 
 from pallas_paged import dispatch, layout, tuned
 from pallas_paged.attention.tpu import decode
 from pallas_paged.attention.tpu.operands import Heads
-from pallas_paged.attention.tpu.refs import ROW_TILE, new_rows
+from pallas_paged.attention.tpu.spec import ROW_TILE, new_kv_rows
 
-# What the kernel leaves of a generation's VMEM to the compiler and to XLA's prefetches.
-_VMEM_SHARE = 0.75
-_SMALLEST_VMEM = 16 * 2**20  # a v4's, for calls that are traced for no TPU
-# Keys of heads in the largest body of a decode, about 4,000 bundles.
-_MAX_BODY = 16_384
+# The fraction of a generation's VMEM that block sizes may need. The rest is for the compiler, and
+# for what XLA prefetches.
+_VMEM_FRACTION = 0.75
+_SMALLEST_VMEM = 16 * 2**20  # that of a v4, for calls that are traced for no TPU
+# The most keys, times KV heads, that one iteration over decodes takes: about 4,000 bundles.
+MAX_ITERATION_KEYS = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +21,13 @@ class TpuAttentionConfig:
     """Block sizes of the TPU attention.
 
     Attributes:
-      block_kv: the keys of a KV block, a multiple of 128.
-      block_q: rows of the batch whose queries a prefill takes together, a multiple of 128; also
-        the rows of decodes that share a window of q.
-      num_stages: blocks in VMEM: those being computed, the others on their way.
-      kv_blocks_per_iteration: KV blocks that a long decode takes in one iteration of its loop, at
-        most half of `num_stages`.
+      block_kv: keys of a KV block, a multiple of 128.
+      block_q: rows of a q tile, a multiple of 128: the most rows of a prefill that are computed
+        together, and the rows of the batch whose decodes share a q tile.
+      num_stages: pipeline stages: the KV blocks that VMEM holds, those that are computed with and
+        those that are on their way.
+      kv_blocks_per_iteration: KV blocks that one loop iteration over decodes takes, at most half of
+        `num_stages`.
     """
 
     block_kv: int
@@ -33,7 +35,7 @@ class TpuAttentionConfig:
     num_stages: int = 3
     kv_blocks_per_iteration: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, multiple in (
             ("block_kv", 128),
             ("block_q", 128),
@@ -46,7 +48,7 @@ class TpuAttentionConfig:
                     f"TpuAttentionConfig: {name} is {value!r}; wanted a positive "
                     f"multiple of {multiple}"
                 )
-        # A body waits for all of its blocks, and those of the next one come in meanwhile.
+        # An iteration waits for all of its blocks, while those of the next one are on their way.
         if self.num_stages < 2 * self.kv_blocks_per_iteration:
             raise ValueError(
                 f"TpuAttentionConfig: num_stages is {self.num_stages}; wanted at least twice "
@@ -56,13 +58,15 @@ class TpuAttentionConfig:
 
 
 def default_config(heads: Heads, page_size: int, num_new_tokens: int = 0) -> TpuAttentionConfig:
-    """What was found for the device (`pallas_paged.tuned`), else the largest blocks whose buffers
-    fit the generation's VMEM.
+    """The block sizes that a call has without a config.
+
+    They are those of the device's tuned table (`pallas_paged.tuned`), else the largest ones that
+    fit the VMEM of its generation.
 
     Args:
-      heads: the static description.
-      page_size: tokens of a page.
-      num_new_tokens: T of a call that writes them, 0 of one that only reads.
+      heads: shapes and dtypes.
+      page_size: tokens per page.
+      num_new_tokens: T of a call that writes new tokens, 0 of a call that only reads.
     """
     found = tuned.find(
         dispatch.tpu_device_kind(),
@@ -76,12 +80,12 @@ def default_config(heads: Heads, page_size: int, num_new_tokens: int = 0) -> Tpu
     )
     if found and fits(heads, TpuAttentionConfig(**found), num_new_tokens):
         return TpuAttentionConfig(**found)
-    # A block of all heads is one straight body: 4,096 keys of heads are about 1,000 bundles.
+    # The code for one block has no loop over heads: 4,096 keys times heads are about 1,000 bundles.
     block_kv = max(128, min(1024, 4096 // heads.num_kv_heads // 128 * 128))
     while True:
         for num_stages, kv_blocks_per_iteration in ((16, 8), (8, 4), (4, 2), (3, 1)):
             config = TpuAttentionConfig(block_kv, 128, num_stages, kv_blocks_per_iteration)
-            is_short = kv_blocks_per_iteration * block_kv * heads.num_kv_heads <= _MAX_BODY
+            is_short = kv_blocks_per_iteration * block_kv * heads.num_kv_heads <= MAX_ITERATION_KEYS
             if (is_short or kv_blocks_per_iteration == 1) and fits(heads, config, num_new_tokens):
                 return config
         if block_kv == 128:
@@ -90,35 +94,36 @@ def default_config(heads: Heads, page_size: int, num_new_tokens: int = 0) -> Tpu
 
 
 def fits(heads: Heads, config: TpuAttentionConfig, num_new_tokens: int = 0) -> bool:
-    """Whether the kernel's share of the generation's VMEM holds what block sizes need."""
+    """Whether block sizes leave enough of the generation's VMEM free; see `default_config`."""
     needed = vmem_bytes(heads, config, num_new_tokens, return_lse=True)
-    return needed <= _VMEM_SHARE * vmem_capacity()
+    return needed <= _VMEM_FRACTION * vmem_capacity()
 
 
 def vmem_capacity() -> int:
-    """VMEM of a core of the TPU that a call is traced for."""
+    """Bytes of VMEM that a core of the TPU has that a call is traced for."""
     return dispatch.tpu_vmem_bytes() or _SMALLEST_VMEM
 
 
 def vmem_bytes(
     heads: Heads, config: TpuAttentionConfig, num_new_tokens: int = 0, *, return_lse: bool
 ) -> int:
-    """VMEM that the kernel's scratch takes, and the largest values of a body."""
-    window, width = config.block_q, heads.num_heads * heads.lanes
-    rows = window * heads.group
-    slot = heads.pitch * heads.lanes * 4
-    ring = (config.num_stages + 1) * config.block_kv * slot
-    windows = 3 * window * width * heads.q_dtype.itemsize
-    windows += 2 * window * decode.row_pitch(heads.num_heads) * heads.lanes * 4
-    prefill = heads.num_kv_heads * rows * (heads.lanes + 24) * 4
+    """Bytes of VMEM that the kernel's scratch takes, and the largest values of an iteration."""
+    block_q, width = config.block_q, heads.num_heads * heads.lanes
+    prefill_rows = block_q * heads.group
+    token = heads.pitch * heads.lanes * 4
+    stages = (config.num_stages + 1) * config.block_kv * token
+    q_tiles = 3 * block_q * width * heads.q_dtype.itemsize
+    q_tiles += 2 * block_q * decode.row_pitch(heads.num_heads) * heads.lanes * 4
+    prefill_state = heads.num_kv_heads * prefill_rows * (heads.lanes + 24) * 4
     decode_state = decode.decode_rows(heads.num_heads) * (heads.lanes + 2 * layout.LANES) * 4
-    lse = 2 * window * layout.round_up(heads.num_heads, layout.LANES) * 4 if return_lse else 0
-    body = 3 * config.block_kv * rows * 4  # scores and weights of one head, and the mask
-    new = 0
+    lse = 2 * block_q * layout.round_up(heads.num_heads, layout.LANES) * 4 if return_lse else 0
+    # The scores and the weights of one head, and the mask.
+    values = 3 * config.block_kv * prefill_rows * 4
+    new_kv = 0
     if num_new_tokens:
-        # With the part of a page, at most a block of keys, that may be before them; and the windows
-        # of k and v, of which [T, K, H] pads the heads to whole tiles.
+        # A chunk is at most a block, which the old tokens before the new ones may fill. k and v of
+        # a q tile come as [T, K, H] or [T, K*H]; the former pads the heads to whole tiles.
         tokens = layout.round_up(num_new_tokens, ROW_TILE)
-        new = new_rows(tokens, config.block_kv, config.block_kv, window) * slot
-        new += 2 * window * layout.round_up(heads.num_kv_heads, 16) * heads.lanes * 4
-    return ring + windows + prefill + decode_state + lse + body + new
+        new_kv = new_kv_rows(tokens, config.block_kv, config.block_kv, block_q) * token
+        new_kv += 2 * block_q * layout.round_up(heads.num_kv_heads, 16) * heads.lanes * 4
+    return stages + q_tiles + prefill_state + decode_state + lse + values + new_kv

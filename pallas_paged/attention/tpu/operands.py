@@ -1,12 +1,14 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """From pool slots in VMEM to the matrix unit's operands: the keys and values of one head.
 
-The slots of a block lie in VMEM as 32-bit words, one word row of 128 lanes behind the other, at an
-odd pitch, so that a load that strides over tokens hits every memory bank. Two such loads, of the
-even and of the odd tokens, hold what a register of bfloat16 pairs needs, in the pairs' order.
+The slots of a KV block lie in VMEM as 32-bit words. Each token has its word rows of 128 lanes one
+after another, and tokens are an odd number of rows apart, so that a load that strides over tokens
+hits every memory bank. Two such loads, of the even tokens and of the odd ones, hold what a register
+of bfloat16 pairs needs, in the order of the pairs.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +20,19 @@ from pallas_paged import layout
 # Halves of a 32-bit word: the first of a pair of bfloat16 values, and the second.
 LOW, HIGH = 0xFFFF, 0xFFFF0000
 
+# `load(word, lane_tile, parity)` gives uint32[tokens or tokens / 2, 128]: one word row of all
+# tokens (parity None), of the even ones (0) or of the odd ones (1).
+Load = Callable[[int, int, int | None], jax.Array]
+
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """The static description of q's heads and of the pool's slots.
+    """The shapes and dtypes of q's heads and of the pool's slots.
 
     Attributes:
       num_heads, num_kv_heads, head_dim: N, K and H.
-      pool_dtype: what a slot holds.
-      num_rows: R, whole words.
+      pool_dtype: dtype of the pool.
+      num_rows: R, rounded up to whole words.
       q_dtype: float32 or bfloat16.
     """
 
@@ -39,17 +45,17 @@ class Heads:
 
     @property
     def group(self) -> int:
-        """G, query heads to one KV head."""
+        """G, the query heads per KV head."""
         return self.num_heads // self.num_kv_heads
 
     @property
     def lanes(self) -> int:
-        """C."""
+        """C, the lanes of a row of the pool."""
         return layout.num_lanes(self.head_dim)
 
     @property
     def lane_tiles(self) -> int:
-        """Registers side by side that hold C lanes."""
+        """Registers of 128 lanes that hold C lanes."""
         return self.lanes // layout.LANES
 
     @property
@@ -69,13 +75,13 @@ class Heads:
 
     @property
     def compute_dtype(self) -> jnp.dtype:
-        """Of the matrix products' operands: float32 (full precision) where an input is."""
+        """Dtype of the matrix products' operands: float32 if q or the pool is, else bfloat16."""
         is_float32 = jnp.float32 in (self.q_dtype, self.pool_dtype)
         return jnp.dtype(jnp.float32 if is_float32 else jnp.bfloat16)
 
     @property
     def precision(self) -> lax.Precision | None:
-        """Of the matrix products."""
+        """Precision of the matrix products."""
         return lax.Precision.HIGHEST if self.compute_dtype == jnp.float32 else None
 
     @property
@@ -90,14 +96,13 @@ class Heads:
         return 2 * head, 2 * head + 1
 
 
-def keys(heads: Heads, load, head: int) -> jax.Array:
+def keys(heads: Heads, load: Load, head: int) -> jax.Array:
     """K of one head: `compute_dtype`[tokens, C], zero in the lanes from H on.
 
     Args:
-      heads: the static description.
-      load: `load(word, lane_tile, parity)` gives uint32[tokens or tokens / 2, 128]: a word row of
-        all tokens (parity None), of the even (0) or of the odd ones (1).
-      head: which.
+      heads: shapes and dtypes.
+      load: loads the words of the tokens, see `Load`.
+      head: the KV head.
     """
     return jnp.concatenate(
         [
@@ -108,13 +113,17 @@ def keys(heads: Heads, load, head: int) -> jax.Array:
     )
 
 
-def values(heads: Heads, load, head: int, is_token) -> jax.Array:
-    """V of one head, from lane `value_lane` on: `compute_dtype`[tokens, C], zero where no token is.
+def values(
+    heads: Heads, load: Load, head: int, is_token: Callable[[int | None], jax.Array] | None
+) -> jax.Array:
+    """V of one head: `compute_dtype`[tokens, C] with V from lane `value_lane` on.
+
+    Rows that hold no token are zeros.
 
     Args:
       heads, load, head: as for `keys`.
-      is_token: `is_token(parity)`, bool[tokens or tokens / 2, 128]: rows that hold a token; the
-        others may hold anything, and a weight of 0 would not make 0 of it. None if all do.
+      is_token: `is_token(parity)`, bool[tokens or tokens / 2, 128], says which rows hold a token;
+        None if all do. The others may hold NaN, which a weight of 0 does not turn into 0.
     """
     if is_token is None:
         mask = None
@@ -129,8 +138,8 @@ def values(heads: Heads, load, head: int, is_token) -> jax.Array:
     )
 
 
-def _lane_mask(heads, lane_tile):
-    """None, or the bits that keep the lanes below H: what lies behind may be a value, or NaN."""
+def _lane_mask(heads: Heads, lane_tile: int) -> jax.Array | None:
+    """The bits that keep the lanes below H, None if all are; the others may hold V, or NaN."""
     used = heads.head_dim - lane_tile * layout.LANES
     if used >= layout.LANES:
         return None
@@ -138,41 +147,43 @@ def _lane_mask(heads, lane_tile):
     return jnp.where(lane < used, jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
 
 
-def _operand(heads, load, row, lane_tile, mask):
-    """One pool row of every token, one lane tile: `compute_dtype`[tokens, 128]."""
-    word, place = divmod(row, heads.rows_per_word)
+def _operand(
+    heads: Heads, load: Load, row: int, lane_tile: int, mask: jax.Array | None
+) -> jax.Array:
+    """One lane tile of one pool row of every token: `compute_dtype`[tokens, 128]."""
+    word, part = divmod(row, heads.rows_per_word)
     if heads.compute_dtype == jnp.float32:
-        bits = _float_bits(load(word, lane_tile, None), place, heads.pool_dtype)
+        bits = _float_bits(load(word, lane_tile, None), part, heads.pool_dtype)
         return lax.bitcast_convert_type(bits if mask is None else bits & mask, jnp.float32)
     even, odd = load(word, lane_tile, 0), load(word, lane_tile, 1)
-    if heads.pool_dtype == jnp.bfloat16 and place == 0:
+    if heads.pool_dtype == jnp.bfloat16 and part == 0:
         pairs = (even & LOW) | (odd << 16)
     else:
-        even, odd = (_float_bits(x, place, heads.pool_dtype) for x in (even, odd))
+        even, odd = (_float_bits(x, part, heads.pool_dtype) for x in (even, odd))
         pairs = (even >> 16) | (odd & jnp.uint32(HIGH))
     return pltpu.bitcast(pairs if mask is None else pairs & mask, jnp.bfloat16)
 
 
-def _float_bits(words, place, dtype):
-    """float32 bit patterns of the values at one place of 32-bit words; 8-bit ones are exact."""
+def _float_bits(words: jax.Array, part: int, dtype: jnp.dtype) -> jax.Array:
+    """float32 bit patterns of value number `part` of each 32-bit word. No value is rounded."""
     if dtype == jnp.float32:
         return words
     if dtype == jnp.bfloat16:
-        return words & jnp.uint32(HIGH) if place else words << 16
-    byte = (words >> (8 * place)) & 0xFF if place < 3 else words >> 24
+        return words & jnp.uint32(HIGH) if part else words << 16
+    byte = (words >> (8 * part)) & 0xFF if part < 3 else words >> 24
     if dtype == jnp.int8:
         signed = lax.bitcast_convert_type(byte << 24, jnp.int32) >> 24
         return lax.bitcast_convert_type(signed.astype(jnp.float32), jnp.uint32)
     return _fp8_bits(byte, dtype)
 
 
-def _fp8_bits(byte, dtype):
-    """float32 bit patterns of fp8 codes, by integers: not every generation converts them."""
+def _fp8_bits(byte: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """float32 bit patterns of fp8 codes, by integers: not every generation can convert them."""
     info = jnp.finfo(dtype)
     num_mantissa, min_exponent = info.nmant, int(info.minexp)
     magnitude = byte & 0x7F
     shift = 23 - num_mantissa
-    # Exponents move from the code's bias to float32's.
+    # The exponent is moved from the bias of the code to that of float32.
     normal = (magnitude << shift) + jnp.uint32((127 + min_exponent - 1) << 23)
     # Subnormal codes are multiples of the smallest one.
     smallest = jnp.float32(2.0 ** (min_exponent - num_mantissa))

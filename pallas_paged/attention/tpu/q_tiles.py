@@ -1,10 +1,14 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Windows of rows: q comes in, the output goes out, whole register tiles of the packed batch.
+"""Q tiles: rows of q come into VMEM, and the rows of the output go from there to HBM.
 
-A *window* is a run of rows whose q and output are in VMEM: the rows of one prefill unit, or of
-decodes in a row. Neighbours may share a tile: the later one takes over its rows and sends them
-again, behind the earlier one's copy.
+A *q tile* is a range of rows of the packed batch whose q and output are in VMEM: the rows of one
+work item of a prefill, or those of decodes that follow each other. It begins at a row tile (16 rows
+that a DMA takes whole). Neighbours may share a row tile. Then the later q tile takes over the rows
+of the earlier one and sends them again, after the earlier one's copy is done.
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -12,190 +16,189 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_paged import layout
-from pallas_paged.attention.tpu import new_kv as new
-from pallas_paged.attention.tpu.refs import (
-    DECODES,
-    DONE,
-    LEAVING,
-    NO_WINDOW,
-    PARITY,
-    PREFILL,
-    ROW_TILE,
-    WINDOW,
-    WINDOW_END,
-    WINDOW_KIND,
-    WINDOW_ROW,
-    Refs,
-    Rows,
-    Walk,
-    ceil_div,
-    div,
-)
+from pallas_paged.attention.tpu import new_kv
+from pallas_paged.attention.tpu.index_math import ceil_div, div
+from pallas_paged.attention.tpu.operands import Heads
+from pallas_paged.attention.tpu.refs import Refs
+from pallas_paged.attention.tpu.spec import ROW_TILE, KernelSpec
+from pallas_paged.attention.tpu.state import DECODES, NO_Q_TILE, PREFILL
+from pallas_paged.attention.tpu.token_rows import TokenRows
 
 
-def open_decode(walk: Walk, refs: Refs, row):
-    """Has a window of decodes open that holds a row."""
+def open_for_decode(spec: KernelSpec, refs: Refs, row: Any) -> None:
+    """Opens a q tile of decodes that begins at a row, unless the open one has that row."""
     state = refs.state
-    is_inside = (row >= state[WINDOW]) & (row < state[WINDOW] + walk.window)
+    is_inside = (row >= state.q_tile_row) & (row < state.q_tile_row + spec.block_q)
 
-    @pl.when(jnp.logical_not(is_inside) | (state[WINDOW_KIND] != DECODES))
-    def _open():
-        num_rows = open_window(walk, refs, row, DECODES)
-        _scatter_decodes(walk, refs, num_rows)
-        if walk.new is not None:
-            new.make_of_decodes(walk, refs, num_rows)
+    @pl.when(jnp.logical_not(is_inside) | (state.q_tile_kind != DECODES))
+    def _open() -> None:
+        num_rows = open_q_tile(spec, refs, row, DECODES)
+        _scatter_decodes(spec, refs, num_rows)
+        if spec.writes:
+            new_kv.make_decodes(spec, refs, num_rows)
 
 
-def open_window(walk: Walk, refs: Refs, row, kind: int):
-    """Closes the open window and opens the one whose first row tile has `row`; its rows."""
+def open_q_tile(spec: KernelSpec, refs: Refs, row: Any, kind: int) -> Any:
+    """Closes the open q tile and opens the one that begins at the row tile of a row.
+
+    Args:
+      spec, refs: the kernel's.
+      row: a row of the batch.
+      kind: DECODES or PREFILL.
+
+    Returns:
+      the number of its rows.
+    """
     state = refs.state
-    close_window(walk, refs)
+    close_q_tile(spec, refs)
     first = row & -ROW_TILE
-    num_rows = pl.multiple_of(jnp.minimum(walk.window, walk.num_tokens - first), ROW_TILE)
+    num_rows = pl.multiple_of(jnp.minimum(spec.block_q, spec.num_tokens - first), ROW_TILE)
     loads = [
         pltpu.make_async_copy(
             refs.q.at[pl.ds(pl.multiple_of(first, ROW_TILE), num_rows)],
             refs.q_vmem.at[pl.ds(0, num_rows)],
-            refs.window_sem.at[0],
+            refs.q_tile_sem.at[0],
         )
     ]
-    if walk.new is not None:
-        loads += new.loads(refs, first, num_rows)
+    if spec.writes:
+        loads += new_kv.input_copies(refs, first, num_rows)
     for load in loads:
         load.start()
-    # The last window may end in the tile where this one begins: its rows go out once more.
-    is_shared = state[DONE] > first
-    before = jnp.clip(first - state[WINDOW], 0, walk.window - ROW_TILE) & -ROW_TILE
+    # The last q tile may end in the row tile where this one begins: its rows are sent once more.
+    is_shared = state.rows_sent > first
+    before = jnp.clip(first - state.q_tile_row, 0, spec.block_q - ROW_TILE) & -ROW_TILE
     tile = pl.ds(pl.multiple_of(before, ROW_TILE), ROW_TILE)
-    zero_until(walk, refs, first)
-    parity = state[PARITY]
-    _clear(walk, refs, parity, walk.window if kind == PREFILL else ROW_TILE)
+    zero_until(spec, refs, first)
+    stage = state.out_stage
+    _clear(spec, refs, stage, spec.block_q if kind == PREFILL else ROW_TILE)
 
     @pl.when(is_shared)
-    def _keep():
-        refs.out_vmem[parity, :ROW_TILE] = refs.out_vmem[1 - parity, tile]
-        if walk.score.return_lse:
-            refs.lse_vmem[parity, :ROW_TILE] = refs.lse_vmem[1 - parity, tile]
+    def _keep() -> None:
+        refs.out_vmem[stage, :ROW_TILE] = refs.out_vmem[1 - stage, tile]
+        if spec.options.return_lse:
+            refs.lse_vmem[stage, :ROW_TILE] = refs.lse_vmem[1 - stage, tile]
 
-    state[WINDOW] = first
-    state[WINDOW_ROW] = row
-    state[WINDOW_KIND] = kind
+    state.q_tile_row = first
+    state.q_tile_start = row
+    state.q_tile_kind = kind
     for load in loads:
         load.wait()
     return num_rows
 
 
-def close_window(walk: Walk, refs: Refs):
-    """Sends the open window's output on its way, if there is one."""
+def close_q_tile(spec: KernelSpec, refs: Refs) -> None:
+    """Sends the output of the open q tile on its way, if one is open."""
     state = refs.state
 
-    @pl.when(state[WINDOW_KIND] != NO_WINDOW)
-    def _close():
-        parity, first = state[PARITY], state[WINDOW]
-        pl.when(state[WINDOW_KIND] == DECODES)(lambda: _gather_decodes(walk, refs, parity))
-        num_rows = ((state[WINDOW_END] + ROW_TILE - 1) & -ROW_TILE) - first
-        _send(walk, refs, parity, first, num_rows)
-        state[PARITY] = 1 - parity
-        state[WINDOW_KIND] = NO_WINDOW
+    @pl.when(state.q_tile_kind != NO_Q_TILE)
+    def _close() -> None:
+        stage, first = state.out_stage, state.q_tile_row
+        pl.when(state.q_tile_kind == DECODES)(lambda: _gather_decodes(spec, refs, stage))
+        num_rows = ((state.q_tile_end + ROW_TILE - 1) & -ROW_TILE) - first
+        _send(spec, refs, stage, first, num_rows)
+        state.out_stage = 1 - stage
+        state.q_tile_kind = NO_Q_TILE
 
 
-def zero_until(walk: Walk, refs: Refs, row):
-    """Fills the output's rows that no unit has, up to a row tile, from the free buffer."""
+def zero_until(spec: KernelSpec, refs: Refs, row: Any) -> None:
+    """Sends zeros to the output's rows before a row tile that no work item has."""
     state = refs.state
 
-    @pl.when(state[DONE] < row)
-    def _zero():
-        parity = state[PARITY]
-        _clear(walk, refs, parity, walk.window)
+    @pl.when(state.rows_sent < row)
+    def _zero() -> None:
+        stage = state.out_stage
+        _clear(spec, refs, stage, spec.block_q)
 
-        def send_some(first):
-            num_rows = jnp.minimum(row - first, walk.window)
-            _send(walk, refs, parity, first, num_rows)
+        def send_some(first: Any) -> Any:
+            num_rows = jnp.minimum(row - first, spec.block_q)
+            _send(spec, refs, stage, first, num_rows)
             return first + num_rows
 
-        lax.while_loop(lambda first: first < row, send_some, state[DONE])
-        state[PARITY] = 1 - parity
+        lax.while_loop(lambda first: first < row, send_some, state.rows_sent)
+        state.out_stage = 1 - stage
 
 
-def wait_leaving(walk: Walk, refs: Refs):
-    """Waits for the output that is on its way."""
+def wait_output(spec: KernelSpec, refs: Refs) -> None:
+    """Waits until the output that is on its way has arrived."""
     state = refs.state
 
-    @pl.when(state[LEAVING] > 0)
-    def _wait():
-        for copy in _leaves(walk, refs, 0, 0, state[LEAVING]):
+    @pl.when(state.rows_in_flight > 0)
+    def _wait() -> None:
+        for copy in _output_copies(spec, refs, 0, 0, state.rows_in_flight):
             copy.wait()
 
-    state[LEAVING] = 0
+    state.rows_in_flight = 0
 
 
-def _leaves(walk, refs, parity, first, num_rows):
-    """The copies that take a window's output away."""
+def _output_copies(
+    spec: KernelSpec, refs: Refs, stage: Any, first: Any, num_rows: Any
+) -> Iterator[Any]:
+    """The copies that take a q tile's output, from one of the two buffers, to HBM."""
     num_rows = pl.multiple_of(num_rows, ROW_TILE)
     rows = pl.ds(pl.multiple_of(first, ROW_TILE), num_rows)
     yield pltpu.make_async_copy(
-        refs.out_vmem.at[parity, pl.ds(0, num_rows)], refs.out.at[rows], refs.out_sems.at[0]
+        refs.out_vmem.at[stage, pl.ds(0, num_rows)], refs.out.at[rows], refs.out_sems.at[0]
     )
-    if walk.score.return_lse:
+    if spec.options.return_lse:
         yield pltpu.make_async_copy(
-            refs.lse_vmem.at[parity, pl.ds(0, num_rows)], refs.lse.at[rows], refs.out_sems.at[1]
+            refs.lse_vmem.at[stage, pl.ds(0, num_rows)], refs.lse.at[rows], refs.out_sems.at[1]
         )
 
 
-def _send(walk, refs, parity, first, num_rows):
-    """Sends rows of a buffer to the output, behind what was sent before: tiles may overlap."""
+def _send(spec: KernelSpec, refs: Refs, stage: Any, first: Any, num_rows: Any) -> None:
+    """Sends rows to the output after the last ones have arrived, because row tiles may overlap."""
     state = refs.state
-    wait_leaving(walk, refs)
-    for copy in _leaves(walk, refs, parity, first, num_rows):
+    wait_output(spec, refs)
+    for copy in _output_copies(spec, refs, stage, first, num_rows):
         copy.start()
-    state[LEAVING] = num_rows
-    state[DONE] = jnp.maximum(state[DONE], first + num_rows)
+    state.rows_in_flight = num_rows
+    state.rows_sent = jnp.maximum(state.rows_sent, first + num_rows)
 
 
-def _clear(walk, refs, parity, num_rows):
+def _clear(spec: KernelSpec, refs: Refs, stage: Any, num_rows: int) -> None:
+    """Fills the first rows of an output buffer with the result of a row without work."""
     out = refs.out_vmem
-    out[parity, :num_rows] = jnp.zeros((num_rows, out.shape[2]), out.dtype)
-    if walk.score.return_lse:
-        refs.lse_vmem[parity] = jnp.full(refs.lse_vmem.shape[1:], -jnp.inf, jnp.float32)
+    out[stage, :num_rows] = jnp.zeros((num_rows, out.shape[2]), out.dtype)
+    if spec.options.return_lse:
+        refs.lse_vmem[stage] = jnp.full(refs.lse_vmem.shape[1:], -jnp.inf, jnp.float32)
 
 
-def _head_lanes(heads):
-    """(head, its lane tile, that tile's lanes in a row of q) of all heads."""
+def _head_lanes(heads: Heads) -> Iterator[tuple[int, int, slice]]:
+    """(head, its lane tile, the lanes of that tile in a row of q) of all heads."""
     for n in range(heads.num_heads):
         for c in range(heads.lane_tiles):
             lane = n * heads.lanes + c * layout.LANES
             yield n, c, slice(lane, lane + layout.LANES)
 
 
-def _scatter_decodes(walk, refs, num_rows):
-    """Moves the window's rows of q to heads in rows, and empties the output's."""
-    if walk.is_interpreted:  # it cannot reshape a ref
+def _scatter_decodes(spec: KernelSpec, refs: Refs, num_rows: Any) -> None:
+    """Moves each row of q to one row per head, and fills the output of decodes with zeros."""
+    if spec.is_interpreted:
         refs.out_heads[...] = jnp.zeros_like(refs.out_heads)
     else:
         flat = refs.out_heads.reshape(-1, layout.LANES)
         flat[...] = jnp.zeros(flat.shape, jnp.float32)
-    q_heads = Rows(refs.q_heads, walk.is_interpreted)
+    q_heads = TokenRows(refs.q_heads, spec.is_interpreted)
 
     @pl.loop(0, div(num_rows, ROW_TILE))
-    def _tile(i):
+    def _row_tile(i: Any) -> None:
         tile = pl.ds(pl.multiple_of(i * ROW_TILE, ROW_TILE), ROW_TILE)
-        for n, c, lanes in _head_lanes(walk.heads):
+        for n, c, lanes in _head_lanes(spec.heads):
             q = refs.q_vmem[tile, lanes].astype(jnp.float32)
-            q_heads.store(c * walk.window + i * ROW_TILE, n, q)
+            q_heads.store(c * spec.block_q + i * ROW_TILE, n, q)
 
 
-def _gather_decodes(walk, refs, parity):
-    """Moves the decodes' rows from heads in rows to a row of the output each."""
+def _gather_decodes(spec: KernelSpec, refs: Refs, stage: Any) -> None:
+    """Moves the results of decodes from one row per head to one row of the output each."""
     state, out = refs.state, refs.out_vmem
-    first_row = state[WINDOW_ROW] - state[WINDOW]
-    out_heads = Rows(refs.out_heads, walk.is_interpreted)
+    first_row = state.q_tile_start - state.q_tile_row
+    out_heads = TokenRows(refs.out_heads, spec.is_interpreted)
 
-    @pl.loop(0, ceil_div(state[WINDOW_END] - state[WINDOW], ROW_TILE))
-    def _tile(i):
+    @pl.loop(0, ceil_div(state.q_tile_end - state.q_tile_row, ROW_TILE))
+    def _row_tile(i: Any) -> None:
         tile = pl.ds(pl.multiple_of(i * ROW_TILE, ROW_TILE), ROW_TILE)
         row = i * ROW_TILE + lax.broadcasted_iota(jnp.int32, (ROW_TILE, 1), 0)
-        for n, c, lanes in _head_lanes(walk.heads):
-            attended = out_heads.load(c * walk.window + i * ROW_TILE, ROW_TILE, n).astype(out.dtype)
-            out[parity, tile, lanes] = jnp.where(
-                row >= first_row, attended, out[parity, tile, lanes]
-            )
+        for n, c, lanes in _head_lanes(spec.heads):
+            attended = out_heads.load(c * spec.block_q + i * ROW_TILE, ROW_TILE, n)
+            attended = attended.astype(out.dtype)
+            out[stage, tile, lanes] = jnp.where(row >= first_row, attended, out[stage, tile, lanes])

@@ -1,13 +1,22 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""What is done to a product of a query and a key, and which of them count, in the base 2."""
+"""How a product of a query and a key becomes a score, and which keys a query sees.
+
+Scores are in the base 2: a weight is `2 ** score`.
+"""
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_paged import layout
+from pallas_paged.attention.options import AttentionOptions
+from pallas_paged.attention.tpu.refs import Refs
+from pallas_paged.attention.tpu.spec import MAX_LEN, KernelSpec
 
 LOG2_E = math.log2(math.e)
 # Rows of a float32 register.
@@ -15,55 +24,78 @@ SUBLANES = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Score:
-    """What is done to a product of q and k, and which of them count; static.
+class Scoring:
+    """What turns products into scores: the static options, and the numbers of the call.
 
     Attributes:
-      soft_cap: None or the bound on the scores.
-      causal: whether a query sees no later key.
-      has_window, has_scales, has_sinks: whether the call has these arrays.
-      return_lse: whether the log-sum-exp is wanted.
+      options: the static options.
+      scales: `scales(which, head)` is the float32 scale of K (0) or V (1) of a KV head.
+      sliding_window: int32 scalar, None without one.
+      sm_scale: float32 scalar.
     """
 
-    soft_cap: float | None
-    causal: bool
-    has_window: bool
-    has_scales: bool
-    has_sinks: bool
-    return_lse: bool
+    options: AttentionOptions
+    scales: Callable[[int, int], Any]
+    sliding_window: Any
+    sm_scale: Any
+
+    def scale(self, head: int) -> Any:
+        """The factor on the products of a KV head: sm_scale, times K's scale if it has one."""
+        return self.sm_scale * self.scales(0, head) if self.options.has_scales else self.sm_scale
 
 
-def scores(score: Score, product, scale):
-    """Scores in the base 2 of products; `scale` is sm_scale, times K's if the pool has scales."""
-    if score.soft_cap is None:
+def scoring(spec: KernelSpec, refs: Refs) -> Scoring:
+    """What turns products into scores in a call, from its numbers in SMEM."""
+
+    def scales(which: int, head: int) -> Any:
+        return refs.factors[1 + which * spec.heads.num_kv_heads + head]
+
+    return Scoring(spec.options, scales, sliding_window(spec, refs), refs.factors[0])
+
+
+def sliding_window(spec: KernelSpec, refs: Refs) -> Any:
+    """The length of the sliding window, None without one."""
+    return jnp.clip(refs.sliding_window[0], 1, MAX_LEN) if spec.options.has_window else None
+
+
+def scores(options: AttentionOptions, product: jax.Array, scale: Any) -> jax.Array:
+    """Scores in the base 2 of products of q and k; `scale` is `Scoring.scale`."""
+    if options.soft_cap is None:
         return product * (scale * LOG2_E)
-    return jnp.tanh(product * (scale / score.soft_cap)) * (score.soft_cap * LOG2_E)
+    return jnp.tanh(product * (scale / options.soft_cap)) * (options.soft_cap * LOG2_E)
 
 
-def seen_keys(score: Score, key, query_position, first, end, window):
-    """Which keys of a block the mask lets a query see.
+def seen_keys(
+    options: AttentionOptions,
+    key: jax.Array,
+    query_position: Any,
+    first: Any,
+    end: Any,
+    sliding_window: Any,
+) -> jax.Array:
+    """Which keys of a KV block the mask lets a query see.
 
-    Everything but the comparison with `key` is done on a query's scalar, or on a row of them: keys
-    are many.
+    Everything but the comparison with `key` is computed on one number per query, because there are
+    many keys.
 
     Args:
-      score: static.
-      key: number in the block, int32.
+      options: static.
+      key: number of the key in its block, int32.
       query_position: broadcasts with `key`.
-      first, end: position of the block's first key, and of the first that it does not hold.
-      window: the sliding window's scalar, None without one.
+      first, end: positions of the block's first key, and of the first key that it does not hold.
+      sliding_window: int32 scalar, None without one.
     """
     stop = end
-    if score.causal:
+    if options.causal:
         stop = jnp.minimum(stop, query_position + 1)
     seen = key < stop - first
-    if score.has_window:
-        seen &= key > query_position - window - first
+    if options.has_window:
+        seen &= key > query_position - sliding_window - first
     return seen
 
 
-def holds_token(first, end, num_keys, parity):
-    """bool[keys or keys / 2, 128]: which slots of a block hold a token; see `values`."""
+def holds_token(first: Any, end: Any, num_keys: int, parity: int | None) -> jax.Array:
+    """bool[keys or keys / 2, 128]: which rows of a KV block hold a token; see `operands.values`."""
     step, offset = (1, 0) if parity is None else (2, parity)
-    slot = lax.broadcasted_iota(jnp.int32, (num_keys // step, layout.LANES), 0)
-    return first + slot * step + offset < end
+    row = lax.broadcasted_iota(jnp.int32, (num_keys // step, layout.LANES), 0)
+    return first + row * step + offset < end
