@@ -70,9 +70,10 @@ def predicted(
     case = predictions[0].case
     notes = [
         "These are predictions from schedules compiled for TPUs. Nothing here ran on a TPU.",
-        "Slices and tokens take so many times as long as pages do, if the core's issue is the only"
-        f" limit beside HBM, and (after ..) if each DMA takes {DESCRIPTOR_NS:.0f} ns as well. The"
-        " column 'bound by' names what sets the time: HBM, the issuing core or the DMAs.",
+        "'bound by' is what sets the time: HBM, the issuing core, or the DMA engine at"
+        f" {DESCRIPTOR_NS:.0f} ns per DMA. 'slices take' and 'tokens take' are multiples of"
+        " page_write's time at that page size: if only HBM and the core count, and (after ..) if"
+        " the DMA engine counts as well.",
     ]
     if checks:
         low, high = min(c.error for c in checks), max(c.error for c in checks)
@@ -120,13 +121,15 @@ def measured(
             row[f"{name} takes"] = f"{min(same) / times[op, page_size]:.2f}x" if same else "-"
         table.append(row)
     note = f"These are measurements on {device} ({rows[0]['method']})."
-    against = "Slices and tokens take so many times as long as pages do"
+    against = (
+        "'slices take' and 'tokens take' are multiples of page_write's time at that page size."
+    )
     if baselines:
-        against += ", the others so many times as long as the form to use, per byte"
+        against += " The other columns are multiples of the time of the form to use, per byte."
     if "copy" in baselines:
-        against += "; copy is a plain copy of as many bytes, which HBM bounds"
+        against += " A copy is a plain copy of as many bytes: what HBM allows."
     return report.Verdict(
-        f"how to write new tokens to a paged pool on {device}", table, [note, against + "."]
+        f"how to write new tokens to a paged pool on {device}", table, [note, against]
     )
 
 
