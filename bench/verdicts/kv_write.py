@@ -20,6 +20,8 @@ _CALLS = {
     "slice": "slice_write",
     "token": "token_write",
 }
+# What the model calls its bounds -> what the verdict does; the third is the DMA engine's.
+_BOUNDS = {"HBM": "HBM", "issue": "core"}
 # (op, page size) -> time per byte.
 Times = Mapping[tuple[str, int], float]
 
@@ -60,7 +62,7 @@ def predicted(
                 "generation": generation,
                 "use": _CALLS[op],
                 "page size": sizes,
-                "bound by": best.bound(True).replace("issue", "core"),
+                "bound by": _BOUNDS.get(best.bound(True), "DMA engine"),
                 "core busy": f"{core_busy:.0%}",
                 "us": f"{best.microseconds(True):.1f}",
                 "slices take": _against_pages(mine, "slice", page_size),

@@ -126,7 +126,8 @@ def test_the_best_are_written(as_on_a_gpu, capsys):
         tune.main(["tune"])
     text, told = capsys.readouterr()
     assert told.count("head_dim 128, pool bfloat16, ") == 3
-    assert "out of registers" in text and "and more" not in text and text.count("best") == 3
+    assert "out of registers" in text and "and more" not in text
+    assert sum(line.endswith("  best") for line in text.splitlines()) == 3
     few, many = json.loads(as_on_a_gpu.read_text())[_OP]
     if few["has_few_seqs"] is False:
         few, many = many, few
