@@ -159,7 +159,7 @@ class Writing:
     read: Prediction
 
     @property
-    def item(self) -> str:
+    def unit(self) -> str:
         """What `extra_cycles` is for."""
         return "cycles_a_token" if self.fused.case.num_decodes else "cycles_a_page"
 
