@@ -1,6 +1,8 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """The engine's host work under pytest-benchmark: pytest bench/test_engine.py --benchmark-only."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from reference_engine import engine as engine_lib
@@ -13,7 +15,7 @@ from reference_engine.scheduler import Scheduler
 from reference_engine.weights import random_params
 
 
-def test_scheduler_step_with_512_running(benchmark):
+def test_scheduler_step_with_512_running(benchmark: Any) -> None:
     """Schedule and commit of 512 decodes; under 1 ms on one core."""
     config = EngineConfig(
         num_pages=140_000, max_model_len=4352, max_num_batched_tokens=2048, max_num_seqs=512
@@ -22,7 +24,7 @@ def test_scheduler_step_with_512_running(benchmark):
     for i in range(512):
         scheduler.add(Request(i, tuple(range(100 + i % 50)), SamplingParams(max_tokens=4000)))
 
-    def step():
+    def step() -> Any:
         plan = scheduler.schedule()
         new_tokens = {segment.request_id: 5 for segment in plan.segments if segment.samples}
         scheduler.commit(plan, new_tokens)
@@ -33,7 +35,7 @@ def test_scheduler_step_with_512_running(benchmark):
     assert benchmark.pedantic(step, rounds=1000) == 512
 
 
-def test_host_work_of_64_decodes(benchmark, monkeypatch):
+def test_host_work_of_64_decodes(benchmark: Any, monkeypatch: Any) -> None:
     """An engine's step without the model: scheduling, packing, two dispatches, commit."""
     model = ModelConfig(
         vocab_size=512,

@@ -15,6 +15,7 @@ from pallas_paged import layout
 from pallas_paged.attention.gpu import launch as mosaic_gpu
 from pallas_paged.attention.options import AttentionOptions
 from pallas_paged.attention.tpu import launch as mosaic_tpu
+from pallas_paged.attention.tpu.operands import Heads
 
 # Bytes of q below which XLA may put it into VMEM before the kernel, which would be another kernel.
 MIN_Q_BYTES = 2**24
@@ -130,7 +131,7 @@ class Call:
         if self.pool_dtype in SCALES:
             options["k_scale"], options["v_scale"] = SCALES[self.pool_dtype]
 
-        def call(q, pool, *arrays):
+        def call(q: jax.Array, pool: jax.Array, *arrays: jax.Array) -> Any:
             heads = q.reshape(-1, self.num_heads, self.head_dim)
             if not self.writes:
                 out = pallas_paged.ragged_paged_attention(heads, pool, *arrays, **options)
@@ -142,7 +143,7 @@ class Call:
         return call
 
     @property
-    def heads(self):
+    def heads(self) -> Heads:
         """The TPU kernel's description of the heads."""
         q, pool, _ = self.arrays()
         return mosaic_tpu.heads_of(q, pool, self.num_kv_heads)
@@ -161,8 +162,8 @@ class Call:
         kernels = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}[backend]
         return kernels.plan(*self.arrays(), self.options(), self.config).refusal
 
-    def arrays(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """q as `[T, N, H]`, pool and page_indices."""
+    def arrays(self) -> tuple[Any, Any, Any]:
+        """q as `[T, N, H]`, pool and page_indices, as shapes."""
         q, pool, _, table, *_ = self.shapes()
         heads = (self.num_tokens, self.num_heads, self.head_dim)
         return jax.ShapeDtypeStruct(heads, q.dtype), pool, table

@@ -81,7 +81,7 @@ def trips(
 
 
 def part_name(part: int) -> str:
-    """What the events of a part of an iteration's fetches end with."""
+    """The end of the events' names for the fetches of an iteration's second decode."""
     return f"_{part}" if part else ""
 
 
@@ -199,7 +199,7 @@ class _Kernel:
         return self.after((index, block))
 
     def take(self, place: str, taken: list[tuple[int, int]]) -> int:
-        """Has an iteration take some blocks and fetch as many; returns the chunks that it fetches."""
+        """Has an iteration take some blocks and fetch as many; returns the chunks it fetches."""
         self.count(place, "iteration")
         num_chunks = self.next_fetches(place, len(taken))
         self.taken += len(taken)
@@ -209,7 +209,7 @@ class _Kernel:
         return num_chunks
 
     def make(self, item: WorkItem) -> None:
-        """Makes the new tokens of a prefill's q tile into slots and sends the pages that are full."""
+        """Makes slots of the new tokens of a prefill's q tile and sends the full pages."""
         chunk = self.spec.chunk
         tiles = _cdiv(item.end, ROW_TILE) - item.row // ROW_TILE
         self.count(PREFILL, "make")

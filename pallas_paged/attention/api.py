@@ -50,7 +50,7 @@ def ragged_paged_attention(
     num_kv_pages_per_block: None = None,
     num_queries_per_block: None = None,
     vmem_limit_bytes: None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> jax.Array | Any:  # with return_lse a tuple; Any, so that callers need no cast
     """Attention of new tokens over the pages of their sequences, prefill and decode in one batch.
 
     The queries of sequence s are rows `cu_q_lens[s] .. cu_q_lens[s + 1]` of the packed batch. They
@@ -183,7 +183,7 @@ def write_and_attend(
     num_kv_pages_per_block: None = None,
     num_queries_per_block: None = None,
     vmem_limit_bytes: None = None,
-) -> tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Writes a batch's new keys and values into its pages, then attends over the pages.
 
     The new tokens of sequence s are rows `cu_q_lens[s] .. cu_q_lens[s + 1]` of q, k and v, and the
