@@ -438,9 +438,9 @@ def test_refuses_what_vmem_cannot_hold():
     q, pool = Struct((64, 64, 256), jnp.float32), _pool(64, 256, 16, "float32")
     message = _refusal("v4", q, pool, _metadata(), config=TpuAttentionConfig(1024, 256, 4))
     assert re.search(
-        r"cannot run this call: 64 query heads on 64 KV heads of 256 with Config\(block_kv=1024.*"
-        r" need \d+\.\d MiB of VMEM, and 16 MiB are there; shard the heads or make the blocks"
-        r" smaller",
+        r"cannot run this call: 64 query heads on 64 KV heads of 256 with TpuAttentionConfig"
+        r"\(block_kv=1024.* need \d+\.\d MiB of VMEM, and 16 MiB are there; shard the heads or make"
+        r" the blocks smaller",
         message,
     ), message
     assert "and 64 MiB are there" in _refusal("tpu7x", q, pool, _metadata())

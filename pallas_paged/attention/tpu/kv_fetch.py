@@ -98,9 +98,9 @@ def next_fetches(
       num_blocks: how many blocks.
       cursor: how far fetching has come, if it was read before.
     """
-    # The blocks of each decode of a full iteration are found apart, so that each time all are full
-    # blocks of one work item, most of the time. Not so with a streamed table: the entries that one
-    # decode needs might no longer be in SMEM after those of the other were brought.
+    # A full iteration finds the blocks of each of its decodes apart: then they most often are full
+    # blocks of one work item. With a streamed table it does not: the entries that one decode needs
+    # may no longer be in SMEM once those of the other have been brought.
     parts = spec.decodes_per_full_iteration if num_blocks > 1 and not spec.table_part else 1
     fetches = []
     for _ in range(parts):
