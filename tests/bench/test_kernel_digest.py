@@ -21,7 +21,7 @@ GPU = Digest(modules=("a1", "b1"), program="p1")
 
 
 @pytest.mark.parametrize(
-    "old, change, differences, remarks",
+    "before, change, differences, remarks",
     [
         (TPU, {}, [], []),
         (TPU, {"bundles": (101,)}, ["x: 100 bundles before, 101 after"], []),
@@ -35,8 +35,8 @@ GPU = Digest(modules=("a1", "b1"), program="p1")
         (GPU, {"program": "p2"}, [], ["x: the program around the kernel differs"]),
     ],
 )
-def test_compare(old, change, differences, remarks):
-    found = compare({"x": old}, {"x": dataclasses.replace(old, **change)})
+def test_compare(before, change, differences, remarks):
+    found = compare({"x": before}, {"x": dataclasses.replace(before, **change)})
     for lines, wanted in zip(found, (differences, remarks), strict=True):
         assert len(lines) == len(wanted)
         assert all(line.startswith(begin) for line, begin in zip(lines, wanted, strict=True))
