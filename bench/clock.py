@@ -245,7 +245,7 @@ def time_kernels(
 def summarise_kernels(
     events: Sequence[Event], is_eviction: Callable[[Event], bool], repeats: int
 ) -> Timing:
-    """The time of a step's kernels, from what ran on the GPU, each step behind an eviction.
+    """The time of a step's kernels, from what ran on the GPU, each step after an eviction.
 
     Args:
       events: in order.

@@ -51,7 +51,7 @@ CASES: dict[str, Runs] = {
     "chunked": ((1, 512, 8704),),
     "mixed": ((64, 1, 4096), (1, 512, 8704)),
 }
-# What is measured on a GPU in their place, where blocks of threads and their number matter.
+# What is measured on a GPU in their place, where thread blocks and their number matter.
 GPU_CASES: dict[str, Runs] = {
     "decode": ((64, 1, 4096),),
     "decode_few": ((16, 1, 4096),),
@@ -183,7 +183,7 @@ class Case:
     Attributes:
       name: for tables.
       generation: a key of `bench.tpu_model.schedule.GENERATIONS`.
-      runs: (count, new tokens, all keys): so many sequences of one length, in order.
+      runs: (count, new tokens, all keys): that many sequences of one length, in order.
       call: the static form, with room for the lengths.
     """
 

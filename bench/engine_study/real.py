@@ -2,7 +2,7 @@
 """Time the engine's own step on this device: batches, forms of write, and the host's part.
 
 The program timed is the one that the engine runs (`model.run_step`), on batches that its own code
-packs. Steps are dispatched one behind the other and waited for together, so that the device is what
+packs. Steps are dispatched one after the other and waited for together, so that the device is what
 is timed as long as it takes longer than a dispatch. What the writes take of a step is read off its
 kernels on a GPU whose writes have their own; elsewhere the writes are timed alone, in the same way:
 those of all layers in one program without the rest of the model.

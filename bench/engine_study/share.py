@@ -25,7 +25,7 @@ SHIPPED_SLICE_CYCLES = 68
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A batch: decodes at a context, and chunks of prefills behind contexts."""
+    """A batch: decodes at a context, and chunks of prefills after contexts."""
 
     name: str
     decodes: int

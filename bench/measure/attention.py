@@ -61,7 +61,7 @@ def _random_pool(key: jax.Array, call: Call, pool: jax.ShapeDtypeStruct) -> jax.
 def measure(case: Case, backend: str) -> dict[str, Any]:
     """Times a backend on a case, from caches that hold nothing of the pool.
 
-    On a GPU its kernels' times, each step behind an eviction; on a TPU a loop over pools that
+    On a GPU its kernels' times, each step after an eviction; on a TPU a loop over pools that
     rotate, where the next step's q is this step's output, so that nothing is hoisted or reordered.
     """
     room = room_for([case.runs], case.call.page_size, is_exact=True)

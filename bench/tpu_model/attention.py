@@ -118,7 +118,7 @@ class Prediction:
         return "HBM" if self.hbm_cycles >= self.core_cycles else "core"
 
     def matrix_use(self, flop: float) -> float:
-        """Share of the matrix items' peak that so many operations in the call's time are."""
+        """Share of the matrix units' peak that so many operations in the call's time are."""
         return flop / (FLOP_PER_CYCLE[self.case.generation] * self.cycles)
 
 

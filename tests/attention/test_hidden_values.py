@@ -33,7 +33,7 @@ POOLS = ["bfloat16", "float8_e5m2"]
 
 
 @pytest.fixture(autouse=True)
-def few_blocks_of_threads(monkeypatch):
+def few_thread_blocks(monkeypatch):
     if not ON_GPU:
         monkeypatch.setattr(dispatch, "num_multiprocessors", lambda: 2)
 
