@@ -499,7 +499,7 @@ FAST_COMPILE: dict[str, bool | str | int | float] = {
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_parallel_codegen_split_count": 1,
 }
-if not _RACES_RAISE:  # gone since
+if jax.__version_info__ < (0, 11):  # gone since
     FAST_COMPILE["xla_cpu_use_fusion_emitters"] = False
 # The same for an interpreted kernel whose result is compared bit for bit: at level 1 bfloat16 that
 # is only moved keeps its bits. With jax 0.10 they compile in 0.4 of the time, with 0.12 in 0.94.
