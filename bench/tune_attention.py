@@ -57,10 +57,10 @@ _SHAPE = ("num_heads", "num_kv_heads", "head_dim", "q_dtype", "pool_dtype", "pag
 _EQUAL = 1.01
 # How a configuration is printed.
 _SIZES = "block_kv:block_q:stages:blocks per iteration"
-# (keys of a block, window rows, buffers, blocks of a body)
+# (block_kv, block_q, num_stages, kv_blocks_per_iteration)
 _GRID = tuple(
-    (keys, rows, *ring)
-    for keys, rows, ring in itertools.product(
+    (block_kv, block_q, *stages)
+    for block_kv, block_q, stages in itertools.product(
         (128, 256, 512, 1024, 2048), (128, 256), ((3, 1), (4, 2), (8, 4), (16, 8))
     )
 )

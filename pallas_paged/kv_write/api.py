@@ -2,7 +2,7 @@
 """The public writes: signatures, docstrings, checks and dispatch. No kernel code.
 
 Every op takes the pool, donates it, and returns it updated in place. An entry that is out of range
-anywhere is skipped whole, and nothing is clamped: its page or slot may lie outside the pool (-1
+anywhere is skipped whole and not clamped: its page or slot may lie outside the pool (-1
 does), or its tokens outside the batch. Where two entries write one slot, either may win, and on a
 GPU each may win a part of it; `validate` refuses such calls.
 
@@ -62,8 +62,8 @@ def page_write(
       token_starts: int32[n], the first token of each page in the packed batch. Any order is right;
         in ascending order the batch is read only once. None means `i * page_size`.
       k_scale, v_scale: a number or float32[K], one per KV head, for an fp8 or int8 pool, which
-        stores `x / scale` (`kv_write.oracle.quantize` defines the rounding). None means 1. Any
-        float dtype is taken as float32, and an array of shape [1] as a number. A scale must be
+        stores `x * (1 / scale)` (`kv_write.oracle.quantize` defines the rounding). None means 1.
+        Any float dtype is taken as float32, and an array of shape [1] as a number. A scale must be
         positive, and float32 must hold its inverse too; that is checked unless the scale is traced
         or lies on an accelerator.
       num_kv_heads: K, an int. It is needed where k is [T, K*H], unless only one K makes a pool of

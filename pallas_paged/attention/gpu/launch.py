@@ -156,7 +156,7 @@ def _refusal_of_sizes(spec: KernelSpec) -> str | None:
 
 
 def _shared_bytes(spec: KernelSpec) -> tuple[int, int]:
-    """The shared memory that a thread block of the prefill and of the decode kernel takes."""
+    """Bytes of shared memory per thread block: of the prefill kernel, then of the decode kernel."""
 
     def stages(sizes: KvBlockSizes) -> int:
         bytes_per_value = (

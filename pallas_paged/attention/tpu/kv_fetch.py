@@ -79,7 +79,7 @@ def read_cursor(spec: KernelSpec, refs: Refs) -> Cursor:
 
 
 def fill_stages(spec: KernelSpec, refs: Refs) -> None:
-    """Starts the first fetches: as many as leave the stages free that an iteration fetches into."""
+    """Starts the first fetches, for all stages but `kv_blocks_per_iteration` of them."""
 
     @pl.loop(0, spec.num_stages - spec.kv_blocks_per_iteration)
     def _fill(_: Any) -> None:

@@ -229,7 +229,8 @@ def _metadata(spec: KernelSpec, batch: Batch, factors: Factors) -> dict[str, jax
     options, num_kv_heads = spec.options, spec.heads.num_kv_heads
     kv_lens, page_indices, cu_q_lens, num_seqs = batch
     table = page_table.prepare(page_indices, spec.num_pages, spec.page_size, writes=spec.writes)
-    # The entries of all chunks that a KV block has room for are read, though it may have fewer.
+    # The entries of all chunks that a KV block has room for are read, though the block may have
+    # fewer chunks.
     padding = spec.chunks_per_block
     if spec.table_part:
         padding = -table.shape[0] % spec.table_part

@@ -113,7 +113,7 @@ class _Sender:
     chunks: Chunks
     first: Any  # the group's first chunk
     stage: Any
-    to_row: Any  # what is added to a token's number for its row in slots_vmem
+    to_row: Any  # offset from a token's number to its row in slots_vmem
 
     def send(self, i: Scalar, target: jax.Array, row: jax.Array, num_tokens: Scalar) -> None:
         """Starts the DMA of chunk i, whose tokens are in slots_vmem from `row` on."""
