@@ -10,8 +10,8 @@ each, first what the formula gives. Each candidate must agree with the oracle. T
 least geometric mean of its cases' times; the formula's stays where nothing is faster by more than a
 hundredth. With --write the best go to `pallas_paged/tuned/`, with the times that chose them;
 `pallas_paged.attention.gpu.config.default_config` reads them there. When the time is over no other
-search begins. It prints a verdict, with --all also every candidate; what each search finds is told on
-stderr as soon as it ends.
+search begins. It prints a verdict, with --all also every candidate; what each search finds is told
+on stderr as soon as it ends.
 """
 
 from __future__ import annotations
