@@ -66,6 +66,10 @@ collect_ignore = [
 # prove checks that run with every version. .ci/run leaves them out of its second run.
 _ON_ANY_JAX = {
     "attention/test_tpu_planted.py",
+    "bench/test_attention.py",
+    "bench/test_peers.py",
+    "bench/test_tpu_schedule.py",
+    "bench/test_verdicts.py",
     "engine/test_chat_template.py",
     "engine/test_generation_config.py",
     "kv_write/test_tpu_planted.py",
@@ -82,8 +86,15 @@ _ON_ANY_JAX = {
 }
 
 
+# The generations that only the first run compiles for. The compiler, libtpu, is the same in both.
+_OTHER_GENERATIONS = ("v4", "v5e", "v5p", "tpu7x")
+
+
 def pytest_collection_modifyitems(items):
     on_any_jax = {_ROOT / "tests" / file for file in _ON_ANY_JAX}
     for item in items:
-        if item.path in on_any_jax:
+        is_compiled = item.path.name == "test_compiled.py"
+        if item.path in on_any_jax or (
+            is_compiled and any(f"{name}-" in item.name for name in _OTHER_GENERATIONS)
+        ):
             item.add_marker("any_jax")

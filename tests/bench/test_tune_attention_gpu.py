@@ -2,6 +2,7 @@
 """bench.tune_attention_gpu: what it tries, keeps, writes; and that the kernels read it."""
 
 import dataclasses
+import functools
 import importlib.resources
 import json
 
@@ -85,7 +86,7 @@ def test_without_a_gpu_it_is_a_sentence(monkeypatch):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch, tmp_path):
     """The command with the oracle in the kernels' place, small cases, and times by config."""
-    step = tune.Call.step
+    step = functools.cache(tune.Call.step)  # so that jit compiles the oracle once for all configs
     configs = []
 
     def of_backend(call, backend):
@@ -102,6 +103,7 @@ def as_on_a_gpu(monkeypatch, tmp_path):
 
     monkeypatch.setattr(report, "start_backends", lambda: "gpu")
     monkeypatch.setattr(tune.Call, "step", of_backend)
+    monkeypatch.setattr(tune, "step_on_gpu", functools.cache(tune.step_on_gpu))
     monkeypatch.setattr(dispatch, "why_no_mosaic_gpu", lambda: None)
     monkeypatch.setattr(clock, "time_kernels", time_kernels)
     monkeypatch.setattr(tuned, "__file__", str(tmp_path / "__init__.py"))
