@@ -6,17 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_paged import checks, dispatch, layout, settings
-from pallas_paged.attention import oracle
+from pallas_paged import checks, dispatch, settings
+from pallas_paged.attention import arguments, oracle
+from pallas_paged.attention.arguments import AttentionConfig
 from pallas_paged.attention.gpu import launch as mosaic_gpu
 from pallas_paged.attention.options import AttentionOptions, Batch, Factors
 from pallas_paged.attention.tpu import launch as mosaic_tpu
 from pallas_paged.dispatch import Backend
 from pallas_paged.kv_write import api as kv_write
 
-AttentionConfig = mosaic_tpu.TpuAttentionConfig | mosaic_gpu.GpuAttentionConfig
 _KERNELS: dict[str, tuple[Any, type]] = {
     "mosaic_tpu": (mosaic_tpu, mosaic_tpu.TpuAttentionConfig),
     "mosaic_gpu": (mosaic_gpu, mosaic_gpu.GpuAttentionConfig),
@@ -114,7 +113,9 @@ def ragged_paged_attention(
     In this example a sequence has 3 tokens in pages 2 and 0, of 2 tokens each, and the last two are
     new. All keys are equal, so a query averages the values that it sees:
 
-    >>> pool = layout.make_kv_pages(3, 2, num_kv_heads=1, head_dim=128, dtype=jnp.float32)
+    >>> import jax.numpy as jnp
+    >>> import pallas_paged
+    >>> pool = pallas_paged.make_kv_pages(3, 2, num_kv_heads=1, head_dim=128, dtype=jnp.float32)
     >>> pool = pool.at[2, :, 1].set(jnp.array([[3.0], [5.0]])).at[0, 0, 1].set(10.0)  # V
     >>> out = ragged_paged_attention(
     ...     jnp.ones((2, 1, 128)), pool, jnp.array([3], jnp.int32), jnp.array([[2, 0]], jnp.int32),
@@ -122,12 +123,14 @@ def ragged_paged_attention(
     >>> out[:, 0, 0].tolist()
     [4.0, 6.0]
     """
-    _refuse_block_sizes(_OP, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes)
-    num_kv_heads = _check_arrays(_OP, q, kv_pages, num_kv_heads)
-    _check_metadata(_OP, kv_lens, page_indices, cu_q_lens, num_seqs)
+    arguments.refuse_block_sizes(
+        _OP, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes
+    )
+    num_kv_heads = arguments.check_arrays(_OP, q, kv_pages, num_kv_heads)
+    arguments.check_batch(_OP, kv_lens, page_indices, cu_q_lens, num_seqs)
     k_scale = checks.require_scale(_OP, "k_scale", k_scale, num_kv_heads, kv_pages)
     v_scale = checks.require_scale(_OP, "v_scale", v_scale, num_kv_heads, kv_pages)
-    factors, options = _check_options(
+    factors, options = arguments.make_options(
         _OP,
         q,
         num_kv_heads,
@@ -215,7 +218,9 @@ def write_and_attend(
     In this example a sequence has 2 tokens, both new, in page 1. All keys are equal, so the second
     query averages the two values:
 
-    >>> pool = layout.make_kv_pages(3, 2, num_kv_heads=1, head_dim=128, dtype=jnp.float32)
+    >>> import jax.numpy as jnp
+    >>> import pallas_paged
+    >>> pool = pallas_paged.make_kv_pages(3, 2, num_kv_heads=1, head_dim=128, dtype=jnp.float32)
     >>> v = jnp.array([3.0, 5.0])[:, None, None] * jnp.ones((2, 1, 128))
     >>> out, pool = write_and_attend(
     ...     jnp.ones((2, 1, 128)), jnp.ones((2, 1, 128)), v, pool, jnp.array([2], jnp.int32),
@@ -224,10 +229,12 @@ def write_and_attend(
     ([3.0, 4.0], [3.0, 5.0])
     """
     op = "write_and_attend"
-    _refuse_block_sizes(op, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes)
+    arguments.refuse_block_sizes(
+        op, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes
+    )
     if num_kv_heads is None:
-        num_kv_heads = _heads_of_new(op, q, k)
-    num_kv_heads = _check_arrays(op, q, kv_pages, num_kv_heads)
+        num_kv_heads = arguments.heads_of_new(op, q, k)
+    num_kv_heads = arguments.check_arrays(op, q, kv_pages, num_kv_heads)
     heads, head_dim, k_scale, v_scale = checks.require_write(
         op, kv_pages, k, v, k_scale, v_scale, num_kv_heads
     )
@@ -239,8 +246,8 @@ def write_and_attend(
         wanted=f"{q.shape[0]} tokens and heads of {q.shape[2]}, as q {checks.describe(q)}",
         hint="q, k and v are of the same tokens",
     )
-    _check_metadata(op, kv_lens, page_indices, cu_q_lens, num_seqs)
-    factors, options = _check_options(
+    arguments.check_batch(op, kv_lens, page_indices, cu_q_lens, num_seqs)
+    factors, options = arguments.make_options(
         op,
         q,
         num_kv_heads,
@@ -295,11 +302,6 @@ def _plan(
             refusal=f"its block sizes are a {config_type.__name__}, and config is {config!r}"
         )
     return kernels.plan(q, kv_pages, page_indices, options, config, k)
-
-
-def _is_positive(sm_scale: jax.Array | np.number) -> bool:
-    """Whether a factor is known to be above 0, also on a chip that turns subnormal numbers to 0."""
-    return isinstance(sm_scale, np.number) and bool(sm_scale >= np.finfo(np.float32).tiny)
 
 
 _STATIC = ("options", "spec", "backend", "is_auto")
@@ -382,178 +384,6 @@ def _write_and_attend(
     return out, lse, kv_pages
 
 
-def _refuse_block_sizes(
-    op: str, num_kv_pages_per_block: Any, num_queries_per_block: Any, vmem_limit_bytes: Any
-) -> None:
-    """Refuses keywords of JAX's own TPU kernel, which are fields of a kernel's config here."""
-    for name, value in (
-        ("num_kv_pages_per_block", num_kv_pages_per_block),
-        ("num_queries_per_block", num_queries_per_block),
-        ("vmem_limit_bytes", vmem_limit_bytes),
-    ):
-        checks.require(
-            value is None,
-            op,
-            name,
-            got=checks.describe(value),
-            wanted="None",
-            hint="leave it out, and the kernel chooses its blocks and its memory; or pass config="
-            " with the backend's block sizes",
-        )
-
-
-def _heads_of_new(op: str, q: jax.Array, k: jax.Array) -> int | None:
-    """K from the shape of k: a dimension of it, or its width over q's H; None if k says nothing."""
-    for name, x in (("q", q), ("k", k)):
-        checks.require_array(op, name, x)
-    if k.ndim == 3:
-        return k.shape[1]
-    if k.ndim != 2 or q.ndim != 3 or 0 in (k.shape[1], q.shape[2]):
-        return None
-    checks.require(
-        k.shape[1] % q.shape[2] == 0,
-        op,
-        "k",
-        got=checks.describe(k),
-        wanted=f"[T, K*H] with the H = {q.shape[2]} of q",
-        hint="q, k and v are of the same tokens, and their heads of the same size",
-    )
-    return k.shape[1] // q.shape[2]
-
-
 def _no_rows(q: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The output and the log-sum-exp of a batch without a token, for which nothing is launched."""
     return q, jnp.zeros_like(q[..., 0], jnp.float32)
-
-
-def _check_arrays(op: str, q: jax.Array, kv_pages: jax.Array, num_kv_heads: int | None) -> int:
-    """Checks q against the pool and returns K."""
-    checks.require_pool(op, kv_pages)
-    checks.require_array(op, "q", q)
-    checks.require(
-        q.ndim == 3
-        and 0 not in q.shape[1:]
-        and q.dtype in (jnp.float32, jnp.bfloat16, jnp.float16),
-        op,
-        "q",
-        got=checks.describe(q),
-        wanted="float32, bfloat16 or float16 [T, N, H]",
-        hint="pack the batch's tokens into one leading dimension",
-    )
-    num_heads, head_dim = q.shape[1:]
-    num_rows, num_lanes = kv_pages.shape[2:]
-    checks.require(
-        layout.num_lanes(head_dim) == num_lanes,
-        op,
-        "q",
-        got=f"{checks.describe(q)} (head_dim {head_dim})",
-        wanted=f"a head_dim whose pool has C = {num_lanes}, as kv_pages"
-        f" {checks.describe(kv_pages)}",
-        hint=f"a pool for this head_dim has C = {layout.num_lanes(head_dim)}",
-    )
-    if num_kv_heads is None:
-        return checks.heads_of_pool(op, kv_pages, num_heads, head_dim)
-    hint = "pass the number of KV heads that the pool was made for"
-    num_kv_heads = checks.require_heads(op, num_kv_heads, hint)
-    checks.require(
-        layout.num_rows_used(num_kv_heads, head_dim) <= num_rows,
-        op,
-        "num_kv_heads",
-        got=num_kv_heads,
-        wanted=f"an int >= 1 whose rows fit the R = {num_rows} of kv_pages"
-        f" {checks.describe(kv_pages)}",
-        hint=hint,
-    )
-    checks.require(
-        num_heads % num_kv_heads == 0,
-        op,
-        "q",
-        got=f"{checks.describe(q)} ({num_heads} query heads)",
-        wanted=f"a multiple of the {num_kv_heads} KV heads",
-        hint="every KV head serves the same number of query heads",
-    )
-    return num_kv_heads
-
-
-def _check_metadata(
-    op: str,
-    kv_lens: jax.Array,
-    page_indices: jax.Array,
-    cu_q_lens: jax.Array,
-    num_seqs: jax.Array,
-) -> None:
-    """Checks the shapes and dtypes of the metadata."""
-    checks.require_int32(op, "kv_lens", kv_lens, 1, "[S]")
-    checks.require_int32(op, "page_indices", page_indices, 2, "[S, M]")
-    checks.require_int32(op, "cu_q_lens", cu_q_lens, 1, "[S + 1]")
-    checks.require_int32(op, "num_seqs", num_seqs, 1, "[1]")
-    checks.require(
-        0 not in page_indices.shape,
-        op,
-        "page_indices",
-        got=checks.describe(page_indices),
-        wanted="int32[S, M], neither 0",
-        hint="give the table one row per sequence slot and one column per page; for a batch "
-        "without sequences pass one row of any ids and num_seqs 0",
-    )
-    max_seqs = page_indices.shape[0]
-    for name, array, size in (
-        ("kv_lens", kv_lens, max_seqs),
-        ("cu_q_lens", cu_q_lens, max_seqs + 1),
-        ("num_seqs", num_seqs, 1),
-    ):
-        checks.require(
-            array.shape[0] == size,
-            op,
-            name,
-            got=checks.describe(array),
-            wanted=f"int32[{size}]",
-            hint=f"page_indices {checks.describe(page_indices)} has S = {max_seqs}",
-        )
-
-
-def _check_options(
-    op: str,
-    q: jax.Array,
-    num_kv_heads: int,
-    *,
-    sm_scale: Any,
-    causal: Any,
-    sliding_window: Any,
-    soft_cap: Any,
-    mask_value: Any,
-    k_scale: Any,
-    v_scale: Any,
-    sinks: Any,
-    return_lse: Any,
-    config: Any,
-) -> tuple[Factors, AttentionOptions]:
-    """Checks all options but the scales, which are checked already; returns them as two objects."""
-    checks.require(
-        config is None or isinstance(config, AttentionConfig),
-        op,
-        "config",
-        got=checks.describe(config),
-        wanted="None or the block sizes of an attention",
-        hint="pass a pallas_paged.TpuAttentionConfig or a pallas_paged.GpuAttentionConfig",
-    )
-    num_heads, head_dim = q.shape[1:]
-    factors = Factors(
-        sm_scale=checks.require_sm_scale(op, sm_scale, head_dim),
-        sliding_window=checks.require_window(op, sliding_window),
-        k_scale=k_scale,
-        v_scale=v_scale,
-        sinks=checks.require_sinks(op, sinks, num_heads),
-    )
-    options = AttentionOptions(
-        num_kv_heads=num_kv_heads,
-        causal=checks.require_bool(op, "causal", causal),
-        soft_cap=checks.require_soft_cap(op, soft_cap),
-        mask_value=checks.require_mask_value(op, mask_value),
-        return_lse=checks.require_bool(op, "return_lse", return_lse),
-        has_window=factors.sliding_window is not None,
-        has_scales=factors.has_scales,
-        has_sinks=factors.sinks is not None,
-        is_scale_positive=_is_positive(factors.sm_scale),
-    )
-    return factors, options
