@@ -226,8 +226,12 @@ def make_digests(cases: Sequence[DigestCase], known: Mapping[str, Digest]) -> di
     """Lowers every case, and compiles those for TPUs whose lowered form is not among the known."""
     found: dict[str, Digest] = {}
     to_compile: list[tuple[DigestCase, tuple[str, ...]]] = []
+    # What jax has lowered before changes how it lowers a GPU kernel: each case has a process.
     workers = concurrent.futures.ProcessPoolExecutor(
-        2, multiprocessing.get_context("spawn"), initializer=report.start_backends
+        2,
+        multiprocessing.get_context("spawn"),
+        initializer=report.start_backends,
+        max_tasks_per_child=1,
     )
     with workers, report.Progress(len(cases), "lowering") as progress:
         for case, (digest, names) in zip(cases, workers.map(_digest_case, cases), strict=True):
@@ -252,8 +256,6 @@ def make_digests(cases: Sequence[DigestCase], known: Mapping[str, Digest]) -> di
 
 
 def _digest_case(case: DigestCase) -> tuple[Digest, tuple[str, ...]]:
-    # What jax has traced before changes how it lowers a kernel: each case starts afresh.
-    jax.clear_caches()
     return digest_lowered(case.lower())
 
 
