@@ -14,6 +14,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
+from bench.cases.rounding import ceil_div
 from pallas_paged.attention.tpu import kv_blocks, new_kv
 from pallas_paged.attention.tpu.spec import ROW_TILE, KernelSpec
 
@@ -42,7 +43,7 @@ class WorkItem:
     old_tokens: int
 
     def num_pool_blocks(self, chunks: int) -> int:
-        return max(0, _cdiv(self.end_chunk - self.first_chunk, chunks))
+        return max(0, ceil_div(self.end_chunk - self.first_chunk, chunks))
 
     def num_blocks(self, chunks: int) -> int:
         return self.num_pool_blocks(chunks) + self.new_blocks
@@ -85,10 +86,6 @@ def part_name(part: int) -> str:
     return f"_{part}" if part else ""
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def find_work_items(
     lens: Sequence[tuple[int, int]],
     spec: KernelSpec,
@@ -108,13 +105,13 @@ def find_work_items(
             first_key = 0
             if sliding_window is not None:
                 first_key = max(0, min(position - sliding_window + 1, key_end))
-            first, last = first_key // spec.chunk, _cdiv(key_end, spec.chunk)
+            first, last = first_key // spec.chunk, ceil_div(key_end, spec.chunk)
             if row < end and first < last:
                 old_end, new_blocks = None, 0
                 if spec.writes and q_len > 1:
                     old_end = (kv_len - q_len) // spec.chunk
                     last = min(last, old_end)
-                    new_blocks = _cdiv(key_end - old_end * spec.chunk, spec.block_kv)
+                    new_blocks = ceil_div(key_end - old_end * spec.chunk, spec.block_kv)
                     new_blocks -= max(0, first - old_end) * spec.chunk // spec.block_kv
                 items.append(
                     WorkItem(
@@ -150,7 +147,7 @@ class _Kernel:
     ) -> None:
         self.spec, self.sliding_window = spec, sliding_window
         self.items, self.last_search = find_work_items(lens, spec, sliding_window)
-        self.num_tokens = _cdiv(sum(q for q, _ in lens), ROW_TILE) * ROW_TILE
+        self.num_tokens = ceil_div(sum(q for q, _ in lens), ROW_TILE) * ROW_TILE
         self.counts: collections.Counter = collections.Counter()
         self.found = self.fetched = self.taken = 0
         self.is_searched = False  # to the end of the last sequence
@@ -192,7 +189,7 @@ class _Kernel:
             first, end = self.block_of(item, block)
             cleared = -(end - first) % kv_blocks.STRIP
             self.count(PREFILL, "masked_clear", cleared > 0)
-            self.count(PREFILL, "masked_clear_trips", _cdiv(cleared, kv_blocks.CLEARED_PER_TRIP))
+            self.count(PREFILL, "masked_clear_trips", ceil_div(cleared, kv_blocks.CLEARED_PER_TRIP))
         self.count(PREFILL, f"{form}_fetch", num_chunks > 0)
         self.count(PREFILL, f"{form}_chunks", num_chunks)
         self.count(PREFILL, "last", block + 1 == item.num_blocks(self.spec.chunks_per_block))
@@ -211,7 +208,7 @@ class _Kernel:
     def make(self, item: WorkItem) -> None:
         """Makes slots of the new tokens of a prefill's q tile and sends the full pages."""
         chunk = self.spec.chunk
-        tiles = _cdiv(item.end, ROW_TILE) - item.row // ROW_TILE
+        tiles = ceil_div(item.end, ROW_TILE) - item.row // ROW_TILE
         self.count(PREFILL, "make")
         self.count(PREFILL, "make_trips", tiles - 1)
         first = max(item.position // chunk * chunk, item.old_tokens)
@@ -220,7 +217,7 @@ class _Kernel:
         if first < end:
             num_whole = max(0, end // chunk - first // chunk - 1)
             self.count(PREFILL, "send", num_whole > 0)
-            self.count(PREFILL, "send_trips", _cdiv(num_whole, new_kv.CHUNKS_PER_TRIP))
+            self.count(PREFILL, "send_trips", ceil_div(num_whole, new_kv.CHUNKS_PER_TRIP))
 
     def decode(self, index: int, block: int) -> tuple[int, int]:
         """Takes a decode's next block, or blocks; returns the item and the block after them."""
@@ -371,7 +368,7 @@ class _Kernel:
         if not self.kind:
             return
         self.count(place, "close")
-        num_tiles = _cdiv(self.q_tile_end - self.q_tile, ROW_TILE)
+        num_tiles = ceil_div(self.q_tile_end - self.q_tile, ROW_TILE)
         if self.kind == "decodes":
             self.count(place, "gather")
             self.count(place, "gather_trips", num_tiles)
@@ -381,5 +378,5 @@ class _Kernel:
     def zero_until(self, place: str, row: int) -> None:
         if self.done < row:
             self.count(place, "zero")
-            self.count(place, "zero_trips", _cdiv(row - self.done, self.spec.block_q))
+            self.count(place, "zero_trips", ceil_div(row - self.done, self.spec.block_q))
             self.done = row

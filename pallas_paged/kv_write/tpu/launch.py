@@ -90,13 +90,13 @@ def default_config(slots: Slots, new: jax.ShapeDtypeStruct) -> TpuWriteConfig:
 def vmem_bytes(slots: Slots, new: jax.ShapeDtypeStruct, config: TpuWriteConfig) -> int:
     """VMEM that the kernel's buffers take, as tiles, for k and v of the form of `new`."""
     tiles = tiling(slots, new.dtype, config.block_tokens, config.transpose_packed)
-    tokens = _round_up(config.block_tokens + 2 * _misalignment(new), tiles.tile)
+    tokens = layout.round_up(config.block_tokens + 2 * _misalignment(new), tiles.tile)
     lanes = layout.LANES
     if slots.is_flat:
-        new_values = _round_up(new.shape[1], lanes)
+        new_values = layout.round_up(new.shape[1], lanes)
     else:
-        new_values = _round_up(new.shape[1], 8) * _round_up(new.shape[2], lanes)
-    slot_words = _round_up(slots.num_words, 8) if slots.num_words > 4 else slots.num_words
+        new_values = layout.round_up(new.shape[1], 8) * layout.round_up(new.shape[2], lanes)
+    slot_words = layout.round_up(slots.num_words, 8) if slots.num_words > 4 else slots.num_words
     rows, _ = scratch_shape(slots, tiles)
     return (
         2 * NUM_STAGES * tokens * new_values * new.dtype.itemsize
@@ -201,7 +201,7 @@ def _forms(
         num_kv_heads=num_kv_heads,
         head_dim=k.shape[-1] if k.ndim == 3 else k.shape[-1] // num_kv_heads,
         pool_dtype=pool_dtype,
-        num_rows=_round_up(kv_pages.shape[2], 4 // pool_dtype.itemsize),
+        num_rows=layout.round_up(kv_pages.shape[2], 4 // pool_dtype.itemsize),
         is_flat=k.ndim == 2,
     )
     return slots, jax.ShapeDtypeStruct(k.shape, new_dtype)
@@ -238,10 +238,6 @@ def _misalignment(new: jax.ShapeDtypeStruct) -> int:
     """Rows that a token block may need beyond its group's tokens, because of the alignment."""
     align = _row_alignment(new)
     return align if align > 1 else 0
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
 
 
 def page_write(
