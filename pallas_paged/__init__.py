@@ -15,7 +15,7 @@ from pallas_paged.kv_write.api import (
 from pallas_paged.kv_write.gpu.launch import GpuWriteConfig
 from pallas_paged.kv_write.tpu.launch import TpuWriteConfig
 from pallas_paged.layout import make_kv_pages
-from pallas_paged.validation import validate
+from pallas_paged.validation.api import validate
 
 __version__ = "0.1.0"
 

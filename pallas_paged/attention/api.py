@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_paged import checks, dispatch, settings
+from pallas_paged import checks, dispatch, settings, transforms
 from pallas_paged.attention import arguments, oracle
 from pallas_paged.attention.arguments import AttentionConfig
 from pallas_paged.attention.gpu import launch as mosaic_gpu
@@ -321,7 +321,7 @@ def _attention(
     is_auto: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Runs the chosen backend; returns the output and the log-sum-exp."""
-    q, kv_pages, batch, factors = checks.refuse_transforms(_OP, (q, kv_pages, batch, factors))
+    q, kv_pages, batch, factors = transforms.refuse_transforms(_OP, (q, kv_pages, batch, factors))
     q = dispatch.require_lowering(_OP, backend, is_auto, q)
     if q.shape[0] == 0:
         return _no_rows(q)
@@ -349,7 +349,7 @@ def _write_and_attend(
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """Runs one kernel if there is one, else the two ops; returns output, log-sum-exp and pool."""
     op = "write_and_attend"
-    q, k, v, kv_pages, batch, factors = checks.refuse_transforms(
+    q, k, v, kv_pages, batch, factors = transforms.refuse_transforms(
         op, (q, k, v, kv_pages, batch, factors)
     )
     q = dispatch.require_lowering(op, backend, is_auto, q)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from pallas_paged import checks, dispatch, settings
+from pallas_paged import checks, dispatch, settings, transforms
 from pallas_paged.dispatch import Backend
 from pallas_paged.kv_write import oracle
 from pallas_paged.kv_write.gpu import launch as mosaic_gpu
@@ -371,5 +371,5 @@ def _copy_pages(
 
 def _refuse(op: str, options: WriteOptions, *arrays: Any) -> tuple[Any, ...]:
     """The arrays as they are; gradients, vmap and a lowering for another platform are refused."""
-    kv_pages, *rest = checks.refuse_transforms(op, arrays)
+    kv_pages, *rest = transforms.refuse_transforms(op, arrays)
     return dispatch.require_lowering(op, options.backend, options.is_auto, kv_pages), *rest
