@@ -32,6 +32,7 @@ gc.set_threshold(50_000, 20, 100)
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 if str(_ROOT) not in sys.path:
     sys.path.insert(0, str(_ROOT))
+from tests import jax_lines  # noqa: E402
 
 # What some tests need beside jax. With an accelerator, where the kernels' tests are what is run,
 # they are left out where that is missing; elsewhere it is an error.
@@ -62,39 +63,8 @@ collect_ignore = [
     for file in files
 ]
 
-# Files whose tests do not depend on jax's version: they compute nothing with it, or plant bugs to
-# prove checks that run with every version. .ci/run leaves them out of its second run.
-_ON_ANY_JAX = {
-    "attention/test_tpu_planted.py",
-    "bench/test_attention.py",
-    "bench/test_peers.py",
-    "bench/test_tpu_schedule.py",
-    "bench/test_verdicts.py",
-    "engine/test_chat_template.py",
-    "engine/test_generation_config.py",
-    "kv_write/test_tpu_planted.py",
-    "package/test_docs.py",
-    "package/test_hash_seed.py",
-    "package/test_wheel.py",
-    "engine/test_page_pool.py",
-    "test_planted.py",
-    "engine/test_scheduler.py",
-    "engine/test_tokenizer.py",
-    "engine/test_traffic.py",
-    "engine/test_transformers_text.py",
-    "engine/test_write_plan.py",
-}
-
-
-# The generations that only the first run compiles for. The compiler, libtpu, is the same in both.
-_OTHER_GENERATIONS = ("v4", "v5e", "v5p", "tpu7x")
-
 
 def pytest_collection_modifyitems(items):
-    on_any_jax = {_ROOT / "tests" / file for file in _ON_ANY_JAX}
     for item in items:
-        is_compiled = item.path.name == "test_compiled.py"
-        if item.path in on_any_jax or (
-            is_compiled and any(f"{name}-" in item.name for name in _OTHER_GENERATIONS)
-        ):
+        if jax_lines.is_on_any_jax(item.path, item.name):
             item.add_marker("any_jax")

@@ -18,7 +18,14 @@ import numpy as np
 from pallas_paged import layout
 from pallas_paged.attention.api import ragged_paged_attention, write_and_attend
 from pallas_paged.attention.tpu.launch import TpuAttentionConfig
-from tests.kv_write.cases import FAST_COMPILE, INT_MAX, INT_MIN, difference, interpret
+from tests.kv_write.cases import (
+    EXACT_COMPILE,
+    FAST_COMPILE,
+    INT_MAX,
+    INT_MIN,
+    difference,
+    interpret,
+)
 
 NASTY_IDS = (2_147_480_000, -1, -(2**31), 10_000)
 
@@ -287,27 +294,37 @@ def run_kernel(
 
 def call_kernel(op, arrays, options: dict[str, Any], config: tuple[int, ...]) -> tuple:
     """The results of a public op's kernel; calls that differ only in arrays share a program."""
-    dynamic = {k: v for k, v in options.items() if k == "sm_scale" or hasattr(v, "dtype")}
-    static = {k: v for k, v in options.items() if k not in dynamic}
-    result = _jitted(op, TpuAttentionConfig(*config), tuple(sorted(static.items())))(
-        arrays, dynamic
-    )
+    result = _call(op, arrays, options, "mosaic_tpu", TpuAttentionConfig(*config), FAST_COMPILE)
     return result if isinstance(result, tuple) else (result,)
 
 
-@functools.cache
-def _jitted(op, config, static):
-    def call(arrays, dynamic):
-        return op(*arrays, **dynamic, **dict(static), config=config, backend="mosaic_tpu")
+def call_oracle(op, arrays, options: dict[str, Any]) -> Any:
+    """The result of a public op's oracle; calls that differ only in arrays share a program."""
+    return _call(op, arrays, options, "oracle", None, EXACT_COMPILE)
 
-    return jax.jit(call, compiler_options=FAST_COMPILE)
+
+def _call(op, arrays, options, backend, config, compiler_options):
+    dynamic = {k: v for k, v in options.items() if k == "sm_scale" or hasattr(v, "dtype")}
+    static = {k: v for k, v in options.items() if k not in dynamic}
+    static |= {"backend": backend, "config": config}
+    jitted = _jitted(op, tuple(sorted(static.items())), tuple(compiler_options.items()))
+    return jitted(arrays, dynamic)
+
+
+@functools.cache
+def _jitted(op, static, compiler_options):
+    def call(arrays, dynamic):
+        return op(*arrays, **dynamic, **dict(static))
+
+    on_cpu = jax.default_backend() == "cpu"
+    return jax.jit(call, compiler_options=dict(compiler_options) if on_cpu else None)
 
 
 def run_oracle(case: Case, options: dict[str, Any]) -> list[jax.Array]:
     """[out, log-sum-exp] of the oracle, of q as float32, so that it does not round."""
     q, *rest = case.arrays
     options = options | {"return_lse": True}
-    return ragged_paged_attention(q.astype(jnp.float32), *rest, **options, backend="oracle")
+    return call_oracle(ragged_paged_attention, (q.astype(jnp.float32), *rest), options)
 
 
 def check(
@@ -481,8 +498,8 @@ def write_mismatch(write: Write, options, results, *, slack: float = 1.0) -> str
     out, kv_pages, *lse = results
     q, *rest = write.arrays
     options = options | {"return_lse": True}
-    want, want_pages, want_lse = write_and_attend(
-        q.astype(jnp.float32), *rest, **options, backend="oracle"
+    want, want_pages, want_lse = call_oracle(
+        write_and_attend, (q.astype(jnp.float32), *rest), options
     )
     found = difference(kv_pages, want_pages)
     if found is not None:
@@ -559,6 +576,22 @@ class Setup:
         parts += ["sinks"] if self.has_sinks else []
         parts += ["lse"] if self.return_lse else []
         return "-".join(parts)
+
+    def features(self) -> tuple[Any, ...]:
+        """What a version of jax might break; for `jax_lines.runs`."""
+        return (
+            self.dtype,
+            self.pool_dtype,
+            (self.head_dim > 64, self.head_dim % 128 == 0),
+            self.num_rows is None,
+            self.scale,
+            self.causal,
+            (bool(self.windows), self.is_window_traced),
+            self.soft_cap is None,
+            self.has_sinks,
+            self.return_lse,
+            len(self.config),
+        )
 
     def case(self, batch: Batch, seed: int = 0) -> Case:
         """The arrays of one batch, of the same shapes for all batches."""

@@ -225,7 +225,7 @@ def test_traced_windows_of_none_and_of_all(window):
         wanted = run_oracle(case, options)
     else:
         options["causal"] = True
-        wanted = run(run_oracle)
+        wanted = run_oracle(case, options | {"sliding_window": jnp.int32(window)})  # in a jit
         assert not np.any(wanted[0])
 
     def attend(case, options):

@@ -16,6 +16,7 @@ import pytest
 from pallas_paged.attention.api import ragged_paged_attention
 from pallas_paged.attention.tpu import decode
 from pallas_paged.attention.tpu.launch import TpuAttentionConfig
+from tests import jax_lines
 from tests.attention.cases import ABSURD, Setup, check, make_case, mismatch, run_kernel, run_oracle
 from tests.kv_write import cases
 from tests.kv_write.cases import INT_MAX, INT_MIN
@@ -171,11 +172,14 @@ SETUPS = [
 RUNS = [(setup, cases.MODES[i // 2 % 2]) for i, setup in enumerate(SETUPS)]
 
 
-def _id(x):
-    return x.id if isinstance(x, Setup) else str(x)
+def _features(run):
+    setup, mode = run
+    return setup.features() + (mode,)
 
 
-@pytest.mark.parametrize(("setup", "mode"), RUNS, ids=_id)
+@pytest.mark.parametrize(
+    ("setup", "mode"), jax_lines.runs(RUNS, _features, lambda run: f"{run[0].id}-{run[1]}")
+)
 def test_kernel_is_the_oracle(setup, mode):
     for batch, window in itertools.product(setup.batches, setup.windows or (None,)):
         label = f"{batch}, window {window}: "

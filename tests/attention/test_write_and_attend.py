@@ -18,6 +18,7 @@ from pallas_paged.attention.api import ragged_paged_attention, write_and_attend
 from pallas_paged.attention.options import AttentionOptions
 from pallas_paged.attention.tpu import launch as mosaic_tpu
 from pallas_paged.attention.tpu.config import TpuAttentionConfig
+from tests import jax_lines
 from tests.attention.cases import (
     ABSURD,
     Setup,
@@ -173,7 +174,12 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.id)
+def _features(call):
+    setup = call.setup  # what its reads have in common with test_tpu.py is tested there
+    return setup.dtype, jnp.dtype(setup.pool_dtype).itemsize, setup.scale, call.is_flat, call.mode
+
+
+@pytest.mark.parametrize("call", jax_lines.runs(CALLS, _features, lambda call: call.id))
 def test_kernel_is_the_oracle(call):
     setup = call.setup
     for batch, window in itertools.product(setup.batches, setup.windows or (None,)):

@@ -16,6 +16,7 @@ import pytest
 import pallas_paged
 from pallas_paged.kv_write.tpu import grouping, page_copies
 from pallas_paged.kv_write.tpu import launch as mosaic_tpu
+from tests import jax_lines
 from tests.kv_write import cases
 from tests.kv_write.cases import Case, difference, expected, interpret, make
 
@@ -131,7 +132,15 @@ def test_oracle_is_the_plain_loop(case):
     _same(call.run("oracle"), expected(call))
 
 
-@pytest.mark.parametrize(("case", "mode"), RUNS, ids=_id)
+def _features(run):
+    case, mode = run
+    form = case.new_dtype, case.is_flat, case.scale, case.num_rows is None, case.transpose_packed
+    return (case.op, case.pool_dtype), (case.op, mode), *form
+
+
+@pytest.mark.parametrize(
+    ("case", "mode"), jax_lines.runs(RUNS, _features, lambda run: f"{run[0].id}-{run[1]}")
+)
 def test_kernel_is_the_oracle(case, mode):
     call = make(case)
     _same(interpret(lambda: call.run("mosaic_tpu"), mode), call.run("oracle"))
