@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_paged import checks, dispatch, settings, transforms
+from pallas_paged import checks, dispatch, forms, settings, transforms
 from pallas_paged.attention import arguments, oracle
 from pallas_paged.attention.arguments import AttentionConfig
 from pallas_paged.attention.gpu import launch as mosaic_gpu
@@ -126,10 +126,12 @@ def ragged_paged_attention(
     arguments.refuse_block_sizes(
         _OP, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes
     )
-    num_kv_heads = arguments.check_arrays(_OP, q, kv_pages, num_kv_heads)
-    arguments.check_batch(_OP, kv_lens, page_indices, cu_q_lens, num_seqs)
-    k_scale = checks.require_scale(_OP, "k_scale", k_scale, num_kv_heads, kv_pages)
-    v_scale = checks.require_scale(_OP, "v_scale", v_scale, num_kv_heads, kv_pages)
+    pool = forms.pool_in_rows(_OP, kv_pages)
+    num_kv_heads = arguments.check_arrays(_OP, q, pool, num_kv_heads)
+    forms.require_rows(_OP, kv_pages, num_kv_heads, q.shape[2])
+    batch = Batch(*forms.require_batch(_OP, kv_lens, page_indices, cu_q_lens, num_seqs))
+    k_scale = checks.require_scale(_OP, "k_scale", k_scale, num_kv_heads, pool)
+    v_scale = checks.require_scale(_OP, "v_scale", v_scale, num_kv_heads, pool)
     factors, options = arguments.make_options(
         _OP,
         q,
@@ -146,12 +148,12 @@ def ragged_paged_attention(
         config=config,
     )
     chosen, spec = dispatch.choose(
-        _OP, backend, lambda name: _plan(name, q, kv_pages, page_indices, options, config)
+        _OP, backend, lambda name: _plan(name, q, pool, batch.page_indices, options, config)
     )
     out, lse = _attention(
         q,
         kv_pages,
-        Batch(kv_lens, page_indices, cu_q_lens, num_seqs),
+        batch,
         factors,
         options=options,
         spec=spec,
@@ -200,7 +202,7 @@ def write_and_attend(
     Args:
       q: [T, N, H], as in `ragged_paged_attention`.
       k, v: [T, K, H] or [T, K*H], as in `page_write`.
-      kv_pages: [P, page_size, R, C], the pool, which is donated.
+      kv_pages: the pool, as in `page_write`, which is donated.
       kv_lens, page_indices, cu_q_lens, num_seqs: as in `ragged_paged_attention`.
       sm_scale, causal, sliding_window, soft_cap, mask_value, sinks: as there.
       k_scale, v_scale: as there; new keys and values are divided by them as they are written.
@@ -234,10 +236,12 @@ def write_and_attend(
     )
     if num_kv_heads is None:
         num_kv_heads = arguments.heads_of_new(op, q, k)
-    num_kv_heads = arguments.check_arrays(op, q, kv_pages, num_kv_heads)
+    pool = forms.pool_in_rows(op, kv_pages)
+    num_kv_heads = arguments.check_arrays(op, q, pool, num_kv_heads)
     heads, head_dim, k_scale, v_scale = checks.require_write(
-        op, kv_pages, k, v, k_scale, v_scale, num_kv_heads
+        op, pool, k, v, k_scale, v_scale, num_kv_heads
     )
+    forms.require_rows(op, kv_pages, heads, head_dim)
     checks.require(
         (k.shape[0], head_dim) == (q.shape[0], q.shape[2]),
         op,
@@ -246,7 +250,7 @@ def write_and_attend(
         wanted=f"{q.shape[0]} tokens and heads of {q.shape[2]}, as q {checks.describe(q)}",
         hint="q, k and v are of the same tokens",
     )
-    arguments.check_batch(op, kv_lens, page_indices, cu_q_lens, num_seqs)
+    batch = Batch(*forms.require_batch(op, kv_lens, page_indices, cu_q_lens, num_seqs))
     factors, options = arguments.make_options(
         op,
         q,
@@ -263,14 +267,14 @@ def write_and_attend(
         config=config,
     )
     chosen, spec = dispatch.choose(
-        op, backend, lambda name: _plan(name, q, kv_pages, page_indices, options, config, k)
+        op, backend, lambda name: _plan(name, q, pool, batch.page_indices, options, config, k)
     )
     out, lse, kv_pages = _write_and_attend(
         q,
         k,
         v,
         kv_pages,
-        Batch(kv_lens, page_indices, cu_q_lens, num_seqs),
+        batch,
         factors,
         options=options,
         spec=spec,
@@ -325,6 +329,7 @@ def _attention(
     q = dispatch.require_lowering(_OP, backend, is_auto, q)
     if q.shape[0] == 0:
         return _no_rows(q)
+    kv_pages = forms.merge_rows(kv_pages)
     if backend == "oracle":
         return oracle.attend(q, kv_pages, batch, factors, options)
     kernels, _ = _KERNELS[backend]
@@ -356,7 +361,10 @@ def _write_and_attend(
     if q.shape[0] == 0:
         return *_no_rows(q), kv_pages
     if backend == "mosaic_tpu" and spec.writes:
-        return mosaic_tpu.attend(spec, q, (k, v), kv_pages, batch, factors)
+        out, lse, pool = mosaic_tpu.attend(
+            spec, q, (k, v), forms.merge_rows(kv_pages), batch, factors
+        )
+        return out, lse, forms.split_rows(pool, kv_pages)
     indices = kv_write.write_indices(
         batch.page_indices,
         batch.kv_lens,

@@ -55,17 +55,23 @@ def heads_of_new(op: str, q: jax.Array, k: jax.Array) -> int | None:
 
 
 def check_arrays(op: str, q: jax.Array, kv_pages: jax.Array, num_kv_heads: int | None) -> int:
-    """Checks q against the pool and returns K."""
+    """Checks q against the pool, of four dimensions, and returns K."""
     checks.require_pool(op, kv_pages)
     checks.require_array(op, "q", q)
     checks.require(
-        q.ndim == 3
-        and 0 not in q.shape[1:]
-        and q.dtype in (jnp.float32, jnp.bfloat16, jnp.float16),
+        q.dtype in (jnp.float32, jnp.bfloat16, jnp.float16),
         op,
         "q",
         got=checks.describe(q),
-        wanted="float32, bfloat16 or float16 [T, N, H]",
+        wanted="float32, bfloat16 or float16",
+        hint="queries are not quantised: leave them in the model's dtype",
+    )
+    checks.require(
+        q.ndim == 3 and 0 not in q.shape[1:],
+        op,
+        "q",
+        got=checks.describe(q),
+        wanted="[T, N, H]",
         hint="pack the batch's tokens into one leading dimension",
     )
     num_heads, head_dim = q.shape[1:]
@@ -101,43 +107,6 @@ def check_arrays(op: str, q: jax.Array, kv_pages: jax.Array, num_kv_heads: int |
         hint="every KV head serves the same number of query heads",
     )
     return num_kv_heads
-
-
-def check_batch(
-    op: str,
-    kv_lens: jax.Array,
-    page_indices: jax.Array,
-    cu_q_lens: jax.Array,
-    num_seqs: jax.Array,
-) -> None:
-    """Checks the shapes and dtypes of the metadata."""
-    checks.require_int32(op, "kv_lens", kv_lens, 1, "[S]")
-    checks.require_int32(op, "page_indices", page_indices, 2, "[S, M]")
-    checks.require_int32(op, "cu_q_lens", cu_q_lens, 1, "[S + 1]")
-    checks.require_int32(op, "num_seqs", num_seqs, 1, "[1]")
-    checks.require(
-        0 not in page_indices.shape,
-        op,
-        "page_indices",
-        got=checks.describe(page_indices),
-        wanted="int32[S, M], neither 0",
-        hint="give the table one row per sequence slot and one column per page; for a batch "
-        "without sequences pass one row of any ids and num_seqs 0",
-    )
-    max_seqs = page_indices.shape[0]
-    for name, array, size in (
-        ("kv_lens", kv_lens, max_seqs),
-        ("cu_q_lens", cu_q_lens, max_seqs + 1),
-        ("num_seqs", num_seqs, 1),
-    ):
-        checks.require(
-            array.shape[0] == size,
-            op,
-            name,
-            got=checks.describe(array),
-            wanted=f"int32[{size}]",
-            hint=f"page_indices {checks.describe(page_indices)} has S = {max_seqs}",
-        )
 
 
 def make_options(

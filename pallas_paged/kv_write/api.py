@@ -10,12 +10,13 @@ The way of a call: the public op checks its arguments and chooses the backend, i
 the backend's function of the same name, and that launches the kernel.
 """
 
+import functools
 from types import ModuleType
 from typing import Any
 
 import jax
 
-from pallas_paged import checks, dispatch, settings, transforms
+from pallas_paged import checks, dispatch, forms, settings, transforms
 from pallas_paged.dispatch import Backend
 from pallas_paged.kv_write import oracle
 from pallas_paged.kv_write.gpu import launch as mosaic_gpu
@@ -54,7 +55,8 @@ def page_write(
     """Writes whole pages: page `page_ids[i]` gets the `page_size` tokens from `token_starts[i]` on.
 
     Args:
-      kv_pages: [P, page_size, R, C], the pool; donated.
+      kv_pages: [P, page_size, R, C], the pool; donated. It may also be [P, page_size, R / p, p, C],
+        as other TPU projects keep it, where p rows share 32 bits: p is 1, 2 or 4.
       k, v: [T, K, H] or [T, K*H], the new keys and values of the T tokens of the packed batch. They
         are float32 or bfloat16, or float16 on a GPU and in the oracle. They may also have the dtype
         of an 8-bit pool; then they are stored as they are, whatever the scales.
@@ -76,7 +78,7 @@ def page_write(
         oracle.
 
     Returns:
-      The pool, [P, page_size, R, C].
+      The pool, in the form in which it came.
 
     Raises:
       ValueError: an argument has the wrong form; the message says which and what was wanted.
@@ -94,13 +96,13 @@ def page_write(
      [[0.0, 0.0], [0.0, 0.0]], [[2.0, -2.0], [3.0, -3.0]]]
     """
     op = "page_write"
-    heads, head_dim, *scales = checks.require_write(
-        op, kv_pages, k, v, k_scale, v_scale, num_kv_heads
-    )
+    pool = forms.pool_in_rows(op, kv_pages)
+    heads, head_dim, *scales = checks.require_write(op, pool, k, v, k_scale, v_scale, num_kv_heads)
+    forms.require_rows(op, kv_pages, heads, head_dim)
     checks.require_int32(op, "page_ids", page_ids, 1, "[n]")
     if token_starts is not None:
         _require_same_form(op, "token_starts", token_starts, "page_ids", page_ids)
-    options = _options(op, backend, config, kv_pages, k, heads, head_dim)
+    options = _options(op, backend, config, pool, k, heads, head_dim)
     return _page_write(kv_pages, k, v, page_ids, token_starts, WriteScales(*scales), options)
 
 
@@ -125,11 +127,11 @@ def slice_write(
         (`page * page_size + row`), its first token, and its length. A slice whose length is below 1
         or that would leave its page is skipped. Any order of the tokens is right; in ascending
         order the batch is read only once.
-      num_slices: int32[1], how many of the columns are slices; clamped to [0, max_slices].
+      num_slices: int32[1], int32[] or an int, how many of the columns are slices; clamped to [0, max_slices].
       k_scale, v_scale, num_kv_heads, config, backend: as in `page_write`.
 
     Returns:
-      The pool, [P, page_size, R, C].
+      The pool, in the form in which it came.
 
     Raises:
       ValueError: an argument has the wrong form; the message says which and what was wanted.
@@ -145,9 +147,9 @@ def slice_write(
     [[0.0, 0.0, 1.0, 2.0], [0.0, 4.0, 0.0, 0.0]]
     """
     op = "slice_write"
-    heads, head_dim, *scales = checks.require_write(
-        op, kv_pages, k, v, k_scale, v_scale, num_kv_heads
-    )
+    pool = forms.pool_in_rows(op, kv_pages)
+    heads, head_dim, *scales = checks.require_write(op, pool, k, v, k_scale, v_scale, num_kv_heads)
+    forms.require_rows(op, kv_pages, heads, head_dim)
     checks.require_int32(op, "slices", slices, 2, "[3, max_slices]")
     checks.require(
         slices.shape[0] == 3,
@@ -157,16 +159,9 @@ def slice_write(
         wanted="int32[3, max_slices]",
         hint="rows are first slot, first token, length",
     )
-    checks.require_int32(op, "num_slices", num_slices, 1, "[1]")
-    checks.require(
-        num_slices.shape == (1,),
-        op,
-        "num_slices",
-        got=checks.describe(num_slices),
-        wanted="int32[1]",
-        hint="it counts the columns of slices that are in use",
-    )
-    options = _options(op, backend, config, kv_pages, k, heads, head_dim)
+    hint = "it counts the columns of slices that are in use"
+    num_slices = forms.require_count(op, "num_slices", num_slices, hint)
+    options = _options(op, backend, config, pool, k, heads, head_dim)
     return _slice_write(kv_pages, k, v, slices, num_slices, WriteScales(*scales), options)
 
 
@@ -190,7 +185,7 @@ def token_write(
       k_scale, v_scale, num_kv_heads, config, backend: as in `page_write`.
 
     Returns:
-      The pool, [P, page_size, R, C].
+      The pool, in the form in which it came.
 
     Raises:
       ValueError: an argument has the wrong form; the message says which and what was wanted.
@@ -204,9 +199,9 @@ def token_write(
     [[3.0, 0.0], [0.0, 1.0]]
     """
     op = "token_write"
-    heads, head_dim, *scales = checks.require_write(
-        op, kv_pages, k, v, k_scale, v_scale, num_kv_heads
-    )
+    pool = forms.pool_in_rows(op, kv_pages)
+    heads, head_dim, *scales = checks.require_write(op, pool, k, v, k_scale, v_scale, num_kv_heads)
+    forms.require_rows(op, kv_pages, heads, head_dim)
     checks.require_int32(op, "slots", slots, 1, "[T]")
     checks.require(
         slots.shape[0] == k.shape[0],
@@ -216,7 +211,7 @@ def token_write(
         wanted=f"int32[{k.shape[0]}]",
         hint=f"one slot per token of k {checks.describe(k)}; -1 skips one",
     )
-    options = _options(op, backend, config, kv_pages, k, heads, head_dim)
+    options = _options(op, backend, config, pool, k, heads, head_dim)
     return _token_write(kv_pages, k, v, slots, WriteScales(*scales), options)
 
 
@@ -233,7 +228,7 @@ def copy_pages(
     An engine copies a page that two sequences share before one of them writes it (copy on write).
 
     Args:
-      kv_pages: [P, page_size, R, C], the pool; donated.
+      kv_pages: the pool, as in `page_write`; donated.
       src_ids, dst_ids: int32[n]. A pair of which either id lies outside the pool is skipped. The
         order of the copies is undefined, so no page may be written twice, nor both read and
         written; `validate` refuses such calls.
@@ -242,7 +237,7 @@ def copy_pages(
       backend: as in `page_write`.
 
     Returns:
-      The pool, [P, page_size, R, C].
+      The pool, in the form in which it came.
 
     Raises:
       ValueError: an argument has the wrong form; the message says which and what was wanted.
@@ -255,11 +250,12 @@ def copy_pages(
     [2.0, 1.0, 2.0]
     """
     op = "copy_pages"
-    checks.require_pool(op, kv_pages)
+    pool = forms.pool_in_rows(op, kv_pages)
+    checks.require_pool(op, pool)
     checks.require_int32(op, "src_ids", src_ids, 1, "[n]")
     _require_same_form(op, "dst_ids", dst_ids, "src_ids", src_ids)
     chosen, _ = dispatch.choose(
-        op, backend, lambda name: dispatch.Plan(refusal=_KERNELS[name].unsupported_pool(kv_pages))
+        op, backend, lambda name: dispatch.Plan(refusal=_KERNELS[name].unsupported_pool(pool))
     )
     _require_config(op, config, chosen)
     return _copy_pages(kv_pages, src_ids, dst_ids, WriteOptions(chosen, backend == "auto", config))
@@ -316,7 +312,11 @@ def _require_config(op: str, config: Any, backend: str) -> None:
 
 
 def _jit(half: Any) -> Any:
-    jitted = jax.jit(half, static_argnames="options", donate_argnames="kv_pages")
+    @functools.wraps(half)
+    def in_rows(kv_pages: jax.Array, *args: Any) -> jax.Array:
+        return forms.split_rows(half(forms.merge_rows(kv_pages), *args), kv_pages)
+
+    jitted = jax.jit(in_rows, static_argnames="options", donate_argnames="kv_pages")
     return settings.independent()(jitted)
 
 

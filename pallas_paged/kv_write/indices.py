@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_paged import checks, scalars, settings
+from pallas_paged import checks, forms, scalars, settings
 
 
 class WriteIndices(NamedTuple):
@@ -40,11 +40,11 @@ def write_indices(
     jittable: call it once per step and reuse the result in every layer.
 
     Args:
-      page_indices: int32[S, M], the page table, one row per sequence. Entry m of a row is the page
+      page_indices: int32[S, M] or int32[S * M], the page table, one row per sequence. Entry m of a row is the page
         that holds the `page_size` positions from `m * page_size` on.
       kv_lens: int32[S], tokens of each sequence, the new ones included.
       cu_q_lens: int32[S + 1], prefix sums of the numbers of new tokens.
-      num_seqs: int32[1], how many of the S rows are sequences.
+      num_seqs: int32[1], int32[] or an int, how many of the S rows are sequences.
       page_size: tokens in a page.
       num_tokens: T, the static length of the packed batch.
 
@@ -67,32 +67,9 @@ def write_indices(
     [31, 8, 9, 10, 11, 20]
     """
     op = "write_indices"
-    checks.require_int32(op, "page_indices", page_indices, 2, "[S, M]")
-    checks.require_int32(op, "kv_lens", kv_lens, 1, "[S]")
-    checks.require_int32(op, "cu_q_lens", cu_q_lens, 1, "[S + 1]")
-    checks.require_int32(op, "num_seqs", num_seqs, 1, "[1]")
-    checks.require(
-        0 not in page_indices.shape,
-        op,
-        "page_indices",
-        got=checks.describe(page_indices),
-        wanted="int32[S, M], neither of them 0",
-        hint="for a batch without sequences pass one row of any ids and num_seqs 0",
+    kv_lens, page_indices, cu_q_lens, num_seqs = forms.require_batch(
+        op, kv_lens, page_indices, cu_q_lens, num_seqs
     )
-    max_seqs = page_indices.shape[0]
-    for name, array, size in (
-        ("kv_lens", kv_lens, max_seqs),
-        ("cu_q_lens", cu_q_lens, max_seqs + 1),
-        ("num_seqs", num_seqs, 1),
-    ):
-        checks.require(
-            array.shape[0] == size,
-            op,
-            name,
-            got=checks.describe(array),
-            wanted=f"int32[{size}]",
-            hint=f"page_indices {checks.describe(page_indices)} has S = {max_seqs}",
-        )
     page_size = _static_int(op, "page_size", page_size, 1)
     num_tokens = _static_int(op, "num_tokens", num_tokens, 0)
 
