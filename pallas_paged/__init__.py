@@ -4,6 +4,7 @@
 from pallas_paged.attention.api import ragged_paged_attention, write_and_attend
 from pallas_paged.attention.gpu.launch import GpuAttentionConfig
 from pallas_paged.attention.tpu.launch import TpuAttentionConfig
+from pallas_paged.dispatch import BackendChoice, explain_backend
 from pallas_paged.kv_write.api import (
     WriteIndices,
     copy_pages,
@@ -20,6 +21,7 @@ from pallas_paged.validation.api import validate
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackendChoice",
     "GpuAttentionConfig",
     "GpuWriteConfig",
     "TpuAttentionConfig",
@@ -27,6 +29,7 @@ __all__ = [
     "WriteIndices",
     "__version__",
     "copy_pages",
+    "explain_backend",
     "make_kv_pages",
     "page_write",
     "ragged_paged_attention",

@@ -1,7 +1,10 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """Which backend runs an op: the backends' names, their order, and the only platform test."""
 
+import contextvars
 import dataclasses
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -12,11 +15,16 @@ from jax.interpreters import mlir
 
 from pallas_paged import scalars
 
-Backend = Literal["auto", "oracle", "mosaic_tpu", "mosaic_gpu"]
+Backend = Literal["auto", "oracle", "xla", "mosaic_tpu", "mosaic_gpu"]
 
 # The platform that the kernels of each backend are for, or None for plain jax.numpy, which runs on
 # all. "auto" takes the first backend in this order that is for the platform and can run the call.
-_PLATFORM: dict[str, str | None] = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu", "oracle": None}
+_PLATFORM: dict[str, str | None] = {
+    "mosaic_tpu": "tpu",
+    "mosaic_gpu": "gpu",
+    "xla": None,
+    "oracle": None,
+}
 
 BACKENDS = tuple(name for name in get_args(Backend) if name != "auto")
 
@@ -111,8 +119,79 @@ def _gpu() -> Any:
     return next((d for d in jax.devices() if d.device_kind == device.device_kind), None)
 
 
+@dataclasses.dataclass(frozen=True)
+class BackendChoice:
+    """Which backend runs a call, and why the others do not.
+
+    Attributes:
+      backend: the backend that runs the call; None if the one that was named cannot.
+      reasons: of every other backend, why it does not run the call, as a sentence.
+    """
+
+    backend: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        head = f"{self.backend} runs this call." if self.backend else "Nothing runs this call."
+        return "\n".join([head, *(f"{name}: {why}." for name, why in self.reasons.items())])
+
+
+class _Explained(BaseException):
+    """Ends a call of which only the choice of its backend is wanted."""
+
+    def __init__(self, choice: BackendChoice) -> None:
+        super().__init__(choice)
+        self.choice = choice
+
+
+_is_explaining = contextvars.ContextVar("is_explaining", default=False)
+
+
+def explain_backend(op: Callable[..., Any], *args: Any, **kwargs: Any) -> BackendChoice:
+    """Says which backend a call of an op would take here, and why each other one does not run it.
+
+    Nothing is computed, traced or donated.
+
+    Args:
+      op: `page_write`, `slice_write`, `token_write`, `copy_pages`, `ragged_paged_attention` or
+        `write_and_attend`.
+      *args, **kwargs: the arguments of the call. Of an array only the shape and the dtype are read,
+        so that it may be a `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The choice; printed, it is one line per backend.
+
+    Raises:
+      ValueError: an argument of the call has the wrong form, or `op` chooses no backend.
+
+    >>> import jax.numpy as jnp
+    >>> import pallas_paged
+    >>> pool = pallas_paged.make_kv_pages(4, 16, num_kv_heads=1, head_dim=128)
+    >>> ids = jnp.array([2], jnp.int32)
+    >>> print(explain_backend(pallas_paged.copy_pages, pool, ids, ids))  # on a CPU
+    xla runs this call.
+    mosaic_tpu: its kernels are for a tpu, and the call is traced for a cpu.
+    mosaic_gpu: its kernels are for a gpu, and the call is traced for a cpu.
+    oracle: "auto" prefers xla.
+    """
+    token = _is_explaining.set(True)
+    try:
+        op(*args, **kwargs)
+    except _Explained as explained:
+        return explained.choice
+    finally:
+        _is_explaining.reset(token)
+    raise ValueError(
+        f"explain_backend: argument `op` is {scalars.show(op)}; wanted an op of pallas_paged that "
+        "takes a backend: pass the function, then the arguments of the call"
+    )
+
+
 def choose(op: str, backend: str, plan_of: Callable[[str], Plan]) -> tuple[str, Any]:
     """Picks the backend of one call.
+
+    On an accelerator, a call that "auto" gives to another backend than the kernels for it is
+    announced by a warning, once for every reason.
 
     Args:
       op: the op's name, for the message.
@@ -136,13 +215,55 @@ def choose(op: str, backend: str, plan_of: Callable[[str], Plan]) -> tuple[str, 
             f'{op}: backend is {scalars.show(backend)}; wanted "auto" or one of '
             f"{', '.join(map(repr, BACKENDS))}"
         )
+    if _is_explaining.get():
+        raise _Explained(_explain(backend, is_auto, plan_of))
+    refusals: dict[str, str] = {}
     for name, its_platform in _PLATFORM.items():
         if (its_platform in (None, platform())) if is_auto else name == backend:
-            plan = Plan() if name == "oracle" else plan_of(name)
+            plan = _plan_of(name, plan_of)
             if plan.refusal is None:
+                for kernels, refusal in refusals.items():
+                    _warn_once(op, kernels, refusal, name)
                 return name, plan.spec
-            refusal = plan.refusal
-    raise NotImplementedError(f"{op}: backend {backend!r} cannot run this call: {refusal}")
+            refusals[name] = plan.refusal
+    raise NotImplementedError(
+        f"{op}: backend {backend!r} cannot run this call: {refusals[backend]}"
+    )
+
+
+def _plan_of(name: str, plan_of: Callable[[str], Plan]) -> Plan:
+    return Plan() if name == "oracle" else plan_of(name)
+
+
+def _explain(backend: str, is_auto: bool, plan_of: Callable[[str], Plan]) -> BackendChoice:
+    """Why each backend does or does not run a call."""
+    chosen: str | None = None
+    reasons: dict[str, str] = {}
+    for name, its_platform in _PLATFORM.items():
+        refusal = _plan_of(name, plan_of).refusal
+        if not is_auto and name != backend:
+            reasons[name] = f"backend={backend!r} was named"
+        elif is_auto and its_platform not in (None, platform()):
+            reasons[name] = (
+                f"its kernels are for a {its_platform}, and the call is traced for a {platform()}"
+            )
+        elif refusal is not None:
+            reasons[name] = refusal
+        elif chosen is None:
+            chosen = name
+        else:
+            reasons[name] = f'"auto" prefers {chosen}'
+    return BackendChoice(chosen, reasons)
+
+
+@functools.cache
+def _warn_once(op: str, kernels: str, refusal: str, chosen: str) -> None:
+    warnings.warn(
+        f"{op}: backend {kernels!r} cannot run this call, and {chosen!r} runs it, which is slower: "
+        f"{refusal}. Name backend={chosen!r} to say that this is meant",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def require_lowering(op: str, backend: str, is_auto: bool, x: jax.Array) -> jax.Array:

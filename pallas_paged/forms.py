@@ -102,7 +102,10 @@ def require_batch(
     checks.require_int32(op, "kv_lens", kv_lens, 1, "[S]")
     page_indices = _require_table(op, page_indices, kv_lens)
     max_seqs = page_indices.shape[0]
-    for name, array, size in (("kv_lens", kv_lens, max_seqs), ("cu_q_lens", cu_q_lens, max_seqs + 1)):
+    for name, array, size in (
+        ("kv_lens", kv_lens, max_seqs),
+        ("cu_q_lens", cu_q_lens, max_seqs + 1),
+    ):
         checks.require_int32(op, name, array, 1, f"[{size}]")
         checks.require(
             array.shape[0] == size,
@@ -134,7 +137,11 @@ def _require_table(op: str, page_indices: Any, kv_lens: Any) -> Any:
         "without sequences pass one row of any ids and num_seqs 0. Metadata is int32: convert it "
         "on the host, where an overflow can be seen",
     )
-    return _reshape(page_indices, (max_seqs, page_indices.size // max_seqs)) if is_flat else page_indices
+    return (
+        _reshape(page_indices, (max_seqs, page_indices.size // max_seqs))
+        if is_flat
+        else page_indices
+    )
 
 
 def _reshape(x: Any, shape: tuple[int, ...]) -> Any:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_paged import checks, dispatch, forms, settings, transforms
-from pallas_paged.attention import arguments, oracle
+from pallas_paged.attention import arguments, oracle, xla
 from pallas_paged.attention.arguments import AttentionConfig
 from pallas_paged.attention.gpu import launch as mosaic_gpu
 from pallas_paged.attention.options import AttentionOptions, Batch, Factors
@@ -16,9 +16,10 @@ from pallas_paged.attention.tpu import launch as mosaic_tpu
 from pallas_paged.dispatch import Backend
 from pallas_paged.kv_write import api as kv_write
 
-_KERNELS: dict[str, tuple[Any, type]] = {
+_KERNELS: dict[str, tuple[Any, Any]] = {
     "mosaic_tpu": (mosaic_tpu, mosaic_tpu.TpuAttentionConfig),
     "mosaic_gpu": (mosaic_gpu, mosaic_gpu.GpuAttentionConfig),
+    "xla": (xla, AttentionConfig),  # it has no block sizes to choose and takes those of any kernel
 }
 
 _OP = "ragged_paged_attention"
@@ -93,7 +94,7 @@ def ragged_paged_attention(
       return_lse: whether to return the log-sum-exp too.
       config: the kernel's block sizes, a `TpuAttentionConfig` or a `GpuAttentionConfig`, whichever
         belongs to the backend that runs. None lets the kernel choose.
-      backend: "auto", "oracle", "mosaic_tpu" or "mosaic_gpu".
+      backend: "auto", "oracle", "xla", "mosaic_tpu" or "mosaic_gpu", as in `page_write`.
       num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes: leave these out. JAX's own
         TPU kernel has them; here `config` takes their place, and they must be None.
 
@@ -379,7 +380,7 @@ def _write_and_attend(
         "num_kv_heads": options.num_kv_heads,
         "backend": backend,
     }
-    if backend == "mosaic_gpu":  # there this one launch is as fast as writing whole pages
+    if backend in ("mosaic_gpu", "xla"):  # there one launch is as fast as writing whole pages
         kv_pages = kv_write.token_write(kv_pages, k, v, indices.slots, **write)
     else:
         kv_pages = kv_write.page_write(

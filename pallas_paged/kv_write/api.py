@@ -11,6 +11,7 @@ the backend's function of the same name, and that launches the kernel.
 """
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -35,7 +36,8 @@ __all__ = [
 
 Config = mosaic_tpu.TpuWriteConfig | mosaic_gpu.GpuWriteConfig
 _KERNELS: dict[str, ModuleType] = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
-_BACKENDS: dict[str, ModuleType] = {"oracle": oracle, **_KERNELS}
+# XLA's scatter, by which the oracle says what a write means, is also the best that XLA does.
+_BACKENDS: dict[str, ModuleType] = {"oracle": oracle, "xla": oracle, **_KERNELS}
 _CONFIGS = {"mosaic_tpu": mosaic_tpu.TpuWriteConfig, "mosaic_gpu": mosaic_gpu.GpuWriteConfig}
 
 
@@ -73,9 +75,9 @@ def page_write(
         of 128 or R heads of 64.
       config: the block sizes of the kernel, a Config of the backend that runs. None lets the
         backend choose.
-      backend: "auto", "oracle", "mosaic_tpu" or "mosaic_gpu". A named backend runs the call or
-        refuses it; "auto" takes the kernel of the platform where it can run the call, and else the
-        oracle.
+      backend: "auto", "oracle", "xla", "mosaic_tpu" or "mosaic_gpu". A named backend runs the call
+        or refuses it. "auto" takes the kernel of the platform where it can run the call, and else
+        "xla", with a warning on an accelerator; `explain_backend` says why.
 
     Returns:
       The pool, in the form in which it came.
@@ -255,7 +257,7 @@ def copy_pages(
     checks.require_int32(op, "src_ids", src_ids, 1, "[n]")
     _require_same_form(op, "dst_ids", dst_ids, "src_ids", src_ids)
     chosen, _ = dispatch.choose(
-        op, backend, lambda name: dispatch.Plan(refusal=_KERNELS[name].unsupported_pool(pool))
+        op, backend, lambda name: _plan(name, lambda x: x.unsupported_pool(pool))
     )
     _require_config(op, config, chosen)
     return _copy_pages(kv_pages, src_ids, dst_ids, WriteOptions(chosen, backend == "auto", config))
@@ -286,12 +288,15 @@ def _options(
     chosen, _ = dispatch.choose(
         op,
         backend,
-        lambda name: dispatch.Plan(
-            refusal=_KERNELS[name].unsupported(kv_pages, k, num_kv_heads, head_dim)
-        ),
+        lambda name: _plan(name, lambda x: x.unsupported(kv_pages, k, num_kv_heads, head_dim)),
     )
     _require_config(op, config, chosen)
     return WriteOptions(chosen, backend == "auto", config, num_kv_heads)
+
+
+def _plan(name: str, refusal_of: Callable[[ModuleType], str | None]) -> dispatch.Plan:
+    """Whether a backend runs a write; those without kernels run every write."""
+    return dispatch.Plan(refusal=refusal_of(_KERNELS[name]) if name in _KERNELS else None)
 
 
 def _require_config(op: str, config: Any, backend: str) -> None:
