@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_paged import checks, dispatch, forms, settings, transforms
-from pallas_paged.attention import arguments, oracle, xla
+from pallas_paged.attention import arguments, oracle
 from pallas_paged.attention.arguments import AttentionConfig
 from pallas_paged.attention.gpu import launch as mosaic_gpu
 from pallas_paged.attention.options import AttentionOptions, Batch, Factors
 from pallas_paged.attention.tpu import launch as mosaic_tpu
+from pallas_paged.attention.xla import launch as xla
 from pallas_paged.dispatch import Backend
 from pallas_paged.kv_write import api as kv_write
 

@@ -129,7 +129,8 @@ def slice_write(
         (`page * page_size + row`), its first token, and its length. A slice whose length is below 1
         or that would leave its page is skipped. Any order of the tokens is right; in ascending
         order the batch is read only once.
-      num_slices: int32[1], int32[] or an int, how many of the columns are slices; clamped to [0, max_slices].
+      num_slices: int32[1], int32[] or an int, how many of the columns are slices; it is clamped to
+        [0, max_slices].
       k_scale, v_scale, num_kv_heads, config, backend: as in `page_write`.
 
     Returns:

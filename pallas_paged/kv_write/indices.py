@@ -40,8 +40,8 @@ def write_indices(
     jittable: call it once per step and reuse the result in every layer.
 
     Args:
-      page_indices: int32[S, M] or int32[S * M], the page table, one row per sequence. Entry m of a row is the page
-        that holds the `page_size` positions from `m * page_size` on.
+      page_indices: int32[S, M] or int32[S * M], the page table, one row per sequence. Entry m of a
+        row is the page that holds the `page_size` positions from `m * page_size` on.
       kv_lens: int32[S], tokens of each sequence, the new ones included.
       cu_q_lens: int32[S + 1], prefix sums of the numbers of new tokens.
       num_seqs: int32[1], int32[] or an int, how many of the S rows are sequences.

@@ -6,8 +6,8 @@ import itertools
 import jax
 import pytest
 
-from pallas_paged.attention import xla
 from pallas_paged.attention.api import ragged_paged_attention
+from pallas_paged.attention.xla import launch as xla
 from tests.attention import test_tpu
 from tests.attention.cases import mismatch, run_oracle
 from tests.kv_write.cases import FAST_COMPILE
