@@ -20,7 +20,6 @@ from pallas_paged.kv_write import api as kv_write
 _KERNELS: dict[str, tuple[Any, Any]] = {
     "mosaic_tpu": (mosaic_tpu, mosaic_tpu.TpuAttentionConfig),
     "mosaic_gpu": (mosaic_gpu, mosaic_gpu.GpuAttentionConfig),
-    "xla": (xla, AttentionConfig),  # it has no block sizes to choose and takes those of any kernel
 }
 
 _OP = "ragged_paged_attention"
@@ -150,7 +149,7 @@ def ragged_paged_attention(
         config=config,
     )
     chosen, spec = dispatch.choose(
-        _OP, backend, lambda name: _plan(name, q, pool, batch.page_indices, options, config)
+        _OP, backend, lambda name: _plan(name, q, pool, batch, factors, options, config)
     )
     out, lse = _attention(
         q,
@@ -269,7 +268,7 @@ def write_and_attend(
         config=config,
     )
     chosen, spec = dispatch.choose(
-        op, backend, lambda name: _plan(name, q, pool, batch.page_indices, options, config, k)
+        op, backend, lambda name: _plan(name, q, pool, batch, factors, options, config, k)
     )
     out, lse, kv_pages = _write_and_attend(
         q,
@@ -290,24 +289,27 @@ def _plan(
     backend: str,
     q: jax.Array,
     kv_pages: jax.Array,
-    page_indices: jax.Array,
+    batch: Batch,
+    factors: Factors,
     options: AttentionOptions,
     config: AttentionConfig | None,
     k: jax.Array | None = None,
 ) -> dispatch.Plan:
-    """What a backend's kernels would run for a call, which also writes new keys if `k` is given."""
-    kernels, config_type = _KERNELS[backend]
+    """What a backend would run for a call, which also writes new keys if `k` is given."""
     if options.mask_value is not None and options.mask_value > _LEAVES_OUT:
         return dispatch.Plan(
             refusal=f"mask_value {options.mask_value} would let hidden keys count, and their pages "
             "may not be there; the kernel leaves them out: pass None or a number below "
             f"{_LEAVES_OUT:.0e}"
         )
+    if backend == "xla":  # it has no block sizes to choose
+        return xla.plan(q, kv_pages, batch.page_indices, options, factors.sm_scale)
+    kernels, config_type = _KERNELS[backend]
     if config is not None and not isinstance(config, config_type):
         return dispatch.Plan(
             refusal=f"its block sizes are a {config_type.__name__}, and config is {config!r}"
         )
-    return kernels.plan(q, kv_pages, page_indices, options, config, k)
+    return kernels.plan(q, kv_pages, batch.page_indices, options, config, k)
 
 
 _STATIC = ("options", "spec", "backend", "is_auto")
@@ -334,6 +336,8 @@ def _attention(
     kv_pages = forms.merge_rows(kv_pages)
     if backend == "oracle":
         return oracle.attend(q, kv_pages, batch, factors, options)
+    if backend == "xla":
+        return xla.attend(spec, q, kv_pages, batch, factors)
     kernels, _ = _KERNELS[backend]
     out, lse, _ = kernels.attend(spec, q, None, kv_pages, batch, factors)
     return out, lse

@@ -1,16 +1,22 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """The attention of XLA's own operations against the oracle, on the cases of the TPU kernel."""
 
+import dataclasses
+import importlib
 import itertools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from pallas_paged.attention.api import ragged_paged_attention
+from pallas_paged.attention import api
+from pallas_paged.attention.api import ragged_paged_attention, write_and_attend
 from pallas_paged.attention.xla import launch as xla
 from tests.attention import test_tpu
-from tests.attention.cases import mismatch, run_oracle
+from tests.attention.cases import ABSURD, make_case, make_write, mismatch, run_oracle
 from tests.kv_write.cases import FAST_COMPILE
+from tests.planted import plant
 
 ON_CPU = jax.default_backend() == "cpu"
 
@@ -25,14 +31,18 @@ def run(case, options):
     return jitted(*case.arrays)
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
+def take_small_blocks(launch, monkeypatch):
     """Several groups of several blocks, in a case of the tests' size."""
     for platform in ("cpu", "gpu"):
-        monkeypatch.setitem(xla._BLOCK_Q, platform, 16)
-        monkeypatch.setitem(xla._BLOCK_KV, platform, 48)
-        monkeypatch.setitem(xla._MAX_TILES, platform, 3)
-        monkeypatch.setitem(xla._GROUP_BYTES, platform, 2**19)
+        monkeypatch.setitem(launch._BLOCK_Q, platform, 16)
+        monkeypatch.setitem(launch._BLOCK_KV, platform, 48)
+        monkeypatch.setitem(launch._MAX_TILES, platform, 3)
+        monkeypatch.setitem(launch._GROUP_BYTES, platform, 2**19)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    take_small_blocks(xla, monkeypatch)
 
 
 @pytest.mark.parametrize("setup", test_tpu.SETUPS, ids=lambda setup: setup.id)
@@ -42,3 +52,67 @@ def test_it_is_the_oracle(setup):
         options.pop("return_lse", None)
         found = mismatch(*run(case, options), *run_oracle(case, options))
         assert found is None, f"{batch}, window {window}: {found}"
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_absurd_metadata_ends(name):
+    """XLA's gathers and scatters stay in bounds; that the loops end is what must be shown."""
+    case = make_case(
+        [(6, 6), (1, 11), (9, 20), (1, 3)], num_tokens=23, max_seqs=6, table_width=6, num_pages=12
+    )
+    case = dataclasses.replace(case, **{k: np.array(v, np.int32) for k, v in ABSURD[name].items()})
+    out, lse = run(case, {"num_kv_heads": 2, "sliding_window": 14})
+    if name.startswith("a negative"):
+        assert not np.any(out) and np.all(np.isneginf(lse))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_few_tokens(num_tokens):
+    case = make_case([(num_tokens, 9)], num_tokens=num_tokens)
+    options = {"num_kv_heads": case.num_kv_heads}
+    assert mismatch(*run(case, options), *run_oracle(case, options)) is None
+
+
+def test_a_write_and_an_attention():
+    case = make_case([(3, 30), (1, 17)], num_kv_heads=2)
+    write = make_write(case, is_flat=True, scales=(None, None))
+
+    def call(backend):
+        return write_and_attend(
+            *map(jnp.array, write.arrays), num_kv_heads=2, return_lse=True, backend=backend
+        )
+
+    found, wanted = call("xla"), call("oracle")
+    assert mismatch(found[0], found[2], wanted[0], wanted[2]) is None
+    np.testing.assert_array_equal(found[1], wanted[1])
+
+
+def test_a_gradual_mask_is_refused():
+    case = make_case([(1, 3)])
+    with pytest.raises(NotImplementedError, match="would let hidden keys count"):
+        run(case, {"num_kv_heads": case.num_kv_heads, "mask_value": -5.0})
+
+
+PLANTED = [
+    ("kv_blocks", "key < end[:, None])", "key <= end[:, None])"),
+    ("launch", "jnp.minimum(end, tiles.position + 1)", "jnp.minimum(end, tiles.position)"),
+    ("launch", "tiles.position - window + 1", "tiles.position - window"),
+    ("launch", "first_tile = ends[seq] - -(-q_lens[seq] // block_q)", "first_tile = ends[seq]"),
+    ("online_softmax", "b.total * of_b", "b.total"),
+    ("online_softmax", "b.out * of_b[..., None]", "b.out"),
+    ("online_softmax", "jnp.isneginf(largest), 0.0, 1.0)", "jnp.isneginf(largest), 0.0, 2.0)"),
+]
+
+
+@pytest.mark.parametrize(("module", "old", "new"), PLANTED, ids=lambda x: x[:24])
+def test_bugs_are_caught(module, old, new, monkeypatch):
+    room = "pallas_paged.attention.xla"
+    planted = plant(monkeypatch, room, f"{room}.{module}", old, new)
+    launch = planted if module == "launch" else importlib.import_module(f"{room}.launch")
+    take_small_blocks(launch, monkeypatch)
+    monkeypatch.setattr(api, "xla", launch)
+    monkeypatch.setattr(api, "_attention", api._attention.__wrapped__)  # past what is compiled
+    case = make_case([(40, 70), (1, 17), (1, 100)], num_kv_heads=2, num_heads=4)
+    sinks = jnp.array([0.5, -jnp.inf, 2.0, 1.0])
+    options = {"num_kv_heads": 2, "sliding_window": 33, "sinks": sinks}
+    assert mismatch(*run(case, options), *run_oracle(case, options)) is not None

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_paged import dispatch, layout
@@ -27,9 +28,9 @@ from pallas_paged.attention.xla.spec import XlaSpec
 
 # Bytes of K and V that one group gathers at a time. A GPU's loop costs about 50 us per iteration,
 # so that it takes much at once; a CPU's caches should hold them.
-_GROUP_BYTES = {"gpu": 2**29, "cpu": 2**21}
+_GROUP_BYTES = {"gpu": 2**29, "cpu": 2**23}
 _BLOCK_Q = {"gpu": 128, "cpu": 64}
-_BLOCK_KV = {"gpu": 2048, "cpu": 256}
+_BLOCK_KV = {"gpu": 2048, "cpu": 128}
 # The most tiles in a group, of which each has a partial output in float32.
 _MAX_TILES = {"gpu": 16, "cpu": 4}
 
@@ -39,11 +40,9 @@ def plan(
     kv_pages: jax.Array,
     page_indices: jax.Array,
     options: AttentionOptions,
-    config: None,
-    k: jax.Array | None = None,
+    sm_scale: jax.Array | np.number,
 ) -> dispatch.Plan:
     """The static parameters of a call; XLA runs every call that the op takes."""
-    del config, k  # it has no block sizes to choose, and never writes
     platform = "gpu" if dispatch.platform() == "gpu" else "cpu"
     is_narrow = q.dtype in (jnp.bfloat16, jnp.float16)
     dtype = q.dtype if platform == "gpu" and is_narrow else jnp.dtype(jnp.float32)
@@ -53,6 +52,7 @@ def plan(
     block_bytes = block_kv * num_rows * num_lanes * dtype.itemsize
     num_tiles = max(1, _GROUP_BYTES[platform] // block_bytes)
     block_q = min(_BLOCK_Q[platform], layout.round_up(max(q.shape[0], 1), 8))
+    has_cudnn = _has_cudnn(q, dtype, options)
     spec = XlaSpec(
         options,
         q.shape[2],
@@ -61,7 +61,8 @@ def plan(
         block_kv,
         num_decodes=min(num_tiles, page_indices.shape[0]),
         num_tiles=min(num_tiles, _MAX_TILES[platform]),
-        has_cudnn=_has_cudnn(q, dtype, options),
+        has_cudnn=has_cudnn,
+        sm_scale=float(sm_scale) if has_cudnn and isinstance(sm_scale, np.number) else None,
     )
     return dispatch.Plan(spec=spec)
 
@@ -69,8 +70,7 @@ def plan(
 def _has_cudnn(q: jax.Array, dtype: jnp.dtype, options: AttentionOptions) -> bool:
     """Whether cuDNN's attention runs the blocks: jax refuses it while it traces a call.
 
-    A window would need a mask, which cuDNN adds to scores that it has rounded: the errors of the
-    log-sum-exp, 1e-3 without one, become 1.6e-2 (two prompts of 8,192 tokens on an H100).
+    A window would need a mask, which costs more than half of its time again.
     """
     has_its_mask = options.soft_cap is None and not options.has_window
     if dispatch.platform() != "gpu" or dtype == jnp.float32 or not has_its_mask:
@@ -80,7 +80,11 @@ def _has_cudnn(q: jax.Array, dtype: jnp.dtype, options: AttentionOptions) -> boo
     count = jax.ShapeDtypeStruct((1,), jnp.int32)
     try:
         jax.eval_shape(
-            functools.partial(online_softmax.cudnn, is_causal=True), heads, keys, keys, count
+            functools.partial(online_softmax.cudnn, is_causal=True, scale=1.0),
+            heads,
+            keys,
+            keys,
+            count,
         )
     except (NotImplementedError, RuntimeError, ValueError):
         return False
@@ -90,23 +94,21 @@ def _has_cudnn(q: jax.Array, dtype: jnp.dtype, options: AttentionOptions) -> boo
 def attend(
     spec: XlaSpec,
     q: jax.Array,
-    new: None,
     kv_pages: jax.Array,
     batch: Batch,
     factors: Factors,
-) -> tuple[jax.Array, jax.Array, None]:
+) -> tuple[jax.Array, jax.Array]:
     """Attention of the new tokens over the pages of their sequences; see the public op.
 
     Args:
       spec: the static parameters, of `plan`.
       q: [T, N, H].
-      new: None: new keys and values are in the pool already.
       kv_pages: [P, page_size, R, C].
       batch: the metadata.
       factors: the traced options.
 
     Returns:
-      the output, q's dtype [T, N, H], the log-sum-exp f32[T, N], and None.
+      the output, q's dtype [T, N, H], and the log-sum-exp f32[T, N].
     """
     num_tokens = q.shape[0]
     max_seqs, table_width = batch.page_indices.shape
@@ -129,7 +131,7 @@ def attend(
     if num_tokens > 1:
         rows = jnp.where(q_lens == 1, 0, q_lens)
         outputs = run(rows, spec.block_q, spec.num_tiles, outputs)
-    return *outputs, None
+    return outputs
 
 
 def _for_each_group(
@@ -195,27 +197,40 @@ def _attend_group(
     """The output f32[I, B, N, H] and the log-sum-exp f32[I, B, N] of a group of tiles."""
     is_row = tiles.row < q.shape[0]
     rows = q.at[tiles.row].get(mode="fill", fill_value=0)  # [I, B, N, H]
-    scale = factors.sm_scale * online_softmax.of_heads(factors.k_scale, spec, q.shape[1])
-    rows = (rows.astype(jnp.float32) * scale[..., None]).astype(spec.dtype)
+    scale = online_softmax.of_heads(factors.k_scale, spec, q.shape[1])
     kv_len = jnp.where(jnp.any(is_row, axis=1), batch.kv_lens[tiles.seq], 0)
     keys = Keys(kv_pages, batch.page_indices[tiles.seq], kv_len)
     if spec.has_cudnn and rows.shape[1] > 1:
+        if spec.sm_scale is None:
+            scale *= factors.sm_scale
+        rows = (rows.astype(jnp.float32) * scale[..., None]).astype(spec.dtype)
         partial = _run_blocks_by_cudnn(spec, rows, keys, tiles.position[:, 0])
     else:
-        partial = _run_blocks(spec, rows, keys, *_seen_keys(spec, keys, factors, tiles, is_row))
+        seen = _seen_keys(spec, keys, factors, tiles, is_row)
+        partial = _run_blocks(spec, rows, scale * factors.sm_scale, keys, *seen)
     return online_softmax.finish(spec, factors, partial)
 
 
 def _run_blocks(
-    spec: XlaSpec, rows: jax.Array, keys: Keys, first: jax.Array, end: jax.Array
+    spec: XlaSpec,
+    rows: jax.Array,
+    scale: jax.Array,
+    keys: Keys,
+    first: jax.Array,
+    end: jax.Array,
 ) -> Partial:
-    """The softmax of the keys [first, end) of each row; first and end are int32[I, B]."""
+    """The softmax of the keys [first, end) of each row; first and end are int32[I, B].
+
+    `scale` f32[1] or f32[N] is the factor on the scores of all heads or of each.
+    """
 
     def one_block(block: jax.Array, partial: Partial) -> Partial:
         key = block * spec.block_kv + jnp.arange(spec.block_kv, dtype=jnp.int32)
         is_seen = (key >= first[..., None]) & (key < end[..., None])  # [I, B, block_kv]
         k, v = kv_blocks.read_block(spec, keys, block, keys.kv_len)
-        return online_softmax.join(partial, online_softmax.attend_block(spec, rows, k, v, is_seen))
+        return online_softmax.join(
+            partial, online_softmax.attend_block(spec, rows, scale, k, v, is_seen)
+        )
 
     has_keys = first < end
     first_block = jnp.min(jnp.where(has_keys, first, 2**31 - 1)) // spec.block_kv
@@ -237,14 +252,14 @@ def _run_blocks_by_cudnn(
         count = jnp.clip(num_keys - block * spec.block_kv, 0, spec.block_kv)
         k, v = kv_blocks.read_block(spec, keys, block, num_keys)
         return online_softmax.join(
-            partial, online_softmax.attend_block_by_cudnn(rows, k, v, count, is_causal=False)
+            partial, online_softmax.attend_block_by_cudnn(spec, rows, k, v, count, is_causal=False)
         )
 
     partial = online_softmax.nothing(rows)
     if spec.options.causal:
         k, v = kv_blocks.read_tile(spec, keys, position)
         count = jnp.clip(keys.kv_len - position, 0, spec.block_q)
-        partial = online_softmax.attend_block_by_cudnn(rows, k, v, count, is_causal=True)
+        partial = online_softmax.attend_block_by_cudnn(spec, rows, k, v, count, is_causal=True)
     return lax.fori_loop(0, -(-jnp.max(num_keys) // spec.block_kv), one_block, partial)
 
 

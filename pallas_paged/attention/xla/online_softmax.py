@@ -44,13 +44,19 @@ def of_heads(scale: jax.Array | None, spec: XlaSpec, num_heads: int) -> jax.Arra
 
 
 def attend_block(
-    spec: XlaSpec, q: jax.Array, k: jax.Array, v: jax.Array, is_seen: jax.Array
+    spec: XlaSpec,
+    q: jax.Array,
+    scale: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    is_seen: jax.Array,
 ) -> Partial:
     """The softmax of one KV block by two einsums.
 
     Args:
       spec: the static parameters.
-      q: [I, B, N, H], scaled.
+      q: [I, B, N, H].
+      scale: f32[1] or f32[N], the factor on the scores.
       k, v: [I, block_kv, K, H].
       is_seen: bool[I, B, block_kv].
     """
@@ -60,23 +66,26 @@ def attend_block(
         precision=lax.Precision.HIGHEST if spec.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-    q_of_kv_heads = q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[3])
-    scores = einsum("ibkgh,ilkh->ikbgl", q_of_kv_heads, k)
+    q_of_kv_heads = q.astype(spec.dtype).reshape(*q.shape[:2], num_kv_heads, -1, q.shape[3])
+    scores = einsum("ibkgh,iklh->ikbgl", q_of_kv_heads, k.swapaxes(1, 2))
+    of_kv_heads = (num_kv_heads, 1, -1) if scale.size > 1 else (1, 1, 1)
+    scores *= scale.reshape(of_kv_heads)[..., None]  # [K, 1, G, 1]
     if spec.options.soft_cap is not None:
         scores = spec.options.soft_cap * jnp.tanh(scores / spec.options.soft_cap)
     scores = jnp.where(is_seen[:, None, :, None], scores, -jnp.inf)
     largest = jnp.max(scores, axis=-1)  # [I, K, B, G]
     weights = jnp.exp(scores - _shift(largest)[..., None])
-    out = einsum("ikbgl,ilkh->ibkgh", weights.astype(spec.dtype), v)
+    out = einsum("ikbgl,iklh->ikbgh", weights.astype(spec.dtype), v.swapaxes(1, 2))
     by_row = [x.swapaxes(1, 2).reshape(q.shape[:3]) for x in (jnp.sum(weights, axis=-1), largest)]
-    return Partial(out.reshape(q.shape), *by_row)
+    return Partial(out.swapaxes(1, 2).reshape(q.shape), *by_row)
 
 
 def attend_block_by_cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, count: jax.Array, *, is_causal: bool
+    spec: XlaSpec, q: jax.Array, k: jax.Array, v: jax.Array, count: jax.Array, *, is_causal: bool
 ) -> Partial:
     """The same by cuDNN's attention, of the first `count` int32[I] keys of the block."""
-    out, lse = cudnn(q, k, v, count, is_causal=is_causal)
+    scale = 1.0 if spec.sm_scale is None else spec.sm_scale
+    out, lse = cudnn(q, k, v, count, is_causal=is_causal, scale=scale)
     has_keys = (count > 0)[:, None, None]
     total = jnp.where(has_keys, 1.0, 0.0) * jnp.ones_like(lse)
     out = jnp.where(has_keys[..., None], out.astype(jnp.float32), 0.0)
@@ -84,21 +93,23 @@ def attend_block_by_cudnn(
 
 
 def cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, count: jax.Array, *, is_causal: bool
+    q: jax.Array, k: jax.Array, v: jax.Array, count: jax.Array, *, is_causal: bool, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """The output [I, B, N, H] and the log-sum-exp f32[I, B, N] of scaled queries."""
+    """The output [I, B, N, H] and the log-sum-exp f32[I, B, N] of the first `count` keys."""
     out, lse = jax.nn.dot_product_attention(
         q,
         k,
         v,
-        scale=1.0,
+        scale=scale,
         is_causal=is_causal,
         query_seq_lengths=jnp.full_like(count, q.shape[1]),
         key_value_seq_lengths=jnp.maximum(count, 1),
         implementation="cudnn",
         return_residual=True,
     )
-    return out, lse
+    # jax rounds the log-sum-exp to q's dtype, and XLA leaves out that rounding where the next step
+    # undoes it (xla_allow_excess_precision, its default).
+    return out, lse.astype(jnp.float32)
 
 
 def join(a: Partial, b: Partial) -> Partial:

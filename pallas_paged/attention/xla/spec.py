@@ -20,6 +20,7 @@ class XlaSpec:
       block_kv: keys in a block, whole pages.
       num_decodes, num_tiles: tiles in a group of decodes, and of the others.
       has_cudnn: whether cuDNN's attention computes the blocks of prefills.
+      sm_scale: the factor on q . k if cuDNN gets it; None where it is traced, and then it is on q.
     """
 
     options: AttentionOptions
@@ -30,3 +31,4 @@ class XlaSpec:
     num_decodes: int
     num_tiles: int
     has_cudnn: bool
+    sm_scale: float | None
