@@ -158,10 +158,10 @@ def test_ample_pages(aligned, is_async):
     assert (counts["deferrals"] > 300) == aligned
 
 
-def run_alone(scenario, *, is_async) -> collections.Counter:
+def run_alone(scenario, *, is_async=False, num_drafts=0) -> collections.Counter:
     """Runs vLLM, its pool as it is, and checks every chunk; what happened, counted."""
     config = scenario.config
-    theirs = vllm_runs.VllmRun(scenario, is_async=is_async)
+    theirs = vllm_runs.VllmRun(scenario, is_async=is_async, num_drafts=num_drafts)
     prompts = vllm_runs.prompts_of(scenario)
     counts = collections.Counter()
     work = sum(job.num_prompt + job.max_tokens for job in scenario.jobs)
@@ -182,6 +182,7 @@ def run_alone(scenario, *, is_async) -> collections.Counter:
         before = this.deferrals
         counts["preempted"] += len(this.preempted)
         counts["deferrals"] += len(this.deferrals)
+        counts["drafts"] += this.num_drafts
         for i, job in enumerate(scenario.jobs):
             if job.abort_at == step:
                 theirs.abort(i)
@@ -207,6 +208,18 @@ def test_few_pages_and_vllms_own_pool(is_async):
     assert plugin["on a boundary"] > 9 * plugin["inside a page"]
     assert stock["on a boundary"] < stock["inside a page"]
     assert plugin["inside a page"] and plugin["deferrals"] > 1000 and not stock["deferrals"]
+
+
+def test_drafts_and_few_pages():
+    counts = {True: collections.Counter(), False: collections.Counter()}
+    for aligned in counts:
+        for seed in range(6):
+            scenario = long_scenario(random.Random(seed), page_aligned_scheduling=aligned)
+            counts[aligned] += run_alone(scenario, num_drafts=3)
+        print(vllm.__version__, aligned, counts[aligned])
+    plugin, stock = counts[True], counts[False]
+    assert plugin["on a boundary"] > 9 * plugin["inside a page"]
+    assert plugin["drafts"] > 0.9 * stock["drafts"] > 1000 and plugin["preempted"] > 20
 
 
 BUGS = {

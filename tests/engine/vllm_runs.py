@@ -13,13 +13,20 @@ import tempfile
 import warnings
 
 import torch
-from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config import (
+    CacheConfig,
+    DeviceConfig,
+    ModelConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+    VllmConfig,
+)
 from vllm.sampling_params import SamplingParams as VllmSamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.sched import async_scheduler, scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request as VllmRequest
 from vllm.v1.request import RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -47,12 +54,16 @@ _FOLDER = tempfile.TemporaryDirectory()  # vLLM reads it again for each configur
 
 @dataclasses.dataclass
 class Step:
-    """What one step scheduled: (request, start, end) in order, who lost its pages, who waits."""
+    """What one step scheduled: (request, start, end) in order, who lost its pages, who waits.
+
+    num_drafts: the drafts among the scheduled tokens.
+    """
 
     chunks: list[tuple[int, int, int]]
     preempted: set[int]
     deferrals: dict[int, int]
     num_free: int
+    num_drafts: int = 0
 
 
 def token_of(prompt, position):
@@ -110,18 +121,26 @@ class VllmRun:
     Args:
       scenario: its config holds for vLLM, too. vLLM takes one block for itself.
       is_async: whether a step is scheduled before the tokens of the step before it are known.
+      num_drafts: how many tokens are drafted for each decode; every other one is accepted.
       same_pages: None, or our run of the same scenario. Then vLLM's pool is made to do as ours does
         in the points in which they differ, see `_share_our_rules`.
     """
 
-    def __init__(self, scenario: Scenario, *, is_async=False, same_pages: OurRun | None = None):
+    def __init__(
+        self,
+        scenario: Scenario,
+        *,
+        is_async=False,
+        num_drafts=0,
+        same_pages: OurRun | None = None,
+    ):
         config = scenario.config
         names = ("PageAlignedScheduler", "PageAlignedAsyncScheduler")
         stock = (scheduler.Scheduler, async_scheduler.AsyncScheduler)
         cls = stock[is_async]
         if config.page_aligned_scheduling:
             cls = getattr(vllm_plugin, names[is_async])
-        vllm_config, kv_cache_config = _configs(config, is_async)
+        vllm_config, kv_cache_config = _configs(config, is_async, num_drafts)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # soft alignment is what is tested
             self.scheduler = cls(
@@ -135,6 +154,7 @@ class VllmRun:
         if config.enable_prefix_caching:
             self.hasher = kv_cache_utils.get_request_block_hasher(config.page_size, sha256)
         self.is_async = is_async
+        self.num_drafts = num_drafts
         self.pending: list[tuple[object, list[tuple[int, int, int]]]] = []
         self.same_pages = same_pages
         if same_pages is not None:
@@ -169,6 +189,7 @@ class VllmRun:
             {int(i) for i in output.preempted_req_ids or ()},
             {int(i): n for i, n in getattr(self.scheduler, "_page_deferrals", {}).items()},
             self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
+            sum(map(len, output.scheduled_spec_decode_tokens.values())),
         )
         self.pending.append((output, chunks))
         if not self.is_async or len(self.pending) > 1:
@@ -187,8 +208,14 @@ class VllmRun:
         for i, _, end in chunks:
             request = requests.get(str(i))
             is_last = request is not None and end >= request.num_tokens
+            num_drafts = len(output.scheduled_spec_decode_tokens.get(str(i), ()))
+            position = end - num_drafts
+            num_sampled = (1 + (position + i) % (1 + num_drafts)) * is_last
             sampled.append(
-                [token_of(tuple(request.prompt_token_ids), end)] if is_last else [],
+                [
+                    token_of(tuple(request.prompt_token_ids), position + j)
+                    for j in range(num_sampled)
+                ]
             )
         ids = [str(i) for i, _, _ in chunks]
         indices = {i: index for index, i in enumerate(ids)}
@@ -196,6 +223,9 @@ class VllmRun:
             output,
             ModelRunnerOutput(req_ids=ids, req_id_to_index=indices, sampled_token_ids=sampled),
         )
+        if self.num_drafts:
+            drafts = DraftTokenIds(ids, [[7] * self.num_drafts for _ in ids])
+            self.scheduler.update_draft_token_ids(drafts)
 
 
 def _share_our_rules(vllm_scheduler, ours: OurRun):
@@ -238,13 +268,18 @@ def _model_config() -> ModelConfig:
     return ModelConfig(model=_FOLDER.name, skip_tokenizer_init=True, dtype="float16", seed=0)
 
 
-def _configs(config, is_async):
+def _configs(config, is_async, num_drafts):
     model_config = copy.copy(_model_config())
     model_config.max_model_len = config.max_model_len
     cache_config = CacheConfig(
         block_size=config.page_size, enable_prefix_caching=config.enable_prefix_caching
     )
     cache_config.num_gpu_blocks = config.num_pages + 1
+    speculative_config = None
+    if num_drafts:
+        speculative_config = SpeculativeConfig(
+            method="ngram", num_speculative_tokens=num_drafts, prompt_lookup_max=2
+        )
     vllm_config = VllmConfig(
         model_config=model_config,
         cache_config=cache_config,
@@ -258,6 +293,7 @@ def _configs(config, is_async):
             is_encoder_decoder=False,
             async_scheduling=is_async,
         ),
+        speculative_config=speculative_config,
     )
     vllm_config.scheduler_config.async_scheduling = is_async  # a CPU has turned it off
     spec = FullAttentionSpec(
