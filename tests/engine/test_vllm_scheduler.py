@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import random
 import sys
+import types
 import warnings
 
 import pytest
@@ -15,6 +16,8 @@ import pytest
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's own, as it is imported
     vllm = pytest.importorskip("vllm")
+    from vllm.config import SchedulerConfig
+
     from tests.engine import vllm_runs
 
 from reference_engine.config import EngineConfig
@@ -222,6 +225,56 @@ def test_drafts_and_few_pages():
     assert plugin["drafts"] > 0.9 * stock["drafts"] > 1000 and plugin["preempted"] > 20
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_model_that_vllm_aligns_is_left_to_it(is_async):
+    counts = collections.Counter()
+    for seed in range(4):
+        stock, plugin = (
+            vllm_runs.VllmRun(scenario, is_async=is_async, has_mamba=True)
+            for scenario in (
+                long_scenario(
+                    random.Random(seed),
+                    page_aligned_scheduling=aligned,
+                    num_pages=200,
+                    max_num_batched_tokens=64,
+                )
+                for aligned in (False, True)
+            )
+        )
+        scenario = long_scenario(random.Random(seed))
+        prompts = vllm_runs.prompts_of(scenario)
+        step = 0
+        while step < 61 or stock.live:
+            for i, job in enumerate(scenario.jobs):
+                if job.arrival == step:
+                    stock.add(i, prompts[i], job.max_tokens)
+                    plugin.add(i, prompts[i], job.max_tokens)
+            stock_step = stock.step()
+            assert plugin.step() == stock_step
+            counts["chunks"] += len(stock_step.chunks)
+            step += 1
+        assert not plugin.live and not plugin.scheduler._page_deferrals
+    print(vllm.__version__, is_async, counts)
+    assert counts["chunks"] > 2000
+
+
+def test_vllm_finds_the_classes_by_their_names():
+    for name in ("PageAlignedScheduler", "PageAlignedAsyncScheduler"):
+        config = SchedulerConfig.default_factory(
+            scheduler_cls=f"reference_engine.vllm_plugin.{name}"
+        )
+        assert config.get_scheduler_cls() is getattr(vllm_runs.vllm_plugin, name)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_class_that_does_not_fit_is_refused(monkeypatch, is_async):
+    names = ["PageAlignedScheduler", "PageAlignedAsyncScheduler"]
+    other = getattr(vllm_runs.vllm_plugin, names[not is_async])
+    monkeypatch.setattr(vllm_runs, "vllm_plugin", types.SimpleNamespace(**{names[is_async]: other}))
+    with pytest.raises(ValueError, match=f"wanted reference_engine.vllm_plugin.{names[is_async]},"):
+        vllm_runs.VllmRun(long_scenario(random.Random(0)), is_async=is_async)
+
+
 BUGS = {
     "lengths are rounded, not positions": (
         "reference_engine.scheduler",
@@ -233,6 +286,11 @@ BUGS = {
         "reference_engine.vllm_plugin",
         "num_tokens=request.num_tokens",
         "num_tokens=request.num_prompt_tokens",
+    ),
+    "models that vllm aligns are aligned again": (
+        "reference_engine.vllm_plugin",
+        "if self._model_aligns:",
+        "if False:",
     ),
     "one wait too many": (
         "reference_engine.scheduler",
@@ -256,3 +314,4 @@ def test_the_comparison_finds(monkeypatch, bug):
     monkeypatch.setattr(vllm_runs, "vllm_plugin", planted)
     with pytest.raises(AssertionError):
         test_few_pages_shared_prefixes_and_aborts(aligned=True)
+        test_a_model_that_vllm_aligns_is_left_to_it(is_async=False)

@@ -25,7 +25,12 @@ from vllm.sampling_params import SamplingParams as VllmSamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.sched import async_scheduler, scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+)
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request as VllmRequest
 from vllm.v1.request import RequestStatus
@@ -122,6 +127,7 @@ class VllmRun:
       scenario: its config holds for vLLM, too. vLLM takes one block for itself.
       is_async: whether a step is scheduled before the tokens of the step before it are known.
       num_drafts: how many tokens are drafted for each decode; every other one is accepted.
+      has_mamba: whether the model has Mamba layers whose states vLLM aligns itself.
       same_pages: None, or our run of the same scenario. Then vLLM's pool is made to do as ours does
         in the points in which they differ, see `_share_our_rules`.
     """
@@ -132,6 +138,7 @@ class VllmRun:
         *,
         is_async=False,
         num_drafts=0,
+        has_mamba=False,
         same_pages: OurRun | None = None,
     ):
         config = scenario.config
@@ -140,7 +147,7 @@ class VllmRun:
         cls = stock[is_async]
         if config.page_aligned_scheduling:
             cls = getattr(vllm_plugin, names[is_async])
-        vllm_config, kv_cache_config = _configs(config, is_async, num_drafts)
+        vllm_config, kv_cache_config = _configs(config, is_async, num_drafts, has_mamba)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # soft alignment is what is tested
             self.scheduler = cls(
@@ -268,7 +275,7 @@ def _model_config() -> ModelConfig:
     return ModelConfig(model=_FOLDER.name, skip_tokenizer_init=True, dtype="float16", seed=0)
 
 
-def _configs(config, is_async, num_drafts):
+def _configs(config, is_async, num_drafts, has_mamba):
     model_config = copy.copy(_model_config())
     model_config.max_model_len = config.max_model_len
     cache_config = CacheConfig(
@@ -299,10 +306,18 @@ def _configs(config, is_async, num_drafts):
     spec = FullAttentionSpec(
         block_size=config.page_size, num_kv_heads=1, head_size=1, dtype=torch.float32
     )
+    groups = [KVCacheGroupSpec(["layer"], spec)]
+    if has_mamba:
+        cache_config.mamba_cache_mode = "align"
+        state = MambaSpec(
+            block_size=config.page_size,
+            shapes=((1, 1),),
+            dtypes=(torch.float32,),
+            mamba_cache_mode="align",
+        )
+        groups.append(KVCacheGroupSpec(["state"], state))
     kv_cache_config = KVCacheConfig(
-        num_blocks=config.num_pages + 1,
-        kv_cache_tensors=[],
-        kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+        num_blocks=config.num_pages + 1, kv_cache_tensors=[], kv_cache_groups=groups
     )
     kv_cache_utils.init_none_hash(sha256)
     return vllm_config, kv_cache_config
