@@ -139,10 +139,9 @@ def test_waiting_is_bounded(monkeypatch):
     check_waiting(vllm_stand_in.install(monkeypatch))
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
-@pytest.mark.parametrize("method", [vllm_stand_in.four, vllm_stand_in.five])
-def test_a_model_that_vllm_aligns_is_left_to_it(monkeypatch, method, by_hand):
-    scheduler = start(vllm_stand_in.install(monkeypatch, method=method), model_aligns=not by_hand)
+def check_mamba(plugin, method=vllm_stand_in.four, by_hand=False):
+    """Where vLLM aligns the model itself, its answer to all of its arguments is given back."""
+    scheduler = start(plugin, model_aligns=not by_hand)
     if by_hand:  # as vLLM's own tests do
         scheduler.need_mamba_block_aligned_split = True
     more = (7,) if method is vllm_stand_in.five else ()
@@ -152,6 +151,12 @@ def test_a_model_that_vllm_aligns_is_left_to_it(monkeypatch, method, by_hand):
     scheduler.need_mamba_block_aligned_split = False
     assert scheduler.need_mamba_block_aligned_split is True
     assert scheduler._mamba_block_aligned_split(request, 100, 3, 4, *more) == 89
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("method", [vllm_stand_in.four, vllm_stand_in.five])
+def test_a_model_that_vllm_aligns_is_left_to_it(monkeypatch, method, by_hand):
+    check_mamba(vllm_stand_in.install(monkeypatch, method=method), method, by_hand)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +239,12 @@ BUGS = {
         "num_tokens=request.num_prompt_tokens",
     ),
     "drafts are cut": (NAME, "return num_new_tokens", "return n"),
+    "waits one step too many": (
+        SCHEDULER,
+        "return 0 if request.num_deferrals < config.max_deferrals else n",
+        "return 0 if request.num_deferrals <= config.max_deferrals else n",
+    ),
+    "models that vllm aligns are aligned again": (NAME, "if self._model_aligns:", "if False:"),
     "waits for ever": (NAME, "counts.num_deferrals + 1", "0"),
     "waits less": (NAME, "counts.num_deferrals + 1", "counts.num_deferrals + 2"),
     "waits once only": (NAME, "and request_id not in scheduler_output.num_scheduled_tokens", ""),
@@ -248,14 +259,19 @@ BUGS = {
 PLANTED = list(BUGS.values())
 
 
+def planted_plugin(monkeypatch, bug):
+    """The plugin over the vLLM that is in its place now, with a bug."""
+    plant(monkeypatch, "reference_engine", *BUGS[bug])
+    return sys.modules[NAME]
+
+
 @pytest.mark.parametrize("bug", BUGS)
 def test_the_checks_find(monkeypatch, bug):
     vllm_stand_in.install(monkeypatch)
-    name, old, new = BUGS[bug]
-    plant(monkeypatch, "reference_engine", name, old, new)
-    plugin = sys.modules[NAME]
+    plugin = planted_plugin(monkeypatch, bug)
     with pytest.raises(AssertionError):
         assert start(plugin).need_mamba_block_aligned_split
         check_numbers(plugin)
         check_drafts(plugin)
         check_waiting(plugin)
+        check_mamba(plugin)

@@ -7,7 +7,6 @@ CONTRIBUTING.md says how to run it on a CPU.
 import collections
 import dataclasses
 import random
-import sys
 import types
 import warnings
 
@@ -22,7 +21,7 @@ with warnings.catch_warnings():
 
 from reference_engine.config import EngineConfig
 from tests.engine.test_scheduler import Job, Scenario, make_config, random_scenario
-from tests.planted import plant
+from tests.engine.test_vllm_plugin import planted_plugin
 
 # vLLM warns about itself when it is configured.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -275,43 +274,19 @@ def test_a_class_that_does_not_fit_is_refused(monkeypatch, is_async):
         vllm_runs.VllmRun(long_scenario(random.Random(0)), is_async=is_async)
 
 
-BUGS = {
-    "lengths are rounded, not positions": (
-        "reference_engine.scheduler",
-        "aligned = end // config.page_size * config.page_size - computed",
-        "aligned = n // config.page_size * config.page_size",
-    ),
-    "cached tokens do not count": ("reference_engine.vllm_plugin", "+ sum(cached)", ""),
-    "outputs are not known": (
-        "reference_engine.vllm_plugin",
-        "num_tokens=request.num_tokens",
-        "num_tokens=request.num_prompt_tokens",
-    ),
-    "models that vllm aligns are aligned again": (
-        "reference_engine.vllm_plugin",
-        "if self._model_aligns:",
-        "if False:",
-    ),
-    "one wait too many": (
-        "reference_engine.scheduler",
-        "return 0 if request.num_deferrals < config.max_deferrals else n",
-        "return 0 if request.num_deferrals <= config.max_deferrals else n",
-    ),
-    "waits once only": (
-        "reference_engine.vllm_plugin",
-        "and request_id not in scheduler_output.num_scheduled_tokens",
-        "",
-    ),
-}
-PLANTED = list(BUGS.values())
-
-
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize(
+    "bug",
+    [
+        "lengths are rounded, not positions",
+        "cached tokens do not count",
+        "outputs are not known",
+        "waits one step too many",
+        "waits once only",
+        "models that vllm aligns are aligned again",
+    ],
+)
 def test_the_comparison_finds(monkeypatch, bug):
-    name, old, new = BUGS[bug]
-    plant(monkeypatch, "reference_engine", name, old, new)
-    planted = sys.modules["reference_engine.vllm_plugin"]
-    monkeypatch.setattr(vllm_runs, "vllm_plugin", planted)
+    monkeypatch.setattr(vllm_runs, "vllm_plugin", planted_plugin(monkeypatch, bug))
     with pytest.raises(AssertionError):
         test_few_pages_shared_prefixes_and_aborts(aligned=True)
         test_a_model_that_vllm_aligns_is_left_to_it(is_async=False)

@@ -9,6 +9,8 @@ import importlib
 import sys
 import types
 
+import reference_engine
+
 VERSION = "1.2.3"
 NAME = "reference_engine.vllm_plugin"
 
@@ -79,6 +81,7 @@ def install(monkeypatch, *, method=four, sets_flag=True):
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     # Gone after the test: a later import must not find the plugin over the stand-in.
+    monkeypatch.setattr(reference_engine, "vllm_plugin", None, raising=False)
     monkeypatch.setitem(sys.modules, NAME, types.ModuleType(NAME))
     del sys.modules[NAME]
     return importlib.import_module(NAME)
