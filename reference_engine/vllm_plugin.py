@@ -156,19 +156,32 @@ def _check_class(scheduler: Any) -> None:
 
 def _check_model(scheduler: Any) -> None:
     """Refuses the models for which vLLM changes a chunk after it was aligned, or its start."""
-    reasons = {
+    is_diffusion = getattr(scheduler.vllm_config.model_config, "is_diffusion", False)
+    # vLLM 0.18 has neither of these.
+    num_lookahead = getattr(scheduler, "num_prefill_lookahead", 0)
+    num_replayed = getattr(scheduler, "prefix_replay_tokens", 0)
+    refused = (
         # Where an item does not fit the chunk, vLLM ends the chunk before the item. The boundary
         # can lie inside the item in every step, and then the request would wait for ever.
-        "max_num_encoder_input_tokens": "the model takes images, audio or video, which vLLM does"
-        " not split where a block ends; --language-model-only serves its text",
-        "num_prefill_lookahead": "multi-token prediction with multiple modules moves the ends of"
-        " chunks after they were aligned; leave --speculative-config out",
-        "prefix_replay_tokens": "the model computes the end of a cached prefix again, from a start"
-        " that vLLM does not tell; leave --scheduler-cls out",
-    }
-    served = {"num_prefill_lookahead": 1}  # so many are the next token of any drafter
-    for name, reason in reasons.items():
-        if getattr(scheduler, name, 0) > served.get(name, 0):
+        (
+            scheduler.max_num_encoder_input_tokens > 0,
+            "the model takes images, audio or video, which vLLM does not split where a block ends;"
+            " --language-model-only serves its text",
+        ),
+        (
+            num_lookahead > 1,
+            "multi-token prediction with multiple modules moves the ends of chunks after they were"
+            " aligned; leave --speculative-config out",
+        ),
+        (
+            num_replayed > 0,
+            "the model computes the end of a cached prefix again, from a start that vLLM does not"
+            " tell; leave --scheduler-cls out",
+        ),
+        (is_diffusion, "vLLM has its own scheduler for diffusion; leave --scheduler-cls out"),
+    )
+    for is_refused, reason in refused:
+        if is_refused:
             raise NotImplementedError(f"{__name__}: {reason}")
 
 

@@ -4,7 +4,9 @@
 test_vllm_scheduler.py runs it in vLLM's scheduler, where vLLM is installed.
 """
 
+import pathlib
 import random
+import subprocess
 import sys
 import types
 import warnings
@@ -18,6 +20,8 @@ from reference_engine.scheduler import is_decode, limit
 from tests.engine import vllm_stand_in
 from tests.engine.vllm_stand_in import NAME, VERSION
 from tests.planted import plant
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
 def vllm_request(num_prompt, num_output=0, num_computed=0, request_id="a"):
@@ -191,6 +195,7 @@ def test_a_class_that_does_not_fit_is_refused(monkeypatch, is_async):
         ("max_num_encoder_input_tokens", 1, "--language-model-only serves its text"),
         ("num_prefill_lookahead", 2, "leave --speculative-config out"),
         ("prefix_replay_tokens", 1, "from a start that vLLM does not tell"),
+        ("is_diffusion", True, "vLLM has its own scheduler for diffusion"),
     ],
 )
 def test_models_whose_chunks_vllm_changes_are_refused(monkeypatch, feature, value, message):
@@ -217,6 +222,23 @@ def test_kv_that_is_still_to_be_loaded_is_refused_where_vllm_would_never_load_it
     scheduler = start(vllm_stand_in.install(monkeypatch))
     with pytest.raises(NotImplementedError, match=f"vLLM {VERSION} aligns KV that is still to be"):
         scheduler._mamba_block_aligned_split(vllm_request(99), 0, 16, 32)
+
+
+def test_what_it_imports_takes_no_accelerator():
+    """vLLM's process holds the device; jax would take most of its memory."""
+    code = """
+import types
+from jax._src import xla_bridge
+from reference_engine.config import EngineConfig
+from reference_engine.scheduler import limit
+request = types.SimpleNamespace(num_prompt=99, num_tokens=99, num_deferrals=0)
+assert limit(request, 0, 50, False, EngineConfig(page_size=16)) == 48
+assert not xla_bridge.backends_are_initialized()
+import jax
+jax.devices()
+assert xla_bridge.backends_are_initialized()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 SCHEDULER = "reference_engine.scheduler"

@@ -16,6 +16,7 @@ import torch
 from vllm.config import (
     CacheConfig,
     DeviceConfig,
+    KVTransferConfig,
     ModelConfig,
     SchedulerConfig,
     SpeculativeConfig,
@@ -31,7 +32,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheGroupSpec,
     MambaSpec,
 )
-from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request as VllmRequest
 from vllm.v1.request import RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -128,6 +129,7 @@ class VllmRun:
       is_async: whether a step is scheduled before the tokens of the step before it are known.
       num_drafts: how many tokens are drafted for each decode; every other one is accepted.
       has_mamba: whether the model has Mamba layers whose states vLLM aligns itself.
+      loads: "sync" or "async" if a connector loads the first tokens of prompts: StoredPrefixes.
       same_pages: None, or our run of the same scenario. Then vLLM's pool is made to do as ours does
         in the points in which they differ, see `_share_our_rules`.
     """
@@ -139,6 +141,7 @@ class VllmRun:
         is_async=False,
         num_drafts=0,
         has_mamba=False,
+        loads: str | None = None,
         same_pages: OurRun | None = None,
     ):
         config = scenario.config
@@ -147,7 +150,7 @@ class VllmRun:
         cls = stock[is_async]
         if config.page_aligned_scheduling:
             cls = getattr(vllm_plugin, names[is_async])
-        vllm_config, kv_cache_config = _configs(config, is_async, num_drafts, has_mamba)
+        vllm_config, kv_cache_config = _configs(config, is_async, num_drafts, has_mamba, loads)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # soft alignment is what is tested
             self.scheduler = cls(
@@ -226,9 +229,19 @@ class VllmRun:
             )
         ids = [str(i) for i, _, _ in chunks]
         indices = {i: index for index, i in enumerate(ids)}
+        loaded = None
+        if self.scheduler.connector is not None:
+            loading = self.scheduler.connector.loading
+            loaded = KVConnectorOutput(finished_recving={i for i in loading if i in requests})
+            loading.clear()
         self.scheduler.update_from_output(
             output,
-            ModelRunnerOutput(req_ids=ids, req_id_to_index=indices, sampled_token_ids=sampled),
+            ModelRunnerOutput(
+                req_ids=ids,
+                req_id_to_index=indices,
+                sampled_token_ids=sampled,
+                kv_connector_output=loaded,
+            ),
         )
         if self.num_drafts:
             drafts = DraftTokenIds(ids, [[7] * self.num_drafts for _ in ids])
@@ -275,7 +288,7 @@ def _model_config() -> ModelConfig:
     return ModelConfig(model=_FOLDER.name, skip_tokenizer_init=True, dtype="float16", seed=0)
 
 
-def _configs(config, is_async, num_drafts, has_mamba):
+def _configs(config, is_async, num_drafts, has_mamba, loads):
     model_config = copy.copy(_model_config())
     model_config.max_model_len = config.max_model_len
     cache_config = CacheConfig(
@@ -286,6 +299,14 @@ def _configs(config, is_async, num_drafts, has_mamba):
     if num_drafts:
         speculative_config = SpeculativeConfig(
             method="ngram", num_speculative_tokens=num_drafts, prompt_lookup_max=2
+        )
+    kv_transfer_config = None
+    if loads:
+        kv_transfer_config = KVTransferConfig(
+            kv_connector="StoredPrefixes",
+            kv_connector_module_path="tests.engine.vllm_connector",
+            kv_role="kv_both",
+            kv_connector_extra_config={"loads_async": loads == "async"},
         )
     vllm_config = VllmConfig(
         model_config=model_config,
@@ -299,8 +320,10 @@ def _configs(config, is_async, num_drafts, has_mamba):
             enable_chunked_prefill=True,
             is_encoder_decoder=False,
             async_scheduling=is_async,
+            disable_hybrid_kv_cache_manager=True if loads else None,
         ),
         speculative_config=speculative_config,
+        kv_transfer_config=kv_transfer_config,
     )
     vllm_config.scheduler_config.async_scheduling = is_async  # a CPU has turned it off
     spec = FullAttentionSpec(

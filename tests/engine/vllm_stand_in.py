@@ -52,10 +52,13 @@ def install(monkeypatch, *, method=four, sets_flag=True):
             self.scheduler_config = types.SimpleNamespace(
                 async_scheduling=is_async, long_prefill_token_threshold=threshold
             )
+            model_config = types.SimpleNamespace(is_diffusion=features.pop("is_diffusion", False))
+            self.vllm_config = types.SimpleNamespace(model_config=model_config)
             self.block_size = block_size
             self.max_model_len = 4096
             self.max_num_scheduled_tokens = budget
             self.max_num_running_reqs = num_seqs
+            self.max_num_encoder_input_tokens = 0
             self.requests = {}
             self.outputs = []
             model_aligns = features.pop("model_aligns", False)
