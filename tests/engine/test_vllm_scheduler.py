@@ -36,10 +36,12 @@ def scenario_for_both(rng, **fields) -> Scenario:
     """A random scenario of the reference engine, with limits that vLLM takes."""
     scenario = random_scenario(rng)
     config = scenario.config
+    threshold = config.long_prefill_token_threshold
+    has_threshold = HAS_OUR_THRESHOLD and threshold <= config.max_model_len
     fields = {
         "max_num_seqs": min(config.max_num_seqs, config.max_num_batched_tokens),
         "max_deferrals": MAX_DEFERRALS,
-        "long_prefill_token_threshold": config.long_prefill_token_threshold * HAS_OUR_THRESHOLD,
+        "long_prefill_token_threshold": threshold * has_threshold,
         **fields,
     }
     with warnings.catch_warnings():
