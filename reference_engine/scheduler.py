@@ -11,7 +11,7 @@ import array
 import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from reference_engine.config import EngineConfig, num_pages_for
 from reference_engine.page_pool import PagePool, page_hash
@@ -85,6 +85,14 @@ class StepPlan:
         return sum(len(segment.token_ids) for segment in self.segments)
 
 
+class TokenCounts(Protocol):
+    """What `is_decode` and `limit` read of a request; see Request."""
+
+    num_prompt: int
+    num_tokens: int
+    num_deferrals: int
+
+
 def charge(num_new_tokens: int) -> int:
     """What a chunk costs of the step's budget.
 
@@ -95,7 +103,7 @@ def charge(num_new_tokens: int) -> int:
     return num_new_tokens
 
 
-def is_decode(request: Request, computed: int) -> bool:
+def is_decode(request: TokenCounts, computed: int) -> bool:
     """Whether the next tokens of `request`, after `computed` of them, are a decode.
 
     They are if the whole prompt is computed, and every token but the newest. A request that was
@@ -105,7 +113,7 @@ def is_decode(request: Request, computed: int) -> bool:
 
 
 def limit(
-    request: Request, computed: int, budget: int, contended: bool, config: EngineConfig
+    request: TokenCounts, computed: int, budget: int, contended: bool, config: EngineConfig
 ) -> int:
     """How many tokens of `request` the step may compute next, after `computed` of them.
 

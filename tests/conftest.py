@@ -42,6 +42,7 @@ _FILES_WITH = {
         "engine/test_page_pool.py",
         "test_planted.py",
         "engine/test_scheduler.py",
+        "engine/test_vllm_scheduler.py",
         "package/test_validate.py",
         "kv_write/test_indices.py",
         "engine/test_write_plan.py",

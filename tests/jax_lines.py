@@ -30,6 +30,8 @@ FILES_ON_ANY_JAX = (
     "engine/test_tokenizer.py",
     "engine/test_traffic.py",
     "engine/test_transformers_text.py",
+    "engine/test_vllm_plugin.py",
+    "engine/test_vllm_scheduler.py",
     "engine/test_write_plan.py",
     "kv_write/test_tpu_planted.py",
     "package/test_docs.py",
