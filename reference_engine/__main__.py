@@ -161,9 +161,11 @@ def main(argv: Sequence[str]) -> None:
         got = " ".join(argv[1:]) or "no command"
         _exit(2, f"{got}: wanted one command, {', '.join(commands)}, and flags (see --helpfull)")
     backends = {FLAGS.write_backend, FLAGS.attention_backend}
-    if argv[1] != "generate" and backends <= {"auto", "oracle"}:
+    if argv[1] != "generate" and backends <= {"auto", "oracle", "xla"}:
         # The tiny model needs no accelerator: another program may hold it.
         jax.config.update("jax_platforms", "cpu")
+        if backends == {"auto"}:
+            FLAGS.attention_backend = "oracle"  # a row's bits do not depend on its batch there
     try:
         if FLAGS.compilation_cache is not None:
             use_persistent_cache(FLAGS.compilation_cache)

@@ -37,9 +37,10 @@ MODEL = ModelConfig(
     num_kv_heads=2,
     head_dim=16,
 )
-# One shape for every budget, and one extent (128 tokens) for every page size: the bits depend on
-# nothing else.
+# One shape for every budget, and one extent (128 tokens) for every page size: the oracle's bits
+# depend on nothing else.
 CONFIG = EngineConfig(
+    attention_backend="oracle",
     page_size=8,
     num_pages=96,
     max_model_len=128,
@@ -106,7 +107,7 @@ def test_outputs_are_diverse():
         {"kv_write": "tokens"},
         {"kv_write": "tokens", "page_aligned_scheduling": False},
         {"kv_write": "fused"},
-        {"kv_write": "fused", "page_aligned_scheduling": False, "attention_backend": "oracle"},
+        {"kv_write": "fused", "page_aligned_scheduling": False},
         {"max_num_batched_tokens": 64},
         {"max_num_batched_tokens": 14},
         {"max_num_batched_tokens": 9, "max_num_seqs": 1},
@@ -725,12 +726,12 @@ def test_model_configs_are_checked(fields, message):
         (
             {"attention_backend": "flash"},
             r"argument `attention_backend` is 'flash'; wanted one of "
-            r"\('auto', 'oracle', 'mosaic_tpu'",
+            r"\('auto', 'oracle', 'xla', 'mosaic_tpu'",
         ),
         ({"write_backend": "cuda"}, "argument `write_backend` is 'cuda'; wanted one of"),
         (
             {"kv_write": "fused", "write_backend": "mosaic_tpu"},
-            "argument `write_backend` is 'mosaic_tpu'; wanted 'auto' or attention_backend='auto'",
+            "argument `write_backend` is 'mosaic_tpu'; wanted 'auto' or attention_backend='oracle'",
         ),
         (
             {"kv_write": "fused", "write_backend": "oracle", "attention_backend": "mosaic_tpu"},

@@ -155,8 +155,10 @@ METADATA = {
     "slices_vector": ("slice_write", "slices", _ids(3), "convert it on the host"),
     "slices_turned": ("slice_write", "slices", jnp.zeros((5, 3), jnp.int32), "first slot, first"),
     "slices_dtype": ("slice_write", "slices", jnp.zeros((3, 5)), "convert it on the host"),
-    "num_slices_int": ("slice_write", "num_slices", 4, "jnp.asarray"),
-    "num_slices_scalar": ("slice_write", "num_slices", jnp.int32(4), "int32[1]"),
+    "num_slices_float": ("slice_write", "num_slices", 4.0, "int32[1], int32[] or an int"),
+    "num_slices_bool": ("slice_write", "num_slices", True, "int32[1], int32[] or an int"),
+    "num_slices_huge": ("slice_write", "num_slices", 2**31, "int32[1], int32[] or an int"),
+    "num_slices_unsigned": ("slice_write", "num_slices", jnp.uint32(4), "int32[1]"),
     "num_slices_two": ("slice_write", "num_slices", _ids(2), "counts the columns"),
     "slots_dtype": ("token_write", "slots", _ids(T, jnp.uint8), "convert it on the host"),
     "slots_length": ("token_write", "slots", _ids(T - 1), "-1 skips one"),
@@ -188,7 +190,7 @@ def test_config_value(block_tokens):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("backend", ["cuda", "", "Oracle", "mosaic"])
 def test_unknown_backend(op, backend):
-    hint = "wanted \"auto\" or one of 'oracle', 'mosaic_tpu', 'mosaic_gpu'"
+    hint = "wanted \"auto\" or one of 'oracle', 'xla', 'mosaic_tpu', 'mosaic_gpu'"
     _refused(ValueError, op, None, f"backend is {backend!r}; {hint}", backend=backend)
 
 
