@@ -94,6 +94,13 @@ _PEERS = flags.DEFINE_list(
     f"Measure these on a GPU too: {', '.join(peers.MODULES)}; a missing one is an error.",
     allow_override=True,
 )
+_BACKEND = flags.DEFINE_enum(
+    "backend",
+    "auto",
+    ["auto", "xla", "mosaic_gpu", "mosaic_tpu"],
+    "What is measured on an accelerator; a CPU predicts the TPU kernel.",
+    allow_override=True,
+)
 _FUSED = flags.DEFINE_bool(
     "fused", True, "Predict what write_and_attend adds to the calls, too; compiles as many again."
 )
@@ -295,7 +302,9 @@ def _require_supported(cases: Sequence[Case]) -> None:
 
 
 def _backend() -> str:
-    """Whose kernels are checked and measured, or on a CPU predicted; never the oracle unasked."""
+    """What is checked and measured, or on a CPU predicted; never the oracle."""
+    if _BACKEND.value != "auto" and jax.default_backend() != "cpu":
+        return _BACKEND.value
     return "mosaic_gpu" if jax.default_backend() == "gpu" else "mosaic_tpu"
 
 

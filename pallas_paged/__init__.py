@@ -4,6 +4,13 @@
 from pallas_paged.attention.api import ragged_paged_attention, write_and_attend
 from pallas_paged.attention.gpu.launch import GpuAttentionConfig
 from pallas_paged.attention.tpu.launch import TpuAttentionConfig
+from pallas_paged.convert import (
+    from_separate_caches,
+    merge_kv,
+    page_table_from_flat,
+    split_kv,
+    to_separate_caches,
+)
 from pallas_paged.dispatch import BackendChoice, explain_backend
 from pallas_paged.kv_write.api import (
     WriteIndices,
@@ -30,10 +37,15 @@ __all__ = [
     "__version__",
     "copy_pages",
     "explain_backend",
+    "from_separate_caches",
     "make_kv_pages",
+    "merge_kv",
+    "page_table_from_flat",
     "page_write",
     "ragged_paged_attention",
     "slice_write",
+    "split_kv",
+    "to_separate_caches",
     "token_write",
     "validate",
     "write_and_attend",

@@ -125,6 +125,8 @@ def make_kv_pages(
     num_kv_heads: int,
     head_dim: int,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    *,
+    num_shards: int = 1,
 ) -> jax.Array:
     """Makes an empty pool of `num_pages` pages of `page_size` tokens.
 
@@ -135,6 +137,9 @@ def make_kv_pages(
       num_kv_heads: K, >= 1.
       head_dim: H, 1 to 256.
       dtype: float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8.
+      num_shards: the number of devices that its heads are sharded over, a divisor of K. R is then
+        the sum of what each shard needs, so that `PartitionSpec(None, None, "x")` gives each device
+        the pool that it would make for its own `K / num_shards` heads.
 
     Returns:
       The pool, `kv_pages[P, page_size, R, C]`, all zeros.
@@ -146,12 +151,15 @@ def make_kv_pages(
     (10, 16, 16, 128)
     >>> make_kv_pages(10, 16, num_kv_heads=8, head_dim=64).shape
     (10, 16, 8, 128)
+    >>> make_kv_pages(10, 16, num_kv_heads=2, head_dim=64, num_shards=2).shape  # R is 2 a shard
+    (10, 16, 4, 128)
     """
     sizes = {
         "num_pages": num_pages,
         "page_size": page_size,
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
+        "num_shards": num_shards,
     }
     for name, value in sizes.items():
         size = scalars.read_int(value)
@@ -161,7 +169,12 @@ def make_kv_pages(
                 "2**31"
             )
         sizes[name] = size
-    num_pages, page_size, num_kv_heads, head_dim = sizes.values()
+    num_pages, page_size, num_kv_heads, head_dim, num_shards = sizes.values()
+    if num_kv_heads % num_shards:
+        raise ValueError(
+            f"make_kv_pages: num_shards is {num_shards}; wanted a divisor of the {num_kv_heads} KV "
+            "heads: where there are more devices than heads, replicate the heads"
+        )
     if head_dim > 2 * LANES:
         raise ValueError(
             f"make_kv_pages: head_dim is {head_dim}; wanted at most {2 * LANES}: split the head"
@@ -176,7 +189,8 @@ def make_kv_pages(
             f"make_kv_pages: num_pages * page_size is {num_pages * page_size}; wanted below 2**31, "
             "because a slot is an int32: use fewer pages or multiple pools"
         )
-    return jnp.zeros(pool_shape(num_pages, page_size, num_kv_heads, head_dim, dtype), dtype)
+    shard = pool_shape(num_pages, page_size, num_kv_heads // num_shards, head_dim, dtype)
+    return jnp.zeros((*shard[:2], num_shards * shard[2], shard[3]), dtype)
 
 
 def _dtype_or_none(dtype: jax.typing.DTypeLike) -> np.dtype | None:

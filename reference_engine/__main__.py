@@ -165,7 +165,9 @@ def main(argv: Sequence[str]) -> None:
         # The tiny model needs no accelerator: another program may hold it.
         jax.config.update("jax_platforms", "cpu")
         if backends == {"auto"}:
-            FLAGS.attention_backend = "oracle"  # a row's bits do not depend on its batch there
+            FLAGS[
+                "attention_backend"
+            ].value = "oracle"  # a row's bits do not depend on its batch there
     try:
         if FLAGS.compilation_cache is not None:
             use_persistent_cache(FLAGS.compilation_cache)

@@ -159,6 +159,8 @@ class Call:
 
     def unsupported(self, backend: str = "mosaic_tpu") -> str | None:
         """Why a backend's kernel cannot run the call, as a sentence; None if it can."""
+        if backend == "xla":
+            return None
         kernels = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}[backend]
         return kernels.plan(*self.arrays(), self.options(), self.config).refusal
 
