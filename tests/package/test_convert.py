@@ -73,7 +73,7 @@ def test_refusals(call, message):
 
 @pytest.mark.parametrize(
     ("num_kv_heads", "head_dim", "dtype"),
-    [(2, 64, jnp.bfloat16), (2, 128, jnp.int8), (8, 128, None)],
+    [(2, 64, jnp.bfloat16), (2, 128, jnp.int8), (8, 128, jnp.bfloat16)],
 )
 def test_a_sharded_pool_is_its_shards(num_kv_heads, head_dim, dtype):
     whole = pallas_paged.make_kv_pages(3, 4, num_kv_heads, head_dim, dtype, num_shards=2)
