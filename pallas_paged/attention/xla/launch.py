@@ -44,7 +44,7 @@ def plan(
 ) -> dispatch.Plan:
     """The static parameters of a call; XLA runs every call that the op takes."""
     platform = "gpu" if dispatch.platform() == "gpu" else "cpu"
-    is_narrow = q.dtype in (jnp.bfloat16, jnp.float16)
+    is_narrow = q.dtype in (jnp.bfloat16, jnp.float16) and kv_pages.dtype != jnp.float32
     dtype = q.dtype if platform == "gpu" and is_narrow else jnp.dtype(jnp.float32)
     page_size, num_rows, num_lanes = kv_pages.shape[1:]
     pages = min(max(1, _BLOCK_KV[platform] // page_size), page_indices.shape[1])
