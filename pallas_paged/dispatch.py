@@ -222,9 +222,9 @@ def choose(op: str, backend: str, plan_of: Callable[[str], Plan]) -> tuple[str, 
         if (its_platform in (None, platform())) if is_auto else name == backend:
             plan = _plan_of(name, plan_of)
             if plan.refusal is None:
-                if platform() != "cpu":
-                    for kernels, refusal in refusals.items():
-                        _warn_once(op, kernels, refusal, name)
+                if refusals and platform() != "cpu":
+                    kernels = next(iter(refusals))
+                    _warn_once(op, kernels, refusals[kernels], name)
                 return name, plan.spec
             refusals[name] = plan.refusal
     raise NotImplementedError(

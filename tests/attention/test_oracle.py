@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from pallas_paged import layout
-from pallas_paged.attention import oracle
-from pallas_paged.attention.api import ragged_paged_attention
+from pallas_paged.attention import api, oracle
 from pallas_paged.attention.options import AttentionOptions, Batch, Factors
 from tests.attention.cases import Case, by_loops, make_case
+
+ragged_paged_attention = functools.partial(api.ragged_paged_attention, backend="oracle")
 
 
 def check(case: Case, tolerance=2e-5, **options) -> None:
@@ -365,7 +366,7 @@ def _refused(message, error=ValueError, **options):
             {"cu_q_lens": jnp.zeros(5, jnp.int32)},
         ),
         ("argument `page_indices` is int32[5,0]", {"page_indices": jnp.zeros((5, 0), jnp.int32)}),
-        ("argument `num_seqs` is int32[]", {"num_seqs": jnp.int32(1)}),
+        ("argument `num_seqs` is uint32[]", {"num_seqs": jnp.uint32(1)}),
         ("argument `sliding_window` is 0", {"sliding_window": 0}),
         ("argument `sliding_window` is float32[]", {"sliding_window": jnp.float32(3)}),
         ("argument `soft_cap` is 0.0; wanted None or a number > 0", {"soft_cap": 0.0}),

@@ -371,7 +371,7 @@ def test_half_a_pair_of_rows():
 
 @needs_new_jax
 def test_other_gpus(monkeypatch):
-    """An Ampere has none of the copies; "auto" walks past."""
+    """An Ampere has none of the copies; "auto" takes XLA's operations and says so."""
 
     class Device:
         compute_capability, device_kind = "8.0", "NVIDIA A100"
@@ -380,8 +380,13 @@ def test_other_gpus(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *_: [Device()])
     sentence = "compute capability 8.0, and the kernels are written for Hopper (9.0)"
     _refused(NotImplementedError, sentence)
-    plan = dispatch.Plan(refusal=dispatch.why_no_mosaic_gpu())
-    assert dispatch.choose("token_write", "auto", lambda _: plan) == ("oracle", None)
+    plans = {
+        "mosaic_gpu": dispatch.Plan(refusal=dispatch.why_no_mosaic_gpu()),
+        "xla": dispatch.Plan(),
+    }
+    dispatch._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=r"and 'xla' runs it, which is slower: the GPU has"):
+        assert dispatch.choose("token_write", "auto", plans.__getitem__) == ("xla", None)
 
 
 @needs_new_jax
