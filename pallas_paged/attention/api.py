@@ -62,16 +62,16 @@ def ragged_paged_attention(
 
     Args:
       q: [T, N, H], float32, bfloat16 or float16.
-      kv_pages: [P, page_size, R, C], the pool, which is only read. Rows and pages that no sequence
-        uses may hold anything, NaN included. The values V of a sequence's own tokens should be
-        finite: in a prefill the kernels, unlike the oracle, may pass a NaN on to earlier rows that
-        do not see its token.
+      kv_pages: [P, page_size, R, C], the pool, which is only read; or [P, page_size, R / p, p, C],
+        as in `page_write`. Rows and pages that no sequence uses may hold anything, NaN included.
+        The values V of a sequence's own tokens should be finite: in a prefill all backends but the
+        oracle may pass a NaN on to earlier rows that do not see its token.
       kv_lens: int32[S], the number of tokens of each sequence, the new ones included.
-      page_indices: int32[S, M], the page table. Entry m of a row is the page that holds positions
-        `m * page_size .. (m + 1) * page_size` of the sequence. Entries after a sequence's last
-        token may hold anything.
+      page_indices: int32[S, M] or int32[S * M], the page table. Entry m of a row is the page that
+        holds positions `m * page_size .. (m + 1) * page_size` of the sequence. Entries after a
+        sequence's last token may hold anything.
       cu_q_lens: int32[S + 1], the prefix sums of the numbers of new tokens.
-      num_seqs: int32[1], how many of the S rows are sequences.
+      num_seqs: int32[1], int32[] or an int, how many of the S rows are sequences.
       sm_scale: the factor on `q . k`, a finite number, which may be traced. None means `H ** -0.5`,
         the usual one. The default is 1, as in JAX's own TPU kernel. On a GPU a number that is known
         to be above 0 when the call is traced is the fastest: without that a prefill takes 4 to 10%

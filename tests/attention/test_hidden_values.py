@@ -25,10 +25,11 @@ PAGE_SIZE, HEAD_DIM = 8, 128
 LENS = [(40, 40), (9, 61), (1, 50)]
 CONFIGS: dict[str, Any] = {
     "oracle": None,
+    "xla": None,
     "mosaic_tpu": mosaic_tpu.TpuAttentionConfig(128, 128, 2),
     "mosaic_gpu": mosaic_gpu.GpuAttentionConfig(64, 2, 64, 2),
 }
-BACKENDS = ["oracle", "mosaic_gpu"] if ON_GPU else list(CONFIGS)
+BACKENDS = ["oracle", "xla", "mosaic_gpu"] if ON_GPU else list(CONFIGS)
 POOLS = ["bfloat16", "float8_e5m2"]
 
 

@@ -100,7 +100,7 @@ def test_a_gradual_mask_is_refused():
 
 
 PLANTED = [
-    ("kv_blocks", "key < end[:, None])", "key <= end[:, None])"),
+    ("kv_blocks", "(key < end[:, None])", "(key < end[:, None] - 1)"),
     ("launch", "jnp.minimum(end, tiles.position + 1)", "jnp.minimum(end, tiles.position)"),
     ("launch", "tiles.position - window + 1", "tiles.position - window"),
     ("launch", "first_tile = ends[seq] - -(-q_lens[seq] // block_q)", "first_tile = ends[seq]"),

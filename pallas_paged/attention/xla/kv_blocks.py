@@ -25,16 +25,17 @@ class Keys(NamedTuple):
 
 
 def read_block(
-    spec: XlaSpec, keys: Keys, block: jax.Array, end: jax.Array
+    spec: XlaSpec, keys: Keys, block: jax.Array, first: jax.Array, end: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """k and v [I, block_kv, K, H] of one KV block of each tile; 0 from key `end` int32[I] on."""
+    """k and v [I, block_kv, K, H] of one KV block of each tile; 0 outside of keys [first, end)."""
     num_pages, page_size = keys.kv_pages.shape[:2]
     pages_per_block = spec.block_kv // page_size
     column = block * pages_per_block + jnp.arange(pages_per_block, dtype=jnp.int32)
     pages = keys.table[:, jnp.minimum(column, keys.table.shape[1] - 1)]
     key = block * spec.block_kv + jnp.arange(spec.block_kv, dtype=jnp.int32)
     pages = jnp.clip(pages, 0, num_pages - 1)
-    return _gather(spec, keys.kv_pages, pages, key < end[:, None])
+    is_key = (key >= first[:, None]) & (key < end[:, None])
+    return _gather(spec, keys.kv_pages, pages, is_key)
 
 
 def read_tile(spec: XlaSpec, keys: Keys, position: jax.Array) -> tuple[jax.Array, jax.Array]:

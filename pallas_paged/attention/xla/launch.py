@@ -227,14 +227,17 @@ def _run_blocks(
     def one_block(block: jax.Array, partial: Partial) -> Partial:
         key = block * spec.block_kv + jnp.arange(spec.block_kv, dtype=jnp.int32)
         is_seen = (key >= first[..., None]) & (key < end[..., None])  # [I, B, block_kv]
-        k, v = kv_blocks.read_block(spec, keys, block, keys.kv_len)
+        k, v = kv_blocks.read_block(spec, keys, block, tile_first, tile_end)
         return online_softmax.join(
             partial, online_softmax.attend_block(spec, rows, scale, k, v, is_seen)
         )
 
+    # What no row of a tile sees is not read: pages before a window may be somebody else's.
     has_keys = first < end
-    first_block = jnp.min(jnp.where(has_keys, first, 2**31 - 1)) // spec.block_kv
-    end_block = -(-jnp.max(jnp.where(has_keys, end, 0)) // spec.block_kv)
+    tile_first = jnp.min(jnp.where(has_keys, first, 2**31 - 1), axis=1)
+    tile_end = jnp.max(jnp.where(has_keys, end, 0), axis=1)
+    first_block = jnp.min(tile_first) // spec.block_kv
+    end_block = -(-jnp.max(tile_end) // spec.block_kv)
     return lax.fori_loop(first_block, end_block, one_block, online_softmax.nothing(rows))
 
 
@@ -250,7 +253,7 @@ def _run_blocks_by_cudnn(
 
     def one_block(block: jax.Array, partial: Partial) -> Partial:
         count = jnp.clip(num_keys - block * spec.block_kv, 0, spec.block_kv)
-        k, v = kv_blocks.read_block(spec, keys, block, num_keys)
+        k, v = kv_blocks.read_block(spec, keys, block, jnp.zeros_like(num_keys), num_keys)
         return online_softmax.join(
             partial, online_softmax.attend_block_by_cudnn(spec, rows, k, v, count, is_causal=False)
         )
