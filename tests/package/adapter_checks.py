@@ -39,12 +39,14 @@ def adapter(monkeypatch, sections, modules, planted=None):
         for section in sections
         for block in re.findall(r"^```python\n(.*?)^```$", texts[section], re.M | re.DOTALL)
     ]
-    assert len(blocks) == len(sections)
+    if len(blocks) != len(sections):
+        raise LookupError(sections)
     code = "\n".join(blocks)
     if planted:
         old, new = planted
         before, found, after = code.rpartition(old)
-        assert found, old
+        if not found:
+            raise LookupError(old)
         code = before + new + after
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)

@@ -228,7 +228,7 @@ def ejkernel_v2(
     *,
     softmax_scale=None,
     logits_soft_cap=None,
-    compute_dtype=None,
+    compute_dtype=jnp.bfloat16,
     optimized=False,
     sliding_window=None,
     softmax_aux=None,
@@ -293,7 +293,7 @@ class Registry:
 
 
 def make_ejkernel():
-    platforms = enum.Enum("Platform", {"TRITON": "triton", "PALLAS": "pallas", "XLA": "xla"})
+    platforms = enum.Enum("Platform", ["TRITON", "CUDA", "PALLAS", "XLA"])
     backends = enum.Enum("Backend", {"GPU": "gpu", "TPU": "tpu", "ANY": "any"})
     registry = Registry()
     for name, function in (
