@@ -34,6 +34,7 @@ FILES_ON_ANY_JAX = (
     "engine/test_vllm_scheduler.py",
     "engine/test_write_plan.py",
     "kv_write/test_tpu_planted.py",
+    "package/test_adapters.py",
     "package/test_docs.py",
     "package/test_hash_seed.py",
     "package/test_validate.py",
@@ -68,6 +69,7 @@ FUNCTIONS_ON_ANY_JAX = {
         "test_two_entries_for_one_slot",
     ),
     # Planted faults.
+    "attention/test_xla.py": ("test_bugs_are_caught",),
     "attention/test_oracle.py": ("test_the_check_finds_planted_bugs",),
     "bench/test_kernel_digest.py": ("test_a_planted_difference_is_named_and_exits_with_1",),
     "engine/test_engine.py": ("test_a_planted_layer_offset_is_seen",),

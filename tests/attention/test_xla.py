@@ -99,22 +99,36 @@ def test_a_gradual_mask_is_refused():
         run(case, {"num_kv_heads": case.num_kv_heads, "mask_value": -5.0})
 
 
-PLANTED = [
-    ("kv_blocks", "(key < end[:, None])", "(key < end[:, None] - 1)"),
-    ("launch", "jnp.minimum(end, tiles.position + 1)", "jnp.minimum(end, tiles.position)"),
-    ("launch", "tiles.position - window + 1", "tiles.position - window"),
-    ("launch", "first_tile = ends[seq] - -(-q_lens[seq] // block_q)", "first_tile = ends[seq]"),
-    ("online_softmax", "b.total * of_b", "b.total"),
-    ("online_softmax", "b.out * of_b[..., None]", "b.out"),
-    ("online_softmax", "jnp.isneginf(largest), 0.0, 1.0)", "jnp.isneginf(largest), 0.0, 2.0)"),
-]
+_ROOM = "pallas_paged.attention.xla"
+BUGS = {
+    "last_key_lost": ("kv_blocks", "(key < end[:, None])", "(key < end[:, None] - 1)"),
+    "own_key_hidden": (
+        "launch",
+        "jnp.minimum(end, tiles.position + 1)",
+        "jnp.minimum(end, tiles.position)",
+    ),
+    "window_too_wide": ("launch", "tiles.position - window + 1", "tiles.position - window"),
+    "tile_of_another_sequence": (
+        "launch",
+        "first_tile = ends[seq] - -(-q_lens[seq] // block_q)",
+        "first_tile = ends[seq]",
+    ),
+    "block_sum_not_shifted": ("online_softmax", "b.total * of_b", "b.total"),
+    "block_not_shifted": ("online_softmax", "b.out * of_b[..., None]", "b.out"),
+    "sink_counted_twice": (
+        "online_softmax",
+        "jnp.isneginf(largest), 0.0, 1.0)",
+        "jnp.isneginf(largest), 0.0, 2.0)",
+    ),
+}
+PLANTED = [(f"{_ROOM}.{module}", old, new) for module, old, new in BUGS.values()]
 
 
-@pytest.mark.parametrize(("module", "old", "new"), PLANTED, ids=lambda x: x[:24])
-def test_bugs_are_caught(module, old, new, monkeypatch):
-    room = "pallas_paged.attention.xla"
-    planted = plant(monkeypatch, room, f"{room}.{module}", old, new)
-    launch = planted if module == "launch" else importlib.import_module(f"{room}.launch")
+@pytest.mark.parametrize("name", BUGS)
+def test_bugs_are_caught(name, monkeypatch):
+    module, old, new = BUGS[name]
+    planted = plant(monkeypatch, _ROOM, f"{_ROOM}.{module}", old, new)
+    launch = planted if module == "launch" else importlib.import_module(f"{_ROOM}.launch")
     take_small_blocks(launch, monkeypatch)
     monkeypatch.setattr(api, "xla", launch)
     monkeypatch.setattr(api, "_attention", api._attention.__wrapped__)  # past what is compiled
