@@ -86,7 +86,9 @@ SIGNATURES = [
 ]
 
 
-@pytest.mark.parametrize(("project", "name", "wanted"), SIGNATURES, ids=lambda x: str(x)[:30])
+@pytest.mark.parametrize(
+    ("project", "name", "wanted"), SIGNATURES, ids=[f"{w.__name__}-{n}" for _, n, w in SIGNATURES]
+)
 def test_an_adapter_has_the_signature_of_what_it_replaces(project, name, wanted, monkeypatch):
     sections, make_modules = project
     found = checks.adapter(monkeypatch, sections, make_modules())[name]
