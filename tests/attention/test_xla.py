@@ -136,3 +136,34 @@ def test_bugs_are_caught(name, monkeypatch):
     sinks = jnp.array([0.5, -jnp.inf, 2.0, 1.0])
     options = {"num_kv_heads": 2, "sliding_window": 33, "sinks": sinks}
     assert mismatch(*run(case, options), *run_oracle(case, options)) is not None
+
+
+def test_it_holds_wherever_a_call_can_stand():
+    """In loops, a branch, a shard_map over heads, and under jax's strictest settings."""
+    case = make_case([(11, 30), (1, 9)], num_heads=8, num_kv_heads=4, head_dim=128, page_size=8)
+    q, pool, *batch = map(jnp.array, case.arrays)
+
+    def attend(q, pool=pool, num_kv_heads=4):
+        return ragged_paged_attention(q, pool, *batch, num_kv_heads=num_kv_heads, backend="xla")
+
+    wanted = attend(q)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+    heads, rows = jax.P(None, "x"), jax.P(None, None, "x")
+    by_head = jax.shard_map(
+        lambda q, pool: attend(q, pool, 2), mesh=mesh, in_specs=(heads, rows), out_specs=heads
+    )
+    found = {
+        "scan": jax.lax.scan(lambda carry, x: (carry, attend(x)), 0, q[None])[1][0],
+        "map": jax.lax.map(attend, q[None])[0],
+        "cond": jax.jit(lambda p: jax.lax.cond(p, lambda: attend(q), lambda: q))(True),
+    }
+    if len(jax.devices()) > 1:
+        found["shard_map"] = jax.jit(by_head)(q, pool)
+    with (
+        jax.enable_x64(True),
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+    ):
+        found["strict"] = attend(q)
+    for place, out in found.items():
+        np.testing.assert_allclose(out, wanted, atol=1e-6, err_msg=place)

@@ -14,7 +14,7 @@ import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's own, as it is imported
-    vllm = pytest.importorskip("vllm")
+    vllm = pytest.importorskip("vllm", reason="vLLM is no dependency: CONTRIBUTING.md installs it")
     from vllm.config import SchedulerConfig
 
     from tests.engine import vllm_runs
