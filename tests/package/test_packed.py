@@ -24,7 +24,7 @@ METADATA = (
     jnp.array([2], jnp.int32),
 )
 NUM_TOKENS = 16
-SLOTS = jnp.array([8, 9, -1, 40, *range(12)], jnp.int32)
+SLOTS = jnp.array([44, 41, -1, 40, *range(12)], jnp.int32)
 RUNNING = [b for b in dispatch.BACKENDS if not b.startswith("mosaic")]
 if ON_GPU:
     RUNNING.append("mosaic_gpu")
