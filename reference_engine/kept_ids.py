@@ -32,7 +32,7 @@ _ALL_IDS = 2**31 - 1
 @settings.defaults()
 @jax.jit
 def cut_top_k(logits: jax.Array, rows: jax.Array) -> jax.Array:
-    """Keeps the top_k likeliest of the ids that each row keeps.
+    """Drops all but the top_k likeliest ids of each row.
 
     Args:
       logits: f32[S, V].
@@ -44,8 +44,9 @@ def cut_top_k(logits: jax.Array, rows: jax.Array) -> jax.Array:
     s = split_rows(rows)
     size = logits.shape[1]
     wanted = jnp.where(s.top_k > 0, jnp.minimum(s.top_k, size), size)
+    nothing = jnp.full(wanted.shape, -jnp.inf)
     threshold, above = _search(
-        logits, lambda logits, s: is_kept(logits, s).astype(jnp.int32), wanted, s
+        logits, lambda logits, _: jnp.ones_like(logits, jnp.int32), wanted, nothing, ()
     )
     return with_cut(rows, threshold, _last_tie(logits, s, threshold, wanted - above))
 
@@ -53,13 +54,14 @@ def cut_top_k(logits: jax.Array, rows: jax.Array) -> jax.Array:
 @settings.defaults()
 @jax.jit
 def cut_top_p(logits: jax.Array, rows: jax.Array) -> jax.Array:
-    """Keeps the ids with at least min_p, and of these the likeliest ones whose mass reaches top_p.
+    """Of the ids that each row keeps, drops those below min_p, and then those past top_p.
 
     With the largest logit m of a row, the weight of an id is exp((logit - m) / temperature) in
     float32. Weights below min_p go. The mass of an id is its weight as a whole number: the weight
-    is multiplied by the power of two with which all masses of the row add up to between 2**29 and
-    2**30, and rounded. An id is kept if the masses of the likelier ids add up to less than top_p
-    times the sum of all weights that are left. A top_p of 1 keeps all.
+    is multiplied by the power of two with which the masses of all ids from the threshold on add up
+    to between 2**29 and 2**30, and rounded. An id is kept if the masses of the likelier ids add up
+    to less than top_p times the sum of all weights that are kept until then. A top_p of 1 keeps
+    all.
 
     Args:
       logits: f32[S, V].
@@ -70,77 +72,79 @@ def cut_top_p(logits: jax.Array, rows: jax.Array) -> jax.Array:
     """
     s = split_rows(rows)
     largest = jnp.max(logits, axis=1)
-    weights = _weights(logits, largest[:, None], s)
+    inverse = 1 / jnp.where(s.temperature > 0, s.temperature, 1.0)
+    weights = _weights(logits, (largest[:, None], inverse[:, None]))
     kept = is_kept(logits, s) & (weights >= s.min_p[:, None])
-    total = _exact_sum(jnp.where(kept, weights, 0.0))
+    smallest = jnp.min(jnp.where(kept, logits, jnp.inf), axis=1)
+    is_cut_tie = (logits == s.threshold[:, None]) & ~is_kept(logits, s)
+    total, num_cut_ties = _exact_sum(jnp.where(kept, weights, 0.0), is_cut_tie)
+    most = total + num_cut_ties * _weights(s.threshold, (largest, inverse))
     # The scale is 2**(29 - the exponent of the sum).
-    exponent = (lax.bitcast_convert_type(total, jnp.int32) >> 23) - 127
+    exponent = (lax.bitcast_convert_type(most, jnp.int32) >> 23) - 127
     scale = lax.bitcast_convert_type((29 - exponent + 127) << 23, jnp.float32)
     wanted = jnp.maximum(jnp.ceil(s.top_p * (total * scale)).astype(jnp.int32), 1)
 
-    threshold, above = _search(logits, _masses_of_kept, wanted, (largest, scale, s))
-    tie = _masses(_weights(threshold, largest, s), scale)
-    missing = wanted - above
-    num_ties = -(-missing // jnp.maximum(tie, 1))
+    # From the smallest kept logit on, nothing but the ties that top_k has cut is added too many.
+    # These lie at the lowest pivot, and there the kept ones alone reach what is wanted.
+    of_rows = (largest, inverse, scale)
+    threshold, above = _search(logits, _masses, wanted, smallest, of_rows)
+    num_ties = -(-(wanted - above) // jnp.maximum(_masses(threshold, of_rows), 1))
     last = _last_tie(logits, s, threshold, num_ties)
     has_top_p = s.top_p < 1
     rows = with_cut(
         rows, jnp.where(has_top_p, threshold, -jnp.inf), jnp.where(has_top_p, last, _ALL_IDS)
     )
-    smallest = jnp.min(jnp.where(kept, logits, jnp.inf), axis=1)
     smallest = jnp.where(s.min_p > 0, smallest, -jnp.inf)
     return with_cut(rows, smallest, jnp.full_like(last, _ALL_IDS))
 
 
-def _weights(logits: jax.Array, largest: jax.Array, s: Sampling) -> jax.Array:
-    """exp((logit - largest) / temperature), for [S] or [S, V]."""
-    inverse = 1 / jnp.where(s.temperature > 0, s.temperature, 1.0)
-    return jnp.exp((logits - largest) * inverse.reshape(largest.shape))
+def _weights(logits: jax.Array, of_rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+    largest, inverse = of_rows
+    return jnp.exp((logits - largest) * inverse)
 
 
-def _masses_of_kept(logits: jax.Array, of_rows: tuple[jax.Array, jax.Array, Sampling]) -> jax.Array:
-    largest, scale, s = of_rows
-    weights = _weights(logits, largest[:, None], s)
-    kept = is_kept(logits, s) & (weights >= s.min_p[:, None])
-    return jnp.where(kept, _masses(weights, scale[:, None]), 0)
+def _masses(logits: jax.Array, of_rows: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    if logits.ndim > 1:
+        largest, inverse, scale = (x[:, None] for x in of_rows)
+    else:
+        largest, inverse, scale = of_rows
+    return (_weights(logits, (largest, inverse)) * scale + 0.5).astype(jnp.int32)
 
 
-def _masses(weights: jax.Array, scale: jax.Array) -> jax.Array:
-    return (weights * scale + 0.5).astype(jnp.int32)
+def _exact_sum(weights: jax.Array, flags: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums of weights in [0, 1], f32[S, V] -> f32[S], and the number of flags, as a float.
 
-
-def _exact_sum(weights: jax.Array) -> jax.Array:
-    """The sums of weights in [0, 1], which have no order: f32[S, V] -> f32[S].
-
-    Each weight is cut into three integers of 13 bits, so that 2**-39 is the last bit that counts.
+    Each weight is cut into three integers of 13 bits, so that no order of the additions changes
+    the sum. The last bit that counts is 2**-39.
     """
-    limbs, rest = [], weights
-    for _ in range(3):
-        rest = rest * _LIMB
-        limbs.append(rest.astype(jnp.int32))
-        rest = rest - limbs[-1].astype(jnp.float32)
-    sums = [x.astype(jnp.float32) for x in _sums(limbs)]
-    return ((sums[2] / _LIMB + sums[1]) / _LIMB + sums[0]) / _LIMB
+    scaled = weights * _LIMB**2
+    whole = scaled.astype(jnp.int32)
+    rest = ((scaled - whole.astype(jnp.float32)) * _LIMB).astype(jnp.int32)
+    low_bits = np.int32(_LIMB - 1)
+    limbs = [whole // np.int32(_LIMB), whole & low_bits, rest, flags.astype(jnp.int32)]
+    high, middle, low, count = (x.astype(jnp.float32) for x in _sums(limbs))
+    return ((low / _LIMB + middle) / _LIMB + high) / _LIMB, count
 
 
 def _search(
     logits: jax.Array,
     amounts: Callable[[jax.Array, Any], jax.Array],
     wanted: jax.Array,
+    lowest: jax.Array,
     of_rows: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """The largest float at or above which the amounts add up to what is wanted, row by row.
 
     Args:
       logits: f32[S, V].
-      amounts: makes the amount of each id, i32[S, V], at least 0, from the logits and `of_rows`;
-        each row's sum is below 2**31.
+      amounts: makes the amount of each id, i32[S, V], at least 0, from the logits and `of_rows`.
       wanted: i32[S], at least 1.
+      lowest: f32[S]; each row's sum of the amounts of the logits from there on is below 2**31.
       of_rows: what `amounts` needs to know of the rows.
 
     Returns:
-      The float, f32[S], -inf if all amounts are too little, and the sum of the amounts of the
-      logits above it, i32[S], which is less than what is wanted.
+      The float, f32[S], or something at or below the lowest one if all amounts are too little, and
+      the sum of the amounts of the logits above it, i32[S], which is less than what is wanted.
     """
 
     def find_digit(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -148,15 +152,15 @@ def _search(
         # them out of the loop, and then write and read as many bytes as there are logits.
         (prefix, above), rows = lax.optimization_barrier((found, of_rows))
         shift = (32 - _BITS - _BITS * i).astype(jnp.uint32)
-        pivots = [_float_of(prefix + (jnp.uint32(d) << shift)) for d in range(1, _NUM_PIVOTS + 1)]
-        amount = amounts(logits, rows)
-        parts = [jnp.where(logits >= pivot[:, None], amount, 0) for pivot in pivots]
+        amount, parts = amounts(logits, rows), []
+        for digit in range(1, _NUM_PIVOTS + 1):
+            pivot = jnp.maximum(_float_of(prefix + (jnp.uint32(digit) << shift)), lowest)
+            parts.append(jnp.where(logits >= pivot[:, None], amount, 0))
         sums = jnp.stack(_sums(parts))
         reaches = sums >= wanted
-        digit = jnp.sum(reaches, axis=0).astype(jnp.uint32)
         # The lowest pivot that fails has the largest sum of those that fail.
         above = jnp.maximum(above, jnp.max(jnp.where(reaches, 0, sums), axis=0))
-        return prefix + (digit << shift), above
+        return prefix + (jnp.sum(reaches, axis=0).astype(jnp.uint32) << shift), above
 
     nothing = jnp.zeros_like(wanted)
     prefix, above = lax.fori_loop(0, 32 // _BITS, find_digit, (nothing.astype(jnp.uint32), nothing))
