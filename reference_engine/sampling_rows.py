@@ -72,8 +72,9 @@ def make_row(params: SamplingParams, seed: int) -> bytes:
     if params.temperature == 0:
         return _ROW.pack(0.0, 0, 1.0, 0.0, 0, 0, -np.inf, _MAX_INT32)
     return _ROW.pack(
-        # A temperature that is 0 or subnormal in float32 is as good as the smallest normal one.
-        max(params.temperature, float(_FLOAT32.tiny)),
+        # A temperature that is 0 or subnormal in float32 is as good as the smallest normal one, and
+        # one whose product with the noise, which is at most 23, is infinite as good as the largest.
+        min(max(params.temperature, float(_FLOAT32.tiny)), float(_FLOAT32.max) / 32),
         min(params.top_k, _MAX_INT32),
         params.top_p,
         params.min_p,

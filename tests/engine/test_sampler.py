@@ -17,7 +17,7 @@ from reference_engine.sampler import (
     log_probabilities,
     make_bias,
     make_penalties,
-    make_sampling,
+    make_rows,
     next_tokens,
     penalise,
     sample,
@@ -38,8 +38,8 @@ def request(seed=0, output=(), prompt=(1,), **params):
 
 def draw(params, logits=LOGITS, num_rows=NUM_ROWS):
     """Tokens of many rows that differ in their seeds."""
-    rows = make_sampling([request(seed=i, **params) for i in range(num_rows)], num_rows)
-    return np.asarray(sample(np.tile(logits, (num_rows, 1)), rows))
+    requests = [request(seed=i, **params) for i in range(num_rows)]
+    return np.asarray(next_tokens(np.tile(logits, (num_rows, 1)), requests, 8))
 
 
 def distribution(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -108,14 +108,14 @@ def test_a_row_does_not_depend_on_the_others():
         for i in range(16)
     ]
     logits = rng.normal(size=(16, VOCAB)).astype(np.float32)
-    together = np.asarray(sample(logits, make_sampling(requests, 16)))
+    together = np.asarray(next_tokens(logits, requests, 8))
     order = rng.permutation(16)
-    shuffled = sample(logits[order], make_sampling([requests[i] for i in order], 16))
+    shuffled = next_tokens(logits[order], [requests[i] for i in order], 8)
     assert np.asarray(shuffled).tolist() == together[order].tolist()
     one = np.zeros((4, VOCAB), np.float32)
     for i in (0, 5, 11):
         one[0] = logits[i]
-        assert int(sample(one, make_sampling([requests[i]], 4))[0]) == together[i]
+        assert int(next_tokens(one, [requests[i]], 8)[0]) == together[i]
 
 
 def test_seeds_and_steps_give_other_tokens():
@@ -126,7 +126,7 @@ def test_seeds_and_steps_give_other_tokens():
         for seed in seeds
         for step in range(40)
     ]
-    tokens = np.asarray(sample(np.tile(flat, (240, 1)), make_sampling(rows, 240))).reshape(6, 40)
+    tokens = np.asarray(sample(np.tile(flat, (240, 1)), make_rows(rows, 240))).reshape(6, 40)
     for i in range(6):
         assert len(set(tokens[i].tolist())) > 12
         for j in range(i):
@@ -136,7 +136,7 @@ def test_seeds_and_steps_give_other_tokens():
 def test_greedy_rows_take_the_largest_and_the_lowest_id_among_equals():
     logits = np.array([[0, 3, 3, -np.inf], [5, 0, 0, 5]], np.float32)
     assert greedy(logits).tolist() == [1, 0]
-    assert sample(logits, make_sampling([request()], 2)).tolist() == [1, 0]
+    assert sample(logits, make_rows([request()], 2)).tolist() == [1, 0]
 
 
 def test_a_tiny_temperature_is_greedy_and_a_huge_one_is_even():
@@ -148,9 +148,8 @@ def test_stop_ids_do_not_come_before_min_tokens():
     best = int(LOGITS.argmax())
     second = int(np.argsort(-LOGITS)[1])
     ban = {"min_tokens": 3, "stop_token_ids": (best,)}
-    assert not sampler.is_greedy(request(**ban))
-    rows = make_sampling([request(**ban), request(output=[0] * 3, **ban)], 2)
-    assert sample(np.tile(LOGITS, (2, 1)), rows).tolist() == [second, best]
+    requests = [request(output=[0] * 2, **ban), request(output=[0] * 3, **ban)]
+    assert next_tokens(np.tile(LOGITS, (2, 1)), requests, 8).tolist() == [second, best]
     assert best not in draw({"temperature": 1.0, **ban})
 
 
@@ -259,7 +258,7 @@ def test_requests_without_them_do_not_pay_for_them(monkeypatch):
     logits, plain = np.tile(LOGITS, (2, 1)), request(temperature=1.0)
     for name in ("add_bias", "penalise", "make_bias", "make_penalties"):
         monkeypatch.setattr(sampler, name, fail)
-    want = sample(logits, make_sampling([plain], 2))
+    want = sample(logits, make_rows([plain], 2))
     assert next_tokens(logits, [plain], 8).tolist() == want.tolist()
     monkeypatch.setattr(sampler, "sample", fail)
     assert next_tokens(logits, [request()], 8).tolist() == greedy(logits).tolist()
