@@ -3,10 +3,12 @@
 
 Likelier is the id with the larger logit, and the lower id where logits are equal. So what is kept
 is given by two numbers of a row: a threshold on the logits, and the last id among the ids whose
-logit is the threshold. The threshold is found digit by digit: the floats of a row are searched as
-32-bit integers that rise with them, 4 bits in a pass over the logits. A pass adds up what lies at
-or above each of 15 pivots. All that is added are integers, so that a sum depends on no order and on
-no batch.
+logit is the threshold.
+
+A small top_k takes one pass over the logits, see `cut_to_few`. Otherwise the threshold is found
+digit by digit: the floats of a row are searched as 32-bit integers that rise with them, 4 bits in a
+pass over the logits. A pass adds up what lies at or above each of 15 pivots. All that is added are
+integers, so that a sum depends on no order and on no batch, and both ways keep the same ids.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ import numpy as np
 from jax import lax
 
 from pallas_paged import settings
-from reference_engine.sampling_rows import Sampling, is_kept, split_rows, with_cut
+from reference_engine.sampling_rows import MAX_FEW, Sampling, is_kept, split_rows, with_cut
 
 _BITS = 4  # of a digit
 _NUM_PIVOTS = 2**_BITS - 1
 _LIMB = 2.0**13  # a sum of 2**18 limbs is below 2**31
-_BLOCK = 256  # the ids of a block, when ties are counted
+_BLOCK = 256  # the ids of a block
 _ALL_IDS = 2**31 - 1
 
 
@@ -58,9 +60,9 @@ def cut_top_p(logits: jax.Array, rows: jax.Array) -> jax.Array:
 
     With the largest logit m of a row, the weight of an id is exp((logit - m) / temperature) in
     float32. Weights below min_p go. The mass of an id is its weight as a whole number: the weight
-    is multiplied by the power of two with which the masses of all ids from the threshold on add up
-    to between 2**29 and 2**30, and rounded. An id is kept if the masses of the likelier ids add up
-    to less than top_p times the sum of all weights that are kept until then. A top_p of 1 keeps
+    is multiplied by the power of two with which the masses that are left add up to between 2**29
+    and 2**30, and rounded. An id is kept if the masses of the likelier ids add up
+    to less than top_p times the sum of the weights that are left. A top_p of 1 keeps
     all.
 
     Args:
@@ -72,20 +74,12 @@ def cut_top_p(logits: jax.Array, rows: jax.Array) -> jax.Array:
     """
     s = split_rows(rows)
     largest = jnp.max(logits, axis=1)
-    inverse = 1 / jnp.where(s.temperature > 0, s.temperature, 1.0)
+    inverse = _inverse(s)
     weights = _weights(logits, (largest[:, None], inverse[:, None]))
     kept = is_kept(logits, s) & (weights >= s.min_p[:, None])
     smallest = jnp.min(jnp.where(kept, logits, jnp.inf), axis=1)
-    is_cut_tie = (logits == s.threshold[:, None]) & ~is_kept(logits, s)
-    total, num_cut_ties = _exact_sum(jnp.where(kept, weights, 0.0), is_cut_tie)
-    most = total + num_cut_ties * _weights(s.threshold, (largest, inverse))
-    # The scale is 2**(29 - the exponent of the sum).
-    exponent = (lax.bitcast_convert_type(most, jnp.int32) >> 23) - 127
-    scale = lax.bitcast_convert_type((29 - exponent + 127) << 23, jnp.float32)
-    wanted = jnp.maximum(jnp.ceil(s.top_p * (total * scale)).astype(jnp.int32), 1)
+    scale, wanted = _scale(jnp.where(kept, weights, 0.0), s)
 
-    # From the smallest kept logit on, nothing but the ties that top_k has cut is added too many.
-    # These lie at the lowest pivot, and there the kept ones alone reach what is wanted.
     of_rows = (largest, inverse, scale)
     threshold, above = _search(logits, _masses, wanted, smallest, of_rows)
     num_ties = -(-(wanted - above) // jnp.maximum(_masses(threshold, of_rows), 1))
@@ -98,6 +92,60 @@ def cut_top_p(logits: jax.Array, rows: jax.Array) -> jax.Array:
     return with_cut(rows, smallest, jnp.full_like(last, _ALL_IDS))
 
 
+@settings.defaults()
+@jax.jit
+def cut_to_few(logits: jax.Array, rows: jax.Array) -> jax.Array:
+    """As `cut_top_k` and then `cut_top_p`, for rows whose top_k is at most MAX_FEW.
+
+    The MAX_FEW likeliest ids lie in the MAX_FEW blocks of ids whose largest logits are the largest.
+    So one pass over the logits, which finds the largest logit of each block, leaves little to sort.
+
+    Args:
+      logits: f32[S, V].
+      rows: i32[S, ROW_SIZE], see sampling_rows. Rows with a top_k of 0 are cut by nothing.
+
+    Returns:
+      The rows with their cut.
+    """
+    s = split_rows(rows)
+    values, ids = _few_likeliest(logits)
+    inverse = _inverse(s)
+    weights = _weights(values, (values[:, :1], inverse[:, None]))
+    kept = jnp.arange(values.shape[1]) < s.top_k[:, None]
+    kept &= weights >= s.min_p[:, None]
+    weights = jnp.where(kept, weights, 0.0)
+    scale, wanted = _scale(weights, s)
+    masses = _round(weights * scale[:, None])
+    before = jnp.cumsum(masses, axis=1) - masses
+    kept &= (before < wanted[:, None]) | (s.top_p >= 1)[:, None]
+    index = jnp.maximum(jnp.sum(kept, axis=1, keepdims=True) - 1, 0)
+    threshold = jnp.take_along_axis(values, index, axis=1)[:, 0]
+    last = jnp.take_along_axis(ids, index, axis=1)[:, 0]
+    is_cut = s.top_k > 0
+    return with_cut(rows, jnp.where(is_cut, threshold, -jnp.inf), jnp.where(is_cut, last, _ALL_IDS))
+
+
+def _few_likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The MAX_FEW likeliest ids, the likeliest first: f32[S, V] -> logits, f32[S, n], and ids."""
+    num_rows, size = logits.shape
+    values = jnp.where(logits == 0, 0.0, logits)  # -0 is equal to 0, but a sort tells them apart
+    values = jnp.pad(values, ((0, 0), (0, -size % _BLOCK)), constant_values=-jnp.inf)
+    ids = lax.broadcasted_iota(jnp.int32, values.shape, 1)
+    for block in (_BLOCK, 16):
+        values, ids = (x.reshape(num_rows, -1, block) for x in (values, ids))
+        largest = jnp.max(values, axis=2)
+        _, blocks = lax.top_k(largest, min(MAX_FEW, largest.shape[1]))
+        blocks = jnp.sort(blocks, axis=1)[:, :, None]  # so that the ids rise
+        values, ids = (jnp.take_along_axis(x, blocks, axis=1) for x in (values, ids))
+    values, ids = (x.reshape(num_rows, -1) for x in (values, ids))
+    values, order = lax.top_k(values, min(MAX_FEW, values.shape[1]))
+    return values, jnp.take_along_axis(ids, order, axis=1)
+
+
+def _inverse(s: Sampling) -> jax.Array:
+    return 1 / jnp.where(s.temperature > 0, s.temperature, 1.0)
+
+
 def _weights(logits: jax.Array, of_rows: tuple[jax.Array, jax.Array]) -> jax.Array:
     largest, inverse = of_rows
     return jnp.exp((logits - largest) * inverse)
@@ -108,11 +156,23 @@ def _masses(logits: jax.Array, of_rows: tuple[jax.Array, jax.Array, jax.Array]) 
         largest, inverse, scale = (x[:, None] for x in of_rows)
     else:
         largest, inverse, scale = of_rows
-    return (_weights(logits, (largest, inverse)) * scale + 0.5).astype(jnp.int32)
+    return _round(_weights(logits, (largest, inverse)) * scale)
 
 
-def _exact_sum(weights: jax.Array, flags: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums of weights in [0, 1], f32[S, V] -> f32[S], and the number of flags, as a float.
+def _round(x: jax.Array) -> jax.Array:
+    return (x + 0.5).astype(jnp.int32)
+
+
+def _scale(weights: jax.Array, s: Sampling) -> tuple[jax.Array, jax.Array]:
+    """What makes masses of the weights that are kept, f32[S], and how much mass top_p wants."""
+    total = _exact_sum(weights)
+    exponent = (lax.bitcast_convert_type(total, jnp.int32) >> 23) - 127
+    scale = lax.bitcast_convert_type((29 - exponent + 127) << 23, jnp.float32)
+    return scale, jnp.maximum(jnp.ceil(s.top_p * (total * scale)).astype(jnp.int32), 1)
+
+
+def _exact_sum(weights: jax.Array) -> jax.Array:
+    """Sums of weights in [0, 1], f32[S, V] -> f32[S].
 
     Each weight is cut into three integers of 13 bits, so that no order of the additions changes
     the sum. The last bit that counts is 2**-39.
@@ -121,9 +181,9 @@ def _exact_sum(weights: jax.Array, flags: jax.Array) -> tuple[jax.Array, jax.Arr
     whole = scaled.astype(jnp.int32)
     rest = ((scaled - whole.astype(jnp.float32)) * _LIMB).astype(jnp.int32)
     low_bits = np.int32(_LIMB - 1)
-    limbs = [whole // np.int32(_LIMB), whole & low_bits, rest, flags.astype(jnp.int32)]
-    high, middle, low, count = (x.astype(jnp.float32) for x in _sums(limbs))
-    return ((low / _LIMB + middle) / _LIMB + high) / _LIMB, count
+    limbs = [whole // np.int32(_LIMB), whole & low_bits, rest]
+    high, middle, low = (x.astype(jnp.float32) for x in _sums(limbs))
+    return ((low / _LIMB + middle) / _LIMB + high) / _LIMB
 
 
 def _search(
@@ -139,12 +199,13 @@ def _search(
       logits: f32[S, V].
       amounts: makes the amount of each id, i32[S, V], at least 0, from the logits and `of_rows`.
       wanted: i32[S], at least 1.
-      lowest: f32[S]; each row's sum of the amounts of the logits from there on is below 2**31.
+      lowest: f32[S]; what is wanted is there from this logit on. Each row's sum of the amounts of
+        the logits above it is below 2**31. Nothing depends on the others.
       of_rows: what `amounts` needs to know of the rows.
 
     Returns:
-      The float, f32[S], or something at or below the lowest one if all amounts are too little, and
-      the sum of the amounts of the logits above it, i32[S], which is less than what is wanted.
+      The float, f32[S], at least the lowest one, and the sum of the amounts of the logits above it,
+      i32[S], which is less than what is wanted.
     """
 
     def find_digit(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -152,12 +213,12 @@ def _search(
         # them out of the loop, and then write and read as many bytes as there are logits.
         (prefix, above), rows = lax.optimization_barrier((found, of_rows))
         shift = (32 - _BITS - _BITS * i).astype(jnp.uint32)
-        amount, parts = amounts(logits, rows), []
-        for digit in range(1, _NUM_PIVOTS + 1):
-            pivot = jnp.maximum(_float_of(prefix + (jnp.uint32(digit) << shift)), lowest)
-            parts.append(jnp.where(logits >= pivot[:, None], amount, 0))
+        digits = jnp.arange(1, _NUM_PIVOTS + 1, dtype=jnp.uint32)[:, None]
+        pivots = _float_of(prefix + (digits << shift))
+        amount = amounts(logits, rows)
+        parts = [jnp.where(logits >= pivot[:, None], amount, 0) for pivot in list(pivots)]
         sums = jnp.stack(_sums(parts))
-        reaches = sums >= wanted
+        reaches = (pivots <= lowest) | (sums >= wanted)
         # The lowest pivot that fails has the largest sum of those that fail.
         above = jnp.maximum(above, jnp.max(jnp.where(reaches, 0, sums), axis=0))
         return prefix + (jnp.sum(reaches, axis=0).astype(jnp.uint32) << shift), above

@@ -15,7 +15,7 @@ from jax import lax
 
 from pallas_paged import settings
 from reference_engine import sampling_rows
-from reference_engine.kept_ids import cut_top_k, cut_top_p
+from reference_engine.kept_ids import cut_to_few, cut_top_k, cut_top_p
 from reference_engine.request import Request
 from reference_engine.sampling_params import MAX_BIASED_IDS, MAX_LOGPROBS, MAX_STOP_IDS
 from reference_engine.sampling_rows import Array, Sampling, is_kept, join_rows, split_rows
@@ -163,12 +163,16 @@ def next_tokens(
         logits = penalise(logits, penalties, last_tokens)
     if not asked & sampling_rows.DRAW:
         return greedy(logits)
-    packed = make_rows(requests, num_seqs)
+    return sample(logits, _cut(logits, make_rows(requests, num_seqs), asked))
+
+
+def _cut(logits: jax.Array, rows: Array, asked: int) -> Array:
+    """The rows with what top_k, top_p and min_p keep, by the cheapest programs that can."""
+    if not asked & sampling_rows.MANY:
+        return cut_to_few(logits, rows) if asked & sampling_rows.TOP_K else rows
     if asked & sampling_rows.TOP_K:
-        packed = cut_top_k(logits, packed)
-    if asked & sampling_rows.TOP_P:
-        packed = cut_top_p(logits, packed)
-    return sample(logits, packed)
+        rows = cut_top_k(logits, rows)
+    return cut_top_p(logits, rows) if asked & sampling_rows.TOP_P else rows
 
 
 def run_every_program(
@@ -183,12 +187,14 @@ def run_every_program(
     """
     num_seqs = logits.shape[0]
     rows = make_rows([], num_seqs)
+    cut_top_p(logits, rows)  # which comes first or second
     tokens = sample(logits, cut_top_p(logits, cut_top_k(logits, rows)))
     results = [
         add_bias(logits, make_bias([], num_seqs)),
         add_bias(logits, make_bans([], num_seqs)),
         penalise(logits, make_penalties([], num_seqs, max_model_len), last_tokens),
         sample(logits, rows),
+        cut_to_few(logits, rows),
         greedy(logits),
         log_probabilities(logits, tokens),
     ]

@@ -17,7 +17,8 @@ from reference_engine.sampling_params import SamplingParams
 Array = Any  # numpy's where the host packs it, jax's on the device
 
 # What a request asks of the sampler, as bits: a step runs the programs of its requests' bits.
-BIAS, PENALTIES, MIN_TOKENS, DRAW, TOP_K, TOP_P = (1 << i for i in range(6))
+BIAS, PENALTIES, MIN_TOKENS, DRAW, TOP_K, TOP_P, MANY = (1 << i for i in range(7))
+MAX_FEW = 64  # a draw among more ids, or among nobody knows how many, asks for MANY
 
 _FLOAT32 = np.finfo(np.float32)
 _MAX_INT32 = 2**31 - 1
@@ -52,13 +53,15 @@ def asked_by(params: SamplingParams, *, has_bias: bool) -> int:
         params.presence_penalty or params.frequency_penalty
     )
     draws = params.temperature > 0
+    cuts_by_mass = draws and (params.top_p < 1 or params.min_p > 0)
     return (
         BIAS * has_bias
         | PENALTIES * has_penalties
         | MIN_TOKENS * (params.min_tokens > 0)
         | DRAW * draws
         | TOP_K * (draws and params.top_k > 0)
-        | TOP_P * (draws and (params.top_p < 1 or params.min_p > 0))
+        | TOP_P * cuts_by_mass
+        | MANY * (draws and (params.top_k > MAX_FEW or (params.top_k == 0 and cuts_by_mass)))
     )
 
 

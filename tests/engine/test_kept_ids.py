@@ -1,6 +1,8 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """The ids that top_k, min_p and top_p keep are those of the sorted form, on hostile rows."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,24 @@ def rows_of_logits(rng, size):
 def params_of_rows(rng, size, **fixed):
     kinds = {
         "temperature": [0.6, 1.0, 1e-30, 5.0, 1e30, 0.0],
-        "top_k": [0, 1, 2, 3, 255, 256, 257, 512, size // 2, size - 1, size, size + 1, 2**40],
+        "top_k": [
+            0,
+            1,
+            2,
+            3,
+            20,
+            63,
+            64,
+            255,
+            256,
+            257,
+            512,
+            size // 2,
+            size - 1,
+            size,
+            size + 1,
+            2**40,
+        ],
         "top_p": [1.0, 0.95, 0.5, 1e-9, 1 - 2**-24],
         "min_p": [0.0, 0.0, 0.05, 0.5, 1.0, 1e-9],
     }
@@ -89,9 +108,7 @@ def sorted_top_p(logits, kept, params):
     if params.top_p == 1:
         return kept
     total = float(np.sum(np.where(kept, weights, 0)))
-    smallest = np.min(logits[kept])
-    most = float(np.sum(weights[(logits >= smallest)]))
-    scale = 2.0 ** (29 - np.floor(np.log2(most)))
+    scale = 2.0 ** (29 - np.floor(np.log2(total)))
     order = likeliest_first(logits)
     masses = np.floor(weights * scale + 0.5).astype(np.int64)
     masses = np.where(kept, masses, 0)[order]
@@ -121,11 +138,23 @@ def check_top_p(module, seed, size, **fixed):
         assert np.array_equal(got[row], want), (row, one, got[row].sum(), want.sum())
 
 
+def check_few(module, seed, size):
+    logits, params = make_case(seed, size)
+    params = [dataclasses.replace(one, top_k=min(one.top_k, 64)) for one in params]
+    got = kept_by([module.cut_to_few], logits, params)
+    for row, one in enumerate(params):
+        want = np.ones(size, bool)
+        if one.temperature > 0 and one.top_k > 0:
+            want = sorted_top_p(logits[row], sorted_top_k(logits[row], one.top_k), one)
+        assert np.array_equal(got[row], want), (row, one, got[row].sum(), want.sum())
+
+
 def check_all(module, size):
     for seed in range(4):
         check_top_k(module, seed, size)
         check_top_p(module, seed, size, top_k=0)
         check_top_p(module, seed, size)
+        check_few(module, seed, size)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -178,13 +207,18 @@ FAULTS = {
         "kept = is_kept(logits, s) & (weights >= s.min_p[:, None])",
         "kept = weights >= s.min_p[:, None]",
     ),
-    "cut ties overflow": ("total + num_cut_ties *", "total + 0 * num_cut_ties *"),
-    "rounded down": ("* scale + 0.5)", "* scale)"),
+    "cut ties count": ("(pivots <= lowest) |", "(pivots < lowest) |"),
+    "rounded down": ("(x + 0.5)", "(x + 0.0)"),
     "no middle bits": ("middle) / _LIMB", "0 * middle) / _LIMB"),
     "no low bits": ("(low / _LIMB", "(0 * low / _LIMB"),
     "one tie": ("-(-(wanted - above) // ", "((wanted - above) // "),
     "top_p of 1": ("has_top_p = s.top_p < 1", "has_top_p = s.top_p <= 1"),
-    "no lowest": ("<< shift)), lowest)", "<< shift)), -jnp.inf)"),
+    "few: zeros": ("jnp.where(logits == 0, 0.0, logits)", "logits"),
+    "few: the order of blocks": ("jnp.sort(blocks, axis=1)[:, :, None]", "blocks[:, :, None]"),
+    "few: one too many": (") < s.top_k[:, None]", ") <= s.top_k[:, None]"),
+    "few: no min_p": ("kept &= weights >= s.min_p", "kept &= weights >= 0 * s.min_p"),
+    "few: one id more": ("(before < wanted[:, None])", "(before <= wanted[:, None])"),
+    "few: rows that cut nothing": ("is_cut = s.top_k > 0", "is_cut = s.top_k >= 0"),
 }
 FAULTS = {name: (kept_ids.__name__, old, new) for name, (old, new) in FAULTS.items()}
 PLANTED = list(FAULTS.values())
