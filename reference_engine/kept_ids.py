@@ -6,8 +6,8 @@ is given by two numbers of a row: a threshold on the logits, and the last id amo
 logit is the threshold.
 
 A small top_k takes one pass over the logits, see `cut_to_few`. Otherwise the threshold is found
-digit by digit: the floats of a row are searched as 32-bit integers that rise with them, 4 bits in a
-pass over the logits. A pass adds up what lies at or above each of 15 pivots. All that is added are
+digit by digit: the floats of a row are searched as 32-bit integers that rise with them, 3 bits in a
+pass over the logits. A pass adds up what lies at or above each of 7 pivots. All that is added are
 integers, so that a sum depends on no order and on no batch, and both ways keep the same ids.
 """
 
@@ -24,10 +24,11 @@ from jax import lax
 from pallas_paged import settings
 from reference_engine.sampling_rows import MAX_FEW, Sampling, is_kept, split_rows, with_cut
 
-_BITS = 4  # of a digit
+_BITS = 3  # of a digit; with 4 a pass takes an H100 longer to add than to read
 _NUM_PIVOTS = 2**_BITS - 1
 _LIMB = 2.0**13  # a sum of 2**18 limbs is below 2**31
 _BLOCK = 256  # the ids of a block
+_MAX_PART = 16384  # the most numbers of a row that one reduction of XLA for GPUs adds up
 _ALL_IDS = 2**31 - 1
 
 
@@ -77,8 +78,8 @@ def cut_top_p(logits: jax.Array, rows: jax.Array) -> jax.Array:
     inverse = _inverse(s)
     weights = _weights(logits, (largest[:, None], inverse[:, None]))
     kept = is_kept(logits, s) & (weights >= s.min_p[:, None])
-    smallest = jnp.min(jnp.where(kept, logits, jnp.inf), axis=1)
-    scale, wanted = _scale(jnp.where(kept, weights, 0.0), s)
+    total, smallest = _total_and_smallest(weights, logits, kept)
+    scale, wanted = _scale(total, s)
 
     of_rows = (largest, inverse, scale)
     threshold, above = _search(logits, _masses, wanted, smallest, of_rows)
@@ -113,9 +114,8 @@ def cut_to_few(logits: jax.Array, rows: jax.Array) -> jax.Array:
     weights = _weights(values, (values[:, :1], inverse[:, None]))
     kept = jnp.arange(values.shape[1]) < s.top_k[:, None]
     kept &= weights >= s.min_p[:, None]
-    weights = jnp.where(kept, weights, 0.0)
-    scale, wanted = _scale(weights, s)
-    masses = _round(weights * scale[:, None])
+    scale, wanted = _scale(_total_and_smallest(weights, values, kept)[0], s)
+    masses = jnp.where(kept, _round(weights * scale[:, None]), 0)
     before = jnp.cumsum(masses, axis=1) - masses
     kept &= (before < wanted[:, None]) | (s.top_p >= 1)[:, None]
     index = jnp.maximum(jnp.sum(kept, axis=1, keepdims=True) - 1, 0)
@@ -163,27 +163,28 @@ def _round(x: jax.Array) -> jax.Array:
     return (x + 0.5).astype(jnp.int32)
 
 
-def _scale(weights: jax.Array, s: Sampling) -> tuple[jax.Array, jax.Array]:
-    """What makes masses of the weights that are kept, f32[S], and how much mass top_p wants."""
-    total = _exact_sum(weights)
+def _scale(total: jax.Array, s: Sampling) -> tuple[jax.Array, jax.Array]:
+    """What makes masses of weights with this sum, f32[S], and how much mass top_p wants, i32[S]."""
     exponent = (lax.bitcast_convert_type(total, jnp.int32) >> 23) - 127
     scale = lax.bitcast_convert_type((29 - exponent + 127) << 23, jnp.float32)
     return scale, jnp.maximum(jnp.ceil(s.top_p * (total * scale)).astype(jnp.int32), 1)
 
 
-def _exact_sum(weights: jax.Array) -> jax.Array:
-    """Sums of weights in [0, 1], f32[S, V] -> f32[S].
+def _total_and_smallest(
+    weights: jax.Array, logits: jax.Array, kept: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of the kept weights, which are in [0, 1], and the smallest kept logit, f32[S] each.
 
     Each weight is cut into three integers of 13 bits, so that no order of the additions changes
     the sum. The last bit that counts is 2**-39.
     """
-    scaled = weights * _LIMB**2
+    scaled = jnp.where(kept, weights, 0.0) * _LIMB**2
     whole = scaled.astype(jnp.int32)
     rest = ((scaled - whole.astype(jnp.float32)) * _LIMB).astype(jnp.int32)
-    low_bits = np.int32(_LIMB - 1)
-    limbs = [whole // np.int32(_LIMB), whole & low_bits, rest]
-    high, middle, low = (x.astype(jnp.float32) for x in _sums(limbs))
-    return ((low / _LIMB + middle) / _LIMB + high) / _LIMB
+    limbs = [whole // np.int32(_LIMB), whole & np.int32(_LIMB - 1), rest]
+    *sums, smallest = _reduce_rows(limbs, jnp.where(kept, logits, jnp.inf))
+    high, middle, low = (x.astype(jnp.float32) for x in sums)
+    return ((low / _LIMB + middle) / _LIMB + high) / _LIMB, smallest
 
 
 def _search(
@@ -212,19 +213,22 @@ def _search(
         # Tied to what changes, so that XLA computes the amounts again in each pass: it would take
         # them out of the loop, and then write and read as many bytes as there are logits.
         (prefix, above), rows = lax.optimization_barrier((found, of_rows))
-        shift = (32 - _BITS - _BITS * i).astype(jnp.uint32)
+        # The last digits may overlap: what they have in common is found already.
+        shift = jnp.maximum(32 - _BITS - _BITS * i, 0).astype(jnp.uint32)
         digits = jnp.arange(1, _NUM_PIVOTS + 1, dtype=jnp.uint32)[:, None]
         pivots = _float_of(prefix + (digits << shift))
         amount = amounts(logits, rows)
         parts = [jnp.where(logits >= pivot[:, None], amount, 0) for pivot in list(pivots)]
-        sums = jnp.stack(_sums(parts))
+        sums = jnp.stack(_reduce_rows(parts))
         reaches = (pivots <= lowest) | (sums >= wanted)
         # The lowest pivot that fails has the largest sum of those that fail.
         above = jnp.maximum(above, jnp.max(jnp.where(reaches, 0, sums), axis=0))
         return prefix + (jnp.sum(reaches, axis=0).astype(jnp.uint32) << shift), above
 
     nothing = jnp.zeros_like(wanted)
-    prefix, above = lax.fori_loop(0, 32 // _BITS, find_digit, (nothing.astype(jnp.uint32), nothing))
+    prefix, above = lax.fori_loop(
+        0, -(-32 // _BITS), find_digit, (nothing.astype(jnp.uint32), nothing)
+    )
     return _float_of(prefix), above
 
 
@@ -257,11 +261,29 @@ def _last_tie(
     return block * _BLOCK + jnp.sum(up_to_id < num_ties[:, None], axis=1, dtype=jnp.int32)
 
 
-def _sums(operands: list[jax.Array]) -> list[jax.Array]:
-    """The sums of the rows of integer arrays, all in one pass: i32[S, V] each -> i32[S] each."""
-    zeros = [np.int32(0)] * len(operands)
-    return list(
-        lax.reduce(
-            operands, zeros, lambda xs, ys: [x + y for x, y in zip(xs, ys, strict=True)], (1,)
-        )
-    )
+def _reduce_rows(integers: list[jax.Array], *floats: jax.Array) -> list[jax.Array]:
+    """The sums of integer arrays and the minima of float arrays, in one pass: [S, V] -> [S] each.
+
+    XLA would cut a long row into parts of about the root of its length. Then so few numbers meet in
+    a warp of a GPU that it takes longer to add up its lanes than to read.
+    """
+    num_rows, size = integers[0].shape
+    num_parts = 1
+    while size > _MAX_PART * num_parts:
+        num_parts *= 2
+    length = -(-size // num_parts)
+    padding = ((0, 0), (0, num_parts * length - size))
+
+    def split(x: jax.Array, fill: Any) -> jax.Array:
+        return jnp.pad(x, padding, constant_values=fill).reshape(num_rows, num_parts, length)
+
+    parts = [split(x, 0) for x in integers] + [split(x, np.inf) for x in floats]
+    inits = [np.int32(0)] * len(integers) + [np.float32(np.inf)] * len(floats)
+    combine = [lax.add] * len(integers) + [lax.min] * len(floats)
+
+    def combine_all(xs: list[jax.Array], ys: list[jax.Array]) -> list[jax.Array]:
+        return [f(x, y) for f, x, y in zip(combine, xs, ys, strict=True)]
+
+    for axis in (2, 1):
+        parts = list(lax.reduce(parts, inits, combine_all, (axis,)))
+    return parts

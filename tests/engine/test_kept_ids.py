@@ -192,7 +192,7 @@ FAULTS = {
     "a block too many": ("is_before = up_to_block <", "is_before = up_to_block <="),
     "no ties before the block": ("jnp.where(is_before, up_to_block, 0)", "0 * up_to_block"),
     "above the pivot": ("logits >= pivot[:, None]", "logits > pivot[:, None]"),
-    "a digit too few": ("0, 32 // _BITS", "0, 32 // _BITS - 1"),
+    "a digit too few": ("-(-32 // _BITS)", "32 // _BITS"),
     "the last failing pivot": (
         "jnp.max(jnp.where(reaches, 0, sums), axis=0)",
         "jnp.min(jnp.where(reaches, 2**30, sums), axis=0)",
