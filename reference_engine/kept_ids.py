@@ -181,7 +181,7 @@ def _total_and_smallest(
     scaled = jnp.where(kept, weights, 0.0) * _LIMB**2
     whole = scaled.astype(jnp.int32)
     rest = ((scaled - whole.astype(jnp.float32)) * _LIMB).astype(jnp.int32)
-    limbs = [whole // np.int32(_LIMB), whole & np.int32(_LIMB - 1), rest]
+    limbs = [whole >> 13, whole & np.int32(_LIMB - 1), rest]
     *sums, smallest = _reduce_rows(limbs, jnp.where(kept, logits, jnp.inf))
     high, middle, low = (x.astype(jnp.float32) for x in sums)
     return ((low / _LIMB + middle) / _LIMB + high) / _LIMB, smallest
