@@ -41,11 +41,16 @@ class Penalties(NamedTuple):
     frequency: Array  # f32[S]
 
 
+def num_output(request: Request) -> int:
+    """The number of tokens generated so far, including one that the host has not read yet."""
+    return request.num_tokens - request.num_prompt
+
+
 def make_rows(requests: Sequence[Request], num_seqs: int) -> np.ndarray:
     """The rows of the requests for one transfer, see sampling_rows, then greedy rows."""
     return join_rows(
         [request.sampling_row for request in requests],
-        [request.num_tokens - request.num_prompt for request in requests],
+        [num_output(request) for request in requests],
         num_seqs,
     )
 
@@ -70,7 +75,7 @@ def make_bans(requests: Sequence[Request], num_seqs: int) -> Bias:
 
 def must_go_on(request: Request) -> bool:
     """Whether the next token is one of the first min_tokens."""
-    return request.num_tokens - request.num_prompt < request.params.min_tokens
+    return num_output(request) < request.params.min_tokens
 
 
 def _pad_bias(changes: Sequence[Sequence[tuple[int, float]]], num_seqs: int, num_ids: int) -> Bias:
@@ -120,7 +125,7 @@ def make_penalties(
             known = request.num_prompt + len(request.output_ids)
             ids[request.num_prompt : known] = request.output_ids
             if rows is not None and rows[row] >= 0:
-                ids[request.num_tokens - 1] = -1 - rows[row]
+                ids[known] = -1 - rows[row]
             penalties.num_prompt[row] = request.num_prompt
             penalties.repetition[row] = params.repetition_penalty
             penalties.presence[row] = params.presence_penalty
