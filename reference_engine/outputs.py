@@ -1,17 +1,17 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""The outputs of a step: new tokens, and what is returned beside them."""
+"""The outputs of a step: on the device while it is in flight, then new tokens and their extras."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from reference_engine.request import FinishReason, Request
-from reference_engine.sampler import log_probabilities
-from reference_engine.scheduler import StepPlan
+from reference_engine.step_plan import StepPlan
 
 Extra = tuple[np.ndarray | None, dict[int, float] | None]  # Output's logits and logprobs
 
@@ -36,24 +36,49 @@ class Output(NamedTuple):
     logprobs: dict[int, float] | None = None
 
 
-def read_extras(
-    requests: Sequence[Request], tokens: jax.Array, logits: jax.Array, *, return_logits: bool
-) -> list[Extra]:
-    """What is returned beside the tokens of the first rows, as far as it is asked for.
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class InFlight:
+    """A step that has been dispatched, and whose results the host has not read yet.
 
-    Args:
-      requests: the requests of the rows.
+    Attributes:
+      plan: what it computes.
+      requests: the requests of the plan's segments.
       tokens: the new token of each row, i32[S].
-      logits: the logits of each row, f32[S, V].
-      return_logits: whether to return the logits.
+      last_tokens: the same, padded to the largest number of sequences, for the next step.
+      logits: the logits of each row, f32[S, V], if they are to be returned.
+      logprobs: see `sampler.log_probabilities`; None if no request wants any.
+      num_padding: the rows of the batch that hold no token.
+      is_read_first: whether it must be read before the next step is scheduled.
     """
-    rows = np.asarray(logits) if return_logits else [None] * len(requests)
-    if all(request.params.logprobs is None for request in requests):
-        return [(row, None) for row, _ in zip(rows, requests, strict=False)]
-    own, ids, values = map(np.asarray, log_probabilities(logits, tokens))
-    chosen = np.asarray(tokens)
+
+    plan: StepPlan
+    requests: list[Request]
+    tokens: jax.Array
+    last_tokens: jax.Array
+    logits: jax.Array | None
+    logprobs: tuple[jax.Array, jax.Array, jax.Array] | None
+    num_padding: int
+    is_read_first: bool
+
+    def start_copies(self) -> None:
+        """Lets the device send the results when it has them, before it begins a later step."""
+        for array in (self.tokens, self.logits, *(self.logprobs or ())):
+            if isinstance(array, jax.Array):
+                array.copy_to_host_async()
+
+
+def read_extras(step: InFlight) -> list[Extra] | None:
+    """What is returned beside the tokens of the step's requests; None if nothing is."""
+    if step.logits is None and step.logprobs is None:
+        return None
+    num_rows = len(step.requests)
+    rows = [None] * num_rows if step.logits is None else np.asarray(step.logits)
+    if step.logprobs is None:
+        return [(row, None) for row, _ in zip(rows, range(num_rows), strict=False)]
+    own, ids, values = map(np.asarray, step.logprobs)
+    chosen = np.asarray(step.tokens)
     extras = []
-    for i, request in enumerate(requests):
+    for i, request in enumerate(step.requests):
         count, found = request.params.logprobs, None
         if count is not None:
             top = zip(ids[i, :count].tolist(), values[i, :count].tolist(), strict=True)
@@ -63,16 +88,24 @@ def read_extras(
 
 
 def make_outputs(
-    plan: StepPlan,
-    tokens: list[int],
-    extras: list[Extra],
-    finished: Sequence[Request],
-    aborted: Set[int],
+    kept: Sequence[tuple[int, Request]], tokens: Sequence[int], extras: Sequence[Extra] | None
 ) -> list[Output]:
-    """The outputs of the requests that got a token and were not aborted."""
-    reasons = {request.request_id: request.finish_reason for request in finished}
-    return [
-        Output(segment.request_id, token, reasons.get(segment.request_id), *extra)
-        for segment, token, extra in zip(plan.segments, tokens, extras, strict=True)
-        if segment.samples and segment.request_id not in aborted
-    ]
+    """The outputs of the tokens that `Scheduler.commit` has appended.
+
+    Args:
+      kept: the rows of these tokens, and their requests.
+      tokens: the new token of each row.
+      extras: what is returned beside each of them, if anything is.
+    """
+    if extras is None:
+        return [Output(r.request_id, tokens[row], r.finish_reason) for row, r in kept]
+    return [Output(r.request_id, tokens[row], r.finish_reason, *extras[row]) for row, r in kept]
+
+
+def finished_requests(kept: Sequence[tuple[int, Request]]) -> list[Request]:
+    """The requests that ended with the tokens that `Scheduler.commit` has appended.
+
+    It is a function because CPython does not guard the jumps of a comprehension that stands in a
+    `try` of the caller: an interrupt there would pass by the `except`.
+    """
+    return [request for _, request in kept if request.finish_reason is not None]

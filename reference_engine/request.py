@@ -32,11 +32,12 @@ class Request:
       request_id: the engine's number for it, which rises with the arrival.
       prompt_ids: the token ids of the prompt.
       params: see SamplingParams.
-      output_ids: the tokens generated so far; `append` adds to them.
+      output_ids: the tokens generated so far, as far as the host has read them.
       stop_ids: the ids that end it: the model's own unless it ignores them, and those of its
         params, which are added here.
       seed: the seed of its random numbers.
-      num_computed: the number of its first tokens whose keys and values are in the pool.
+      num_computed: the number of its first tokens whose keys and values are in the pool, or are
+        written there by a step in flight.
       num_cached: how many of them the prefix cache held when the request was last admitted.
       page_ids: the request's pages in order; page i holds the positions from i * page_size on.
       page_hashes: the hashes of its first full pages, as far as they were needed.
@@ -45,8 +46,12 @@ class Request:
       num_preemptions: how often its pages were taken away.
       finish_reason: why it ended; None while it lives.
       num_prompt: the number of tokens of the prompt.
-      num_tokens: the number of tokens of the prompt and of the output so far.
+      num_tokens: the number of tokens of the prompt and of the output so far, including the
+        pending tokens: those that steps in flight yield.
+      pending_row: the row of the newest step in flight that yields the last token; -1 if the host
+        knows all tokens.
       max_tokens: the most tokens to generate.
+      max_length: the number of tokens, prompt included, with which it ends in any case.
       bad_words: for each bad word, its token ids before the last one, and the last one.
       has_bias, has_penalties: whether its logits are changed before a token is chosen.
     """
@@ -68,7 +73,9 @@ class Request:
     # Stored, because the scheduler reads them multiple times per request and step.
     num_prompt: int = dataclasses.field(init=False)
     num_tokens: int = dataclasses.field(init=False)
+    pending_row: int = dataclasses.field(init=False, default=-1)
     max_tokens: float = dataclasses.field(init=False)
+    max_length: float = dataclasses.field(init=False, default=math.inf)  # `Scheduler.add` sets it
     bad_words: list[tuple[list[int], int]] = dataclasses.field(init=False)
     has_bias: bool = dataclasses.field(init=False)
     has_penalties: bool = dataclasses.field(init=False)
@@ -87,16 +94,29 @@ class Request:
             params.presence_penalty or params.frequency_penalty
         )
 
-    def append(self, token_id: int) -> None:
-        """Adds a generated token."""
-        self.output_ids.append(token_id)
-        self.num_tokens += 1
+    @property
+    def num_known(self) -> int:
+        """The number of tokens of the prompt and of the output that the host has read."""
+        return self.num_prompt + len(self.output_ids)
+
+    def forget_pending(self) -> None:
+        """Takes back the tokens that steps in flight yield; they are computed again."""
+        self.num_tokens = self.num_known
+        self.pending_row = -1
 
     def token_ids(self, start: int, end: int) -> tuple[int, ...]:
-        """The tokens at the positions [start, end), as far as there are."""
+        """The tokens at the positions [start, end), as far as there are.
+
+        A pending token is -1 - r, if row r of the newest step in flight yields it.
+        """
+        ids: tuple[int, ...]
         if start >= self.num_prompt:
-            return tuple(self.output_ids[start - self.num_prompt : end - self.num_prompt])
-        return (*self.prompt_ids[start:end], *self.output_ids[: max(0, end - self.num_prompt)])
+            ids = tuple(self.output_ids[start - self.num_prompt : end - self.num_prompt])
+        else:
+            ids = (*self.prompt_ids[start:end], *self.output_ids[: max(0, end - self.num_prompt)])
+        if self.pending_row >= 0 and start < self.num_tokens <= end:
+            return (*ids, -1 - self.pending_row)
+        return ids
 
 
 def check_request(

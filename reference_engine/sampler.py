@@ -53,7 +53,12 @@ class Penalties(NamedTuple):
 def is_greedy(request: Request) -> bool:
     """Whether the request's next token is the one with the largest logit, whichever that is."""
     params = request.params
-    return params.temperature == 0 and len(request.output_ids) >= params.min_tokens
+    return params.temperature == 0 and num_output(request) >= params.min_tokens
+
+
+def num_output(request: Request) -> int:
+    """The number of tokens generated so far, including the one that the host has not read yet."""
+    return request.num_tokens - request.num_prompt
 
 
 def make_sampling(requests: Sequence[Request], num_seqs: int) -> Sampling:
@@ -76,8 +81,8 @@ def make_sampling(requests: Sequence[Request], num_seqs: int) -> Sampling:
             sampling.top_p[row] = params.top_p
             sampling.min_p[row] = params.min_p
             sampling.seed[row] = np.array([request.seed], np.int64).view(np.int32)
-            sampling.num_output[row] = len(request.output_ids)
-        if len(request.output_ids) < params.min_tokens:
+            sampling.num_output[row] = num_output(request)
+        if num_output(request) < params.min_tokens:
             sampling.banned[row, : len(request.stop_ids)] = sorted(request.stop_ids)
     return sampling
 
@@ -107,8 +112,16 @@ def _forbidden(request: Request) -> list[int]:
     return forbidden
 
 
-def make_penalties(requests: Sequence[Request], num_seqs: int, max_model_len: int) -> Penalties:
-    """Numpy arrays of `num_seqs` rows: the rows of the requests, then rows without a penalty."""
+def make_penalties(
+    requests: Sequence[Request],
+    num_seqs: int,
+    max_model_len: int,
+    rows: Sequence[int] | None = None,
+) -> Penalties:
+    """Numpy arrays of `num_seqs` rows: the rows of the requests, then rows without a penalty.
+
+    For `rows`, see `next_tokens`: the id of a pending token is -1 - its row.
+    """
     penalties = Penalties(
         token_ids=np.full((num_seqs, max_model_len), _NO_TOKEN, np.int32),
         num_prompt=np.zeros(num_seqs, np.int32),
@@ -120,7 +133,9 @@ def make_penalties(requests: Sequence[Request], num_seqs: int, max_model_len: in
         if request.has_penalties:
             params = request.params
             penalties.token_ids[row, : request.num_prompt] = request.prompt_ids
-            penalties.token_ids[row, request.num_prompt : request.num_tokens] = request.output_ids
+            penalties.token_ids[row, request.num_prompt : request.num_known] = request.output_ids
+            if rows is not None and rows[row] >= 0:
+                penalties.token_ids[row, request.num_known] = -1 - rows[row]
             penalties.num_prompt[row] = request.num_prompt
             penalties.repetition[row] = params.repetition_penalty
             penalties.presence[row] = params.presence_penalty
@@ -128,7 +143,13 @@ def make_penalties(requests: Sequence[Request], num_seqs: int, max_model_len: in
     return penalties
 
 
-def next_tokens(logits: jax.Array, requests: Sequence[Request], max_model_len: int) -> jax.Array:
+def next_tokens(
+    logits: jax.Array,
+    requests: Sequence[Request],
+    max_model_len: int,
+    last_tokens: jax.Array | None = None,
+    rows: Sequence[int] | None = None,
+) -> jax.Array:
     """The next token of each row: f32[S, V] -> i32[S].
 
     Changing logits and sampling are separate programs, and only those run that a request of the
@@ -138,28 +159,36 @@ def next_tokens(logits: jax.Array, requests: Sequence[Request], max_model_len: i
       logits: the model's logits.
       requests: the requests of the first rows; the tokens of the other rows mean nothing.
       max_model_len: the most tokens of a request.
+      last_tokens: the tokens of the step before, i32[R].
+      rows: for each request, the row of its pending token, which the host has not read yet, in
+        `last_tokens`; -1 if there is none. None for none at all. A request with bad words must not
+        have one.
     """
     num_seqs = logits.shape[0]
     if any(request.has_bias for request in requests):
         logits = add_bias(logits, make_bias(requests, num_seqs))
     if any(request.has_penalties for request in requests):
-        logits = penalise(logits, make_penalties(requests, num_seqs, max_model_len))
+        penalties = make_penalties(requests, num_seqs, max_model_len, rows)
+        logits = penalise(logits, penalties, last_tokens)
     if all(map(is_greedy, requests)):
         return greedy(logits)
     return sample(logits, make_sampling(requests, num_seqs))
 
 
-def run_every_program(logits: jax.Array, max_model_len: int) -> None:
+def run_every_program(
+    logits: jax.Array, max_model_len: int, last_tokens: jax.Array | None = None
+) -> None:
     """Runs each program of this module once, so that all are compiled for these logits' shape.
 
     Args:
       logits: f32[S, V].
       max_model_len: the most tokens of a request.
+      last_tokens: see `next_tokens`.
     """
     num_seqs = logits.shape[0]
     tokens = sample(logits, make_sampling([], num_seqs))
     add_bias(logits, make_bias([], num_seqs))
-    penalise(logits, make_penalties([], num_seqs, max_model_len))
+    penalise(logits, make_penalties([], num_seqs, max_model_len), last_tokens)
     jax.block_until_ready((greedy(logits), log_probabilities(logits, tokens)))
 
 
@@ -173,8 +202,12 @@ def add_bias(logits: jax.Array, bias: Bias) -> jax.Array:
 
 @settings.defaults()
 @jax.jit
-def penalise(logits: jax.Array, penalties: Penalties) -> jax.Array:
+def penalise(
+    logits: jax.Array, penalties: Penalties, last_tokens: jax.Array | None = None
+) -> jax.Array:
     """Applies the penalties of each row, see SamplingParams: f32[S, V] -> f32[S, V].
+
+    A token id of -1 - r stands for `last_tokens[r]`.
 
     A row without penalties keeps its bits, so that it does not depend on the other rows.
     """
@@ -182,9 +215,11 @@ def penalise(logits: jax.Array, penalties: Penalties) -> jax.Array:
     rows = jnp.arange(logits.shape[0])[:, None]
     positions = jnp.arange(p.token_ids.shape[1], dtype=jnp.int32)[None, :]
     is_output = (positions >= p.num_prompt[:, None]).astype(jnp.float32)
-    zeros = jnp.zeros_like(logits)
-    counts = zeros.at[rows, p.token_ids].add(is_output, mode="drop")
-    is_present = zeros.at[rows, p.token_ids].set(1.0, mode="drop") > 0
+    zeros, ids = jnp.zeros_like(logits), p.token_ids
+    if last_tokens is not None:
+        ids = jnp.where(ids < 0, last_tokens[jnp.maximum(-1 - ids, 0)], ids)
+    counts = zeros.at[rows, ids].add(is_output, mode="drop")
+    is_present = zeros.at[rows, ids].set(1.0, mode="drop") > 0
     repetition = p.repetition[:, None]
     penalised = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(is_present, penalised, logits)
