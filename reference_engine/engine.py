@@ -178,6 +178,7 @@ class Engine:
             self._aborts[request_id] = reason
             if not (self._stepping.locked() and self._is_computing):
                 self._take_aborts()
+                self._drop_unwanted()
             return request
 
     def _take_aborts(self) -> None:
