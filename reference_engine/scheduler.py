@@ -61,6 +61,8 @@ def limit(
       A number of tokens within every limit; 0 if the request gets nothing in this step.
     """
     last = min(request.num_tokens, config.max_model_len)
+    if last - computed == 1:  # as in every decode: the rules below come to the same, more slowly
+        return 1 if budget > 0 else 0
     n = min(last - computed, budget)
     if contended and config.long_prefill_token_threshold:
         n = min(n, config.long_prefill_token_threshold)
@@ -137,10 +139,9 @@ class Scheduler:
         all the decodes.
         """
         config, page_size = self.config, self.config.page_size
-        index = 0
-        while index < len(self.running) and draft.budget > 0:
-            request = self.running[index]
-            index += 1
+        for request in self.running:  # whoever is preempted in the loop is the last of them
+            if draft.budget <= 0:
+                break
             if request.num_tokens >= request.max_length:
                 draft.num_ending += 1
                 continue
@@ -242,8 +243,8 @@ class Scheduler:
                 continue  # the second: the plan was committed before
             output_ids.append(tokens[row])
             kept.append((row, request))
-            request.finish_reason = reason = _finish_reason(request, end + 1)
-            if reason is not None:
+            if (reason := _finish_reason(request, end + 1)) is not None:
+                request.finish_reason = reason
                 self._undo_what_follows(request, end)
                 continue
             if request.num_tokens == end + 1:
@@ -391,14 +392,13 @@ class Scheduler:
 
 
 def _segment(request: Request, start: int, end: int) -> Segment:
-    return Segment(
-        request.request_id,
-        start,
-        request.token_ids(start, end),
-        request.page_ids,
-        samples=end == request.num_tokens,
-        is_decode=is_decode(request, start),
-    )
+    samples = end == request.num_tokens
+    if samples and end - start == 1 and start >= request.num_prompt:  # as most are, and soon made
+        row = request.pending_row
+        newest = request.output_ids[-1] if row < 0 else -1 - row
+        return Segment(request.request_id, start, (newest,), request.page_ids, True, True)
+    token_ids, decodes = request.token_ids(start, end), is_decode(request, start)
+    return Segment(request.request_id, start, token_ids, request.page_ids, samples, decodes)
 
 
 def _finish_reason(request: Request, num_known: int) -> FinishReason | None:
