@@ -14,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_paged import layout
-from pallas_paged.checks import require
-from pallas_paged.scalars import read_int
 from reference_engine import compiles
 from reference_engine.batch import (
     Batch,
@@ -27,19 +25,13 @@ from reference_engine.batch import (
     pad_tokens,
 )
 from reference_engine.config import EngineConfig, ModelConfig
+from reference_engine.in_flight import InFlight, choose_tokens, read_extras
 from reference_engine.model import make_pool, run_step
 from reference_engine.one_thread import OneThread
-from reference_engine.outputs import (
-    Extra,
-    InFlight,
-    Output,
-    finished_requests,
-    make_outputs,
-    read_extras,
-)
+from reference_engine.outputs import Extra, Output, finished_requests, make_outputs
 from reference_engine.page_pool import PagePool
-from reference_engine.request import FinishReason, Request, check_request
-from reference_engine.sampler import log_probabilities, next_tokens, run_every_program
+from reference_engine.request import FinishReason, Request, check_numbers, check_request
+from reference_engine.sampler import run_every_program
 from reference_engine.sampling_params import SamplingParams
 from reference_engine.scheduler import Scheduler
 from reference_engine.stats import Stats
@@ -93,7 +85,7 @@ class Engine:
             holds its pages, so that `read_kv` works. An error in it is raised by `step`, after all
             calls have been made.
         """
-        _check_numbers(seed, eos_token_ids)
+        check_numbers(seed, eos_token_ids)
         self.config = config
         self.model_config = model_config
         self.scheduler = Scheduler(config, PagePool(config.num_pages))
@@ -305,21 +297,14 @@ class Engine:
         last_tokens = self._no_tokens if before is None else before.last_tokens
         logits, kv_pages = self._run(batch, last_tokens)
         is_late = before is None or before.tokens.is_ready()  # type: ignore[attr-defined]
-        rows = [request.pending_row for request in requests]
-        tokens = next_tokens(logits, requests, self.config.max_model_len, last_tokens, rows)
-        has_logprobs = any(request.params.logprobs is not None for request in requests)
-        step = InFlight(
+        step = choose_tokens(
             plan,
             requests,
-            tokens,
-            pad_tokens(tokens, self._num_rows),
-            logits if self.config.return_logits else None,
-            log_probabilities(logits, tokens) if has_logprobs else None,
+            logits,
+            last_tokens,
+            config=self.config,
             num_padding=len(batch.token_ids) - plan.num_tokens,
-            # A bad word is forbidden where the tokens before it are known.
-            is_read_first=not self.config.async_scheduling or any(r.bad_words for r in requests),
         )
-        step.start_copies()
         self.stats.num_late_steps += is_late
         if self._compiles_after_warm_up is not None:
             self.stats.num_recompiles += compiles.num_compiles() - compiled
@@ -427,24 +412,14 @@ class Engine:
             self._finished = self._finished if is_kept else []
             self._recover(None if is_kept else step.plan)
             raise
-        self._count(step)
+        self.stats.count(step.plan, step.num_padding, self.scheduler)
 
     def _drop_unwanted(self) -> None:
         """Drops the steps in flight if no request waits for them."""
         while self._in_flight and not self.has_work:
             step = self._in_flight.popleft()
             self.scheduler.commit(step.plan, ())
-            self._count(step)
-
-    def _count(self, step: InFlight) -> None:
-        stats, plan, num_discarded = self.stats, step.plan, self.scheduler.num_discarded
-        stats.num_steps += 1
-        stats.num_tokens += plan.num_tokens - (num_discarded - stats.num_discarded)
-        stats.num_discarded = num_discarded
-        stats.num_padding += step.num_padding
-        stats.num_deferrals += len(plan.deferrals)
-        stats.num_preemptions += len(plan.preempted)
-        stats.num_cached = self.scheduler.num_cached
+            self.stats.count(step.plan, step.num_padding, self.scheduler)
 
     def _recover(self, plan: StepPlan | None = None, *, is_pool_lost: bool = False) -> None:
         """Lets all live requests start again, after an error; no step stays in flight.
@@ -463,23 +438,3 @@ class Engine:
             self._kv_pages = make_pool(
                 self.model_config, self.config.num_pages, self.config.page_size
             )
-
-
-def _check_numbers(seed: int, eos_token_ids: Sequence[int]) -> None:
-    seed_number, eos = read_int(seed), [read_int(token) for token in eos_token_ids]
-    require(
-        seed_number is not None and seed_number >= 0,
-        "Engine",
-        "seed",
-        got=f"{seed!r}",
-        wanted="an int >= 0",
-        hint="requests without a seed of their own get theirs from it",
-    )
-    require(
-        all(token is not None and 0 <= token < 2**31 for token in eos),
-        "Engine",
-        "eos_token_ids",
-        got=f"{eos_token_ids!r}",
-        wanted="ids in [0, 2**31)",
-        hint="() for none",
-    )

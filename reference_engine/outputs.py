@@ -1,17 +1,14 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""The outputs of a step: on the device while it is in flight, then new tokens and their extras."""
+"""The outputs of a step: new tokens, and what is returned beside them."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from reference_engine.request import FinishReason, Request
-from reference_engine.step_plan import StepPlan
 
 Extra = tuple[np.ndarray | None, dict[int, float] | None]  # Output's logits and logprobs
 
@@ -34,57 +31,6 @@ class Output(NamedTuple):
     finish_reason: FinishReason | None
     logits: np.ndarray | None = None
     logprobs: dict[int, float] | None = None
-
-
-@dataclasses.dataclass(frozen=True, eq=False, slots=True)
-class InFlight:
-    """A step that has been dispatched, and whose results the host has not read yet.
-
-    Attributes:
-      plan: what it computes.
-      requests: the requests of the plan's segments.
-      tokens: the new token of each row, i32[S].
-      last_tokens: the same, padded to the largest number of sequences, for the next step.
-      logits: the logits of each row, f32[S, V], if they are to be returned.
-      logprobs: see `sampler.log_probabilities`; None if no request wants any.
-      num_padding: the rows of the batch that hold no token.
-      is_read_first: whether it must be read before the next step is scheduled.
-    """
-
-    plan: StepPlan
-    requests: list[Request]
-    tokens: jax.Array
-    last_tokens: jax.Array
-    logits: jax.Array | None
-    logprobs: tuple[jax.Array, jax.Array, jax.Array] | None
-    num_padding: int
-    is_read_first: bool
-
-    def start_copies(self) -> None:
-        """Lets the device send the results when it has them, before it begins a later step."""
-        for array in (self.tokens, self.logits, *(self.logprobs or ())):
-            if isinstance(array, jax.Array):
-                array.copy_to_host_async()
-
-
-def read_extras(step: InFlight) -> list[Extra] | None:
-    """What is returned beside the tokens of the step's requests; None if nothing is."""
-    if step.logits is None and step.logprobs is None:
-        return None
-    num_rows = len(step.requests)
-    rows = [None] * num_rows if step.logits is None else np.asarray(step.logits)
-    if step.logprobs is None:
-        return [(row, None) for row, _ in zip(rows, range(num_rows), strict=False)]
-    own, ids, values = map(np.asarray, step.logprobs)
-    chosen = np.asarray(step.tokens)
-    extras = []
-    for i, request in enumerate(step.requests):
-        count, found = request.params.logprobs, None
-        if count is not None:
-            top = zip(ids[i, :count].tolist(), values[i, :count].tolist(), strict=True)
-            found = {int(chosen[i]): float(own[i])} | dict(top)
-        extras.append((rows[i], found))
-    return extras
 
 
 def make_outputs(

@@ -138,7 +138,8 @@ def replay(
       observe: called after every step with the step's number, the engine, and the step's outputs.
     """
     result = Result()
-    config = dataclasses.replace(config, async_scheduling=False)
+    if config.async_scheduling:
+        config = dataclasses.replace(config, async_scheduling=False)
 
     def keep_digest(request: Request) -> None:
         kv = np.ascontiguousarray(engine.read_kv(request))

@@ -7,7 +7,7 @@ import array
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pallas_paged.checks import require
@@ -219,4 +219,25 @@ def _check_lengths(op: str, num_prompt: int, params: SamplingParams, config: Eng
         f" {num_pages} pages",
         wanted=f"at most the pool's {config.num_pages} pages",
         hint="lower max_tokens, shorten the prompt, or raise num_pages",
+    )
+
+
+def check_numbers(seed: int, eos_token_ids: Sequence[int]) -> None:
+    """Refuses an engine's seed that is none, and ids that no vocabulary has."""
+    seed_number, eos = read_int(seed), [read_int(token) for token in eos_token_ids]
+    require(
+        seed_number is not None and seed_number >= 0,
+        "Engine",
+        "seed",
+        got=f"{seed!r}",
+        wanted="an int >= 0",
+        hint="requests without a seed of their own get theirs from it",
+    )
+    require(
+        all(token is not None and 0 <= token < 2**31 for token in eos),
+        "Engine",
+        "eos_token_ids",
+        got=f"{eos_token_ids!r}",
+        wanted="ids in [0, 2**31)",
+        hint="() for none",
     )

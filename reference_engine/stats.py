@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from reference_engine.scheduler import Scheduler
+from reference_engine.step_plan import StepPlan
+
 
 @dataclasses.dataclass
 class Stats:
@@ -43,3 +46,13 @@ class Stats:
     wait_seconds: float = 0.0
     num_late_steps: int = 0
     num_recompiles: int = 0
+
+    def count(self, plan: StepPlan, num_padding: int, scheduler: Scheduler) -> None:
+        """Counts a step that the scheduler has just committed."""
+        self.num_steps += 1
+        self.num_tokens += plan.num_tokens - (scheduler.num_discarded - self.num_discarded)
+        self.num_discarded = scheduler.num_discarded
+        self.num_padding += num_padding
+        self.num_deferrals += len(plan.deferrals)
+        self.num_preemptions += len(plan.preempted)
+        self.num_cached = scheduler.num_cached

@@ -434,7 +434,7 @@ def test_whatever_befalls_a_step_pages_balance_and_tokens_are_right(happenings, 
 _EXEMPT = {"restart", "reset", "forget_all", "_recover", "_hand_over"}
 _FILES = {
     sys.modules[f"reference_engine.{name}"].__file__
-    for name in ("engine", "outputs", "scheduler", "page_pool")
+    for name in ("engine", "in_flight", "outputs", "scheduler", "page_pool")
 }
 
 
