@@ -105,18 +105,10 @@ class Request:
         self.pending_row = -1
 
     def token_ids(self, start: int, end: int) -> tuple[int, ...]:
-        """The tokens at the positions [start, end), as far as there are.
-
-        A pending token is -1 - r, if row r of the newest step in flight yields it.
-        """
-        ids: tuple[int, ...]
+        """The known tokens at the positions [start, end), as far as there are."""
         if start >= self.num_prompt:
-            ids = tuple(self.output_ids[start - self.num_prompt : end - self.num_prompt])
-        else:
-            ids = (*self.prompt_ids[start:end], *self.output_ids[: max(0, end - self.num_prompt)])
-        if self.pending_row >= 0 and start < self.num_tokens <= end:
-            return (*ids, -1 - self.pending_row)
-        return ids
+            return tuple(self.output_ids[start - self.num_prompt : end - self.num_prompt])
+        return (*self.prompt_ids[start:end], *self.output_ids[: max(0, end - self.num_prompt)])
 
 
 def check_request(

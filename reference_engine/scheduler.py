@@ -393,7 +393,8 @@ class Scheduler:
 
 def _segment(request: Request, start: int, end: int) -> Segment:
     samples = end == request.num_tokens
-    if samples and end - start == 1 and start >= request.num_prompt:  # as most are, and soon made
+    if samples and end - start == 1 and start >= request.num_prompt:
+        # As most segments are. A pending token comes alone, because all before it are computed.
         row = request.pending_row
         newest = request.output_ids[-1] if row < 0 else -1 - row
         return Segment(request.request_id, start, (newest,), request.page_ids, True, True)

@@ -14,6 +14,7 @@ import pytest
 from reference_engine import LLM, FinishReason
 from reference_engine import engine as engine_lib
 from reference_engine import sampler as sampler_lib
+from reference_engine import scheduler as scheduler_lib
 from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.engine import Engine
 from reference_engine.page_pool import page_hash
@@ -506,8 +507,15 @@ def _free_pages_and_keep_the_pending_token(scheduler, request):
 
 
 def _take_the_next_row(request, start, end):
-    ids = _real_token_ids(request, start, end)
-    return tuple(i - 1 if i < 0 else i for i in ids)
+    segment = _real_segment(request, start, end)
+    ids = tuple(i - 1 if i < 0 else i for i in segment.token_ids)
+    return segment._replace(token_ids=ids)
+
+
+def _compute_the_pending_token_twice(request, start, end):
+    """One off: the position before it, in its place."""
+    segment = _real_segment(request, start, end)
+    return segment._replace(start=start - (request.pending_row >= 0))
 
 
 def _foresee_no_end(scheduler, request):
@@ -550,7 +558,7 @@ _real_undo = Scheduler._undo_what_follows
 _real_free = Scheduler._free_pages
 _real_add = Scheduler.add
 _real_plan_running = Scheduler._plan_running
-_real_token_ids = Request.token_ids
+_real_segment = scheduler_lib._segment
 _real_make_penalties = sampler_lib.make_penalties
 
 
@@ -565,7 +573,8 @@ _real_make_penalties = sampler_lib.make_penalties
         (Scheduler, "add", _foresee_no_end),
         (Scheduler, "_plan_running", _foresee_nothing),
         (Scheduler, "_plan_running", _preempt_at_any_time),
-        (Request, "token_ids", _take_the_next_row),
+        (scheduler_lib, "_segment", _take_the_next_row),
+        (scheduler_lib, "_segment", _compute_the_pending_token_twice),
         (sampler_lib, "make_penalties", _penalise_known_tokens_alone),
         (sampler_lib, "num_output", _count_known_tokens_alone),
         (Engine, "_recover", _keep_the_pool),
