@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import random
 
 import jax
@@ -585,6 +586,32 @@ def test_a_step_that_raises_loses_nothing(monkeypatch, module, name, failing, ah
             tokens[output.request_id].append(output.token_id)
     assert tokens == undisturbed().outputs and num_errors > 5
     assert engine.scheduler.pool.num_free == 32
+
+
+@pytest.mark.parametrize("kv_write", KV_WRITES)
+@pytest.mark.parametrize("num_pages", [16, 96])
+def test_one_step_ahead_every_form_writes_the_same_bits(kv_write, num_pages):
+    config = dataclasses.replace(CONFIG, kv_write=kv_write, num_pages=num_pages)
+    digests, tokens, logits, now = {}, {}, {}, 0
+
+    def keep_digest(request):
+        kv = np.ascontiguousarray(engine.read_kv(request))
+        digests[request.request_id] = hashlib.sha256(kv.tobytes()).hexdigest()
+
+    engine = Engine(params(), MODEL, config, on_finish=keep_digest)
+    arriving = list(jobs())
+    while arriving or engine.has_work:
+        while arriving and arriving[0].arrival_step <= now:
+            job = arriving.pop(0)
+            engine.add_request(job.prompt_ids, SamplingParams(job.max_tokens))
+        for output in engine.step():
+            tokens.setdefault(output.request_id, []).append(output.token_id)
+            logits.setdefault(output.request_id, []).append(output.logits.tobytes())
+        now += 1
+    want = undisturbed()
+    assert tokens == want.outputs and digests == want.kv_digests
+    assert logits == {i: [row.tobytes() for row in rows] for i, rows in want.logits.items()}
+    assert (engine.stats.num_preemptions > 0) == (num_pages == 16)
 
 
 def assert_books_balance(engine):
