@@ -291,7 +291,7 @@ class Engine:
     def _dispatch(self, plan: StepPlan) -> tuple[InFlight, jax.Array]:
         """Packs a step and starts it on the device; returns it, and the pool after it."""
         compiled = compiles.num_compiles()
-        requests = [self._request(segment.request_id) for segment in plan.segments]
+        requests = self.scheduler.requests_of(plan)
         batch = make_batch(plan.segments, self.config)
         before = self._in_flight[-1] if self._in_flight else None
         last_tokens = self._no_tokens if before is None else before.last_tokens
@@ -303,7 +303,7 @@ class Engine:
             logits,
             last_tokens,
             config=self.config,
-            num_padding=len(batch.token_ids) - plan.num_tokens,
+            num_padding=len(batch.token_ids) - int(batch.cu_q_lens[-1]),
         )
         self.stats.num_late_steps += is_late
         if self._compiles_after_warm_up is not None:
@@ -375,11 +375,6 @@ class Engine:
         kv = np.stack(layout.split_kv(slots, config.num_kv_heads, config.head_dim))
         kv = kv.reshape(2, config.num_layers, -1, config.num_kv_heads, config.head_dim)
         return kv[:, :, : request.num_computed]
-
-    def _request(self, request_id: int) -> Request:
-        request = self.scheduler.get(request_id)
-        assert request is not None
-        return request
 
     def _run(self, batch: Batch, last_tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Dispatches the model's step; returns its logits and the new pool."""

@@ -60,9 +60,10 @@ def limit(
     Returns:
       A number of tokens within every limit; 0 if the request gets nothing in this step.
     """
-    last = min(request.num_tokens, config.max_model_len)
-    if last - computed == 1:  # as in every decode: the rules below come to the same, more slowly
+    if request.num_tokens - computed == 1 and computed < config.max_model_len:
+        # As in every decode. The rules below come to the same, in 0.7 in place of 0.1 us.
         return 1 if budget > 0 else 0
+    last = min(request.num_tokens, config.max_model_len)
     n = min(last - computed, budget)
     if contended and config.long_prefill_token_threshold:
         n = min(n, config.long_prefill_token_threshold)
@@ -111,6 +112,11 @@ class Scheduler:
         """The live request with this id, None if there is none."""
         return self._requests.get(request_id)
 
+    def requests_of(self, plan: StepPlan) -> list[Request]:
+        """The live requests of a plan's segments, in order."""
+        requests = self._requests
+        return [requests[segment.request_id] for segment in plan.segments]
+
     def schedule(self, *, may_preempt: bool = True) -> StepPlan:
         """Plans one step.
 
@@ -139,16 +145,17 @@ class Scheduler:
         all the decodes.
         """
         config, page_size = self.config, self.config.page_size
+        budget, contended, segments = draft.budget, draft.contended, draft.segments
         for request in self.running:  # whoever is preempted in the loop is the last of them
-            if draft.budget <= 0:
+            if budget <= 0:
                 break
             if request.num_tokens >= request.max_length:
                 draft.num_ending += 1
                 continue
             computed = request.num_computed
-            n = limit(request, computed, draft.budget, draft.contended, config)
+            n = limit(request, computed, budget, contended, config)
             if n == 0:
-                draft.deferrals.append(Deferral(request.request_id, computed, draft.budget))
+                draft.deferrals.append(Deferral(request.request_id, computed, budget))
                 continue
             if computed + n > len(request.page_ids) * page_size:
                 missing = num_pages_for(computed + n, page_size) - len(request.page_ids)
@@ -156,8 +163,9 @@ class Scheduler:
                     return False
                 if not self._grow(request, missing, draft.preempted):
                     continue
-            draft.segments.append(_segment(request, computed, computed + n))
-            draft.budget -= charge(n)
+            segments.append(_segment(request, computed, computed + n))
+            budget -= charge(n)
+        draft.budget = budget
         return True
 
     def _plan_waiting(self, draft: Draft) -> None:
