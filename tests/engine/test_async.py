@@ -335,6 +335,38 @@ def test_a_token_too_many_is_computed_only_where_no_one_could_know():
     assert len(got[0]) == 5 and engine.stats.num_discarded == 0
 
 
+class TokensOfABusyDevice:
+    """Tokens that are not there before they are waited for."""
+
+    def __init__(self, tokens):
+        self.tokens, self.has_waited = tokens, False
+
+    def is_ready(self):
+        return self.has_waited
+
+    def __array__(self, *args, **kwargs):
+        self.has_waited = True
+        return np.asarray(self.tokens)
+
+
+class BusyEngine(Engine):
+    def _dispatch(self, plan):
+        step, kv_pages = super()._dispatch(plan)
+        return dataclasses.replace(step, tokens=TokensOfABusyDevice(step.tokens)), kv_pages
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_late_steps_are_those_that_find_the_device_idle(ahead):
+    config = dataclasses.replace(CONFIG, async_scheduling=ahead)
+    engine = BusyEngine(params(), MODEL, config)
+    for _ in range(2):  # with a pause between them
+        engine.add_request([1, 2, 3], SamplingParams(5))
+        engine.run()
+    assert engine.stats.num_steps == 10
+    assert engine.stats.num_late_steps == (2 if ahead else 10)
+    assert 0 < engine.stats.wait_seconds < engine.stats.seconds
+
+
 def test_bad_words_are_forbidden_behind_the_newest_token():
     free = events_of(CONFIG, ([1, 2, 3], SamplingParams(6)))[1][0]
     params = SamplingParams(6, bad_words=[tuple(free[1:3])])
