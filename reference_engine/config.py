@@ -130,6 +130,9 @@ class EngineConfig:
       seq_buckets: the padded numbers of sequences; None for powers of two. With one token bucket
         and one sequence bucket, a request's logits do not depend on how it is chunked.
       return_logits: whether to return, with every token, the logits that it was chosen from.
+      async_scheduling: whether a step is scheduled, packed and dispatched while the device computes
+        the step before, so that the device does not wait for the host; `Engine.step` then returns
+        the tokens of the step before. False computes one step after the other.
 
     Raises:
       ValueError: a value cannot work; the message says why.
@@ -150,6 +153,7 @@ class EngineConfig:
     token_buckets: tuple[int, ...] | None = None
     seq_buckets: tuple[int, ...] | None = None
     return_logits: bool = False
+    async_scheduling: bool = True
 
     def __post_init__(self) -> None:
         for name in (
@@ -162,7 +166,12 @@ class EngineConfig:
             self._set(name, _whole("EngineConfig", name, getattr(self, name), low=1))
         for name in ("long_prefill_token_threshold", "max_deferrals"):
             self._set(name, _whole("EngineConfig", name, getattr(self, name), low=0))
-        for name in ("page_aligned_scheduling", "enable_prefix_caching", "return_logits"):
+        for name in (
+            "page_aligned_scheduling",
+            "enable_prefix_caching",
+            "return_logits",
+            "async_scheduling",
+        ):
             value = getattr(self, name)
             require(
                 isinstance(value, bool | np.bool_),

@@ -121,6 +121,7 @@ def model_step(
     params: Params,
     kv_pages: jax.Array,
     packed: jax.Array,
+    last_tokens: jax.Array,
     *,
     spec: Spec,
     model: ModelConfig,
@@ -133,7 +134,8 @@ def model_step(
     Args:
       params: see weights.param_shapes.
       kv_pages: [L*P, page_size, R, C].
-      packed: a packed Batch, i32[n].
+      packed: a packed Batch, i32[n]. A token id of -1 - r stands for `last_tokens[r]`.
+      last_tokens: the tokens of the step before, which the host may not have read yet, i32[R].
       spec: the spec that `batch.pack` has returned with it.
       model: the shape of the parameters.
       kv_write, write_backend, attention_backend: see `forward`.
@@ -141,10 +143,13 @@ def model_step(
     Returns:
       The logits of each sequence's last new token, f32[S, vocab_size], and the pool.
     """
+    batch = Batch(*unpack(packed, spec))
+    ids = batch.token_ids
+    token_ids = jnp.where(ids < 0, last_tokens[jnp.maximum(-1 - ids, 0)], ids)
     return forward(
         params,
         kv_pages,
-        Batch(*unpack(packed, spec)),
+        batch._replace(token_ids=token_ids),
         config=model,
         kv_write=kv_write,
         write_backend=write_backend,
@@ -170,10 +175,10 @@ def jitted_step(platform: str) -> Any:
 
 @settings.defaults()
 def run_step(
-    params: Params, kv_pages: jax.Array, packed: Array, **options: Any
+    params: Params, kv_pages: jax.Array, packed: Array, last_tokens: Array, **options: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Runs `model_step` on the current device, and donates the pool."""
-    return jitted_step(dispatch.platform())(params, kv_pages, packed, **options)
+    return jitted_step(dispatch.platform())(params, kv_pages, packed, last_tokens, **options)
 
 
 def in_layer(batch: Batch, first_page: int | jax.Array, page_size: int) -> Batch:
