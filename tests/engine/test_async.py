@@ -275,7 +275,7 @@ def test_random_requests_come_to_the_same_one_step_ahead():
     engines = [check(seed) for seed in SEEDS]
     stats = [engine.stats for engine in engines]
     assert sum(one.num_discarded for one in stats) > 30
-    assert sum(one.num_preemptions for one in stats) > 10
+    assert sum(one.num_preemptions for one in stats) > 5
     assert sum(one.num_cached for one in stats) > 200
     assert sum(engine.num_failures for engine in engines) > 30
     reasons = [reason for seed in SEEDS for reason, *_ in in_turn(seed).ends.values()]
