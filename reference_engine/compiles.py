@@ -1,18 +1,19 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Counts the compilations of XLA in this process, and sets jax's persistent cache."""
+"""Counts the compilations of XLA, and sets jax's persistent cache."""
 
 from __future__ import annotations
 
 import os
+import threading
 
 import jax
 
-_num_compiles = 0
+_counts = threading.local()  # threads that compile in the background do not count
 
 
 def _count_compile(event: str, duration_secs: float, **_: str | int) -> None:
-    global _num_compiles
-    _num_compiles += event == "/jax/core/compile/backend_compile_duration"
+    if event == "/jax/core/compile/backend_compile_duration":
+        _counts.num_compiles = num_compiles() + 1
 
 
 # jax has no counter to read, but it reports the duration of every compilation to listeners.
@@ -20,8 +21,11 @@ jax.monitoring.register_event_duration_secs_listener(_count_compile)
 
 
 def num_compiles() -> int:
-    """The programs compiled, or read from the persistent cache, since this module was imported."""
-    return _num_compiles
+    """The programs that this thread has compiled or read from the persistent cache.
+
+    They count from the import of this module on.
+    """
+    return getattr(_counts, "num_compiles", 0)
 
 
 def use_persistent_cache(folder: str | os.PathLike) -> None:

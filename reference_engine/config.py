@@ -129,6 +129,9 @@ class EngineConfig:
       token_buckets: the padded lengths that the packed batch may have; None for powers of two.
       seq_buckets: the padded numbers of sequences; None for powers of two. With one token bucket
         and one sequence bucket, a request's logits do not depend on how it is chunked.
+      compile_in_background: whether threads compile all shapes from the start on, while the engine
+        serves. A step takes the smallest shape that is ready then, so that which bits a row gets
+        may depend on time. If False, a step compiles its shape unless `Engine.warm_up` has.
       return_logits: whether to return, with every token, the logits that it was chosen from.
 
     Raises:
@@ -149,6 +152,7 @@ class EngineConfig:
     attention_backend: str = "auto"
     token_buckets: tuple[int, ...] | None = None
     seq_buckets: tuple[int, ...] | None = None
+    compile_in_background: bool = False
     return_logits: bool = False
 
     def __post_init__(self) -> None:
@@ -162,7 +166,12 @@ class EngineConfig:
             self._set(name, _whole("EngineConfig", name, getattr(self, name), low=1))
         for name in ("long_prefill_token_threshold", "max_deferrals"):
             self._set(name, _whole("EngineConfig", name, getattr(self, name), low=0))
-        for name in ("page_aligned_scheduling", "enable_prefix_caching", "return_logits"):
+        for name in (
+            "page_aligned_scheduling",
+            "enable_prefix_caching",
+            "compile_in_background",
+            "return_logits",
+        ):
             value = getattr(self, name)
             require(
                 isinstance(value, bool | np.bool_),

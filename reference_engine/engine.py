@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,14 +17,15 @@ from pallas_paged import layout
 from pallas_paged.checks import require
 from pallas_paged.scalars import read_int
 from reference_engine import compiles
-from reference_engine.batch import Batch, BatchShape, batch_shapes, make_batch, make_batch_of, pack
+from reference_engine.batch import Batch, BatchShape, make_batch_of, pack
 from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.model import make_pool, run_step
 from reference_engine.one_thread import OneThread
 from reference_engine.outputs import Extra, Output, make_outputs, read_extras
 from reference_engine.page_pool import PagePool
+from reference_engine.programs import Programs, lowering
 from reference_engine.request import FinishReason, Request, check_request
-from reference_engine.sampler import next_tokens, run_every_program
+from reference_engine.sampler import next_tokens
 from reference_engine.sampling_params import SamplingParams
 from reference_engine.scheduler import Scheduler, StepPlan
 from reference_engine.weights import Params
@@ -91,7 +93,7 @@ class Engine:
         seed: int = 0,
         on_finish: Callable[[Request], None] | None = None,
     ) -> None:
-        """Makes the pool. Nothing is compiled before the first step.
+        """Makes the pool. Nothing is compiled before the first step, or only in the background.
 
         Args:
           params: the model's parameters, see weights.
@@ -121,6 +123,10 @@ class Engine:
         self._outputs: list[Output] = []  # not returned yet
         self._finished: list[Request] = []  # not released yet
         self._kv_pages = make_pool(model_config, config.num_pages, config.page_size)
+        self._programs = Programs(config, lowering(params, self._kv_pages, model_config, config))
+        weakref.finalize(self, self._programs.stop)
+        if config.compile_in_background:
+            self._programs.start()
         self._next_id = 0
 
     @property
@@ -199,25 +205,21 @@ class Engine:
             raise
 
     def warm_up(self, on_shape: Callable[[BatchShape], None] | None = None) -> None:
-        """Compiles every shape that a step can have, by running an empty batch of each shape.
+        """Compiles every shape that a step can have, in multiple threads.
 
         Args:
           on_shape: called after each shape.
         """
         with self.alone("Engine.warm_up"):
-            for shape in batch_shapes(self.config):
-                self._warm_up_shape(shape)
-                if on_shape is not None:
-                    on_shape(shape)
+            self._programs.compile_all(on_shape)
             self._compiles_after_warm_up = compiles.num_compiles()
 
-    def _warm_up_shape(self, shape: BatchShape) -> None:
-        try:
-            logits, self._kv_pages = self._run(make_batch_of(shape, (), self.config))
-            run_every_program(logits, self.config.max_model_len)
-        except BaseException:
-            self._recover()
-            raise
+    def close(self) -> None:
+        """Ends the threads that compile in the background, each after its present shape.
+
+        The engine can still be used: steps compile the shapes that are missing.
+        """
+        self._programs.close()
 
     def step(self) -> list[Output]:
         """Computes one batch, and returns the tokens that it yielded, in the order of the batch.
@@ -261,7 +263,8 @@ class Engine:
         requests = [self._request(segment.request_id) for segment in plan.segments]
         compiled = compiles.num_compiles()
         try:
-            batch = make_batch(plan.segments, self.config)
+            shape = self._programs.choose(plan.num_tokens, len(plan.segments))
+            batch = make_batch_of(shape, plan.segments, self.config)
             dispatched = time.perf_counter()
             logits, kv_pages = self._run(batch)
             device_tokens = next_tokens(logits, requests, self.config.max_model_len)

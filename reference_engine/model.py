@@ -152,6 +152,12 @@ def run_step(
     return jitted_step(dispatch.platform())(params, kv_pages, packed, **options)
 
 
+@settings.defaults()
+def lower_step(params: Params, kv_pages: Any, packed: Any, **options: Any) -> Any:
+    """`run_step` lowered and not yet compiled, from the shapes of its arrays."""
+    return jitted_step(dispatch.platform()).lower(params, kv_pages, packed, **options)
+
+
 def in_layer(batch: Batch, first_page: jax.Array, page_size: int) -> Batch:
     """The batch with the page ids and slots of one layer; what is skipped stays skipped.
 
