@@ -33,7 +33,7 @@ from reference_engine.request import FinishReason
 from reference_engine.sampling_params import SamplingParams
 from reference_engine.tokenizer import Tokenizer
 from reference_engine.unserved import refuse_unserved
-from reference_engine.weights import load_params, param_shapes
+from reference_engine.weights import load_params, num_tensors
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -101,8 +101,7 @@ class LLM:
         has_tokenizer = (folder / "tokenizer.json").exists()
         self.tokenizer = Tokenizer(folder) if has_tokenizer else None
         self._use_tqdm = use_tqdm
-        num_tensors = len(param_shapes(shape)["layers"]) * shape.num_layers
-        with progress.bar(num_tensors, "loading", "tensor", shown=use_tqdm) as bar:
+        with progress.bar(num_tensors(shape), "loading", "tensor", shown=use_tqdm) as bar:
             params = load_params(folder, shape, on_tensor=lambda _: bar.update())
         self.engine = Engine(
             params,

@@ -1,19 +1,23 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
 """The parameters of a model, from a checkpoint or random.
 
-The parameters in `layers` are stacked, [L, ...]. Matrices are [in, out], except for the two
-embeddings, which are [vocab_size, D].
+`layers` has one dict per layer. Matrices are [in, out], except for the two embeddings, which are
+[vocab_size, D]. What is multiplied by the same input lies side by side in one matrix: `qkv` has the
+columns of all query heads, then of all key heads, then of all value heads, and `gate_up` those of
+the gate, then of the other projection. A product of 2 x 3,072 columns takes 7 us on an H100 with 64
+rows, and two of 3,072 take 2 x 4.7.
 """
 
 from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_paged import settings
@@ -22,17 +26,6 @@ from reference_engine.config import ModelConfig
 
 Params = dict[str, Any]
 
-# A parameter of a layer -> its name in a checkpoint.
-_LAYER_NAMES = {
-    "attention_norm": "input_layernorm.weight",
-    **{name: f"self_attn.{name}_proj.weight" for name in "qkvo"},
-    **{f"{name}_bias": f"self_attn.{name}_proj.bias" for name in "qkvo"},
-    "q_norm": "self_attn.q_norm.weight",
-    "k_norm": "self_attn.k_norm.weight",
-    "mlp_norm": "post_attention_layernorm.weight",
-    **{name: f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")},
-    **{f"{name}_bias": f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")},
-}
 _TOP_NAMES = {
     "embedding": "model.embed_tokens.weight",
     "norm": "model.norm.weight",
@@ -40,37 +33,85 @@ _TOP_NAMES = {
 }
 
 
+class _Part(NamedTuple):
+    """The part of a layer's parameter that one tensor of a checkpoint is.
+
+    Attributes:
+      name: the tensor's name after that of the layer.
+      shape: of the part.
+      stored: the tensor's shape. A matrix is stored as [out, in]; the norm of a head is stored once
+        for all heads.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stored: tuple[int, ...]
+
+
+def _layer_parts(config: ModelConfig) -> dict[str, list[_Part]]:
+    """A layer's parameters, each as the parts that lie side by side in it."""
+    width, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    q_width, kv_width = config.num_heads * head_dim, config.num_kv_heads * head_dim
+
+    def norm(name: str) -> list[_Part]:
+        return [_Part(f"{name}.weight", (width,), (width,))]
+
+    parts = {
+        "attention_norm": norm("input_layernorm"),
+        "mlp_norm": norm("post_attention_layernorm"),
+    }
+    attention = {"q": q_width, "k": kv_width, "v": kv_width}
+    matrices: dict[str, tuple[int, dict[str, int], bool]] = {  # rows, columns, whether a bias
+        "qkv": (width, {f"self_attn.{x}_proj": n for x, n in attention.items()}, config.qkv_bias),
+        "o": (q_width, {"self_attn.o_proj": width}, config.o_bias),
+        "gate_up": (width, {"mlp.gate_proj": inner, "mlp.up_proj": inner}, config.mlp_bias),
+        "down": (inner, {"mlp.down_proj": width}, config.mlp_bias),
+    }
+    for key, (num_rows, columns, has_bias) in matrices.items():
+        parts[key] = [
+            _Part(f"{name}.weight", (num_rows, size), (size, num_rows))
+            for name, size in columns.items()
+        ]
+        if has_bias:
+            parts[f"{key}_bias"] = [
+                _Part(f"{name}.bias", (size,), (size,)) for name, size in columns.items()
+            ]
+    if config.qk_norm:
+        parts["head_norm"] = [
+            _Part(f"self_attn.{name}_norm.weight", (num_heads, head_dim), (head_dim,))
+            for name, num_heads in (("q", config.num_heads), ("k", config.num_kv_heads))
+        ]
+    return parts
+
+
+def _axis(key: str) -> int:
+    """The axis along which the parts of a layer's parameter are joined: columns, or heads."""
+    return 0 if key == "head_norm" else -1
+
+
 def param_shapes(config: ModelConfig) -> Params:
     """The shapes and the dtype of the parameters, as `jax.ShapeDtypeStruct`s."""
-    layers, width, inner = config.num_layers, config.hidden_size, config.intermediate_size
-    q_width = config.num_heads * config.head_dim
-    kv_width = config.num_kv_heads * config.head_dim
-    matrices = {
-        "q": (width, q_width),
-        "k": (width, kv_width),
-        "v": (width, kv_width),
-        "o": (q_width, width),
-        "gate": (width, inner),
-        "up": (width, inner),
-        "down": (inner, width),
-    }
-    layer: dict[str, tuple[int, ...]] = {"attention_norm": (width,), "mlp_norm": (width,)}
-    layer |= matrices
-    biased = ["q", "k", "v"] * config.qkv_bias + ["o"] * config.o_bias
-    biased += ["gate", "up", "down"] * config.mlp_bias
-    layer |= {f"{name}_bias": matrices[name][1:] for name in biased}
-    if config.qk_norm:
-        layer |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
-    top: dict[str, tuple[int, ...]] = {"embedding": (config.vocab_size, width), "norm": (width,)}
+
+    def struct(shape: Sequence[int]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(config.dtype))
+
+    def joined(key: str, parts: list[_Part]) -> jax.ShapeDtypeStruct:
+        shape = list(parts[0].shape)
+        shape[_axis(key)] = sum(part.shape[_axis(key)] for part in parts)
+        return struct(shape)
+
+    width = config.hidden_size
+    params: Params = {"embedding": struct((config.vocab_size, width)), "norm": struct((width,))}
     if not config.tie_embeddings:
-        top["unembedding"] = (config.vocab_size, width)
+        params["unembedding"] = params["embedding"]
+    parts = _layer_parts(config)
+    layer = {key: joined(key, parts[key]) for key in parts}
+    return params | {"layers": [dict(layer) for _ in range(config.num_layers)]}
 
-    def struct(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype))
 
-    return {name: struct(shape) for name, shape in top.items()} | {
-        "layers": {name: struct((layers, *shape)) for name, shape in layer.items()}
-    }
+def num_tensors(config: ModelConfig) -> int:
+    """The number of tensors of a checkpoint."""
+    return len(_places(config))
 
 
 def load_params(
@@ -78,7 +119,7 @@ def load_params(
 ) -> Params:
     """Reads a checkpoint's parameters onto the default device.
 
-    The files are memory-mapped, and the tensors are read one at a time, each into its layer of a
+    The files are memory-mapped, and the tensors are read one at a time, each into its place in a
     parameter that is allocated already. So at most one tensor is in memory beside the parameters.
 
     Args:
@@ -89,25 +130,26 @@ def load_params(
     Raises:
       OSError, ValueError: see checkpoint.find_tensors; nothing has been allocated then.
     """
-    shapes = param_shapes(config)
-    places = _places(shapes)
-    wanted = {name: shape for name, (_, _, shape) in places.items()}
+    shapes, places = param_shapes(config), _places(config)
+    wanted = {name: place.stored for name, place in places.items()}
     embedding, unembedding = _TOP_NAMES["embedding"], _TOP_NAMES["unembedding"]
     twins = {embedding: unembedding} if config.tie_embeddings else {}
     files = checkpoint.find_tensors(path, wanted, twins=twins)
-    places.setdefault(unembedding, ("unembedding", None, wanted[embedding]))
-    shapes.setdefault("unembedding", shapes["embedding"])
-    layers = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes["layers"].items()}
+    places.setdefault(unembedding, places[embedding]._replace(key="unembedding"))
+    layers = [
+        {key: jnp.zeros(x.shape, x.dtype) for key, x in layer.items()} for layer in shapes["layers"]
+    ]
     params: Params = {"layers": layers}
     for file, names in files.items():
         with checkpoint.open_safetensors(file) as tensors:
             for name in names:
-                key, layer, _ = places[name]
+                place = places[name]
                 tensor = jnp.asarray(tensors.get_tensor(name))
-                if layer is None:
-                    params[key] = tensor.astype(shapes[key].dtype)
+                if place.layer is None:
+                    params[place.key] = tensor.astype(config.dtype)
                 else:
-                    layers[key] = _put(layers[key], tensor, layer)
+                    layer = layers[place.layer]
+                    layer[place.key] = _put(layer[place.key], tensor, place.start, place.shape)
                 if on_tensor is not None:
                     on_tensor(name)
     return _tied(params) if config.tie_embeddings else params
@@ -140,20 +182,25 @@ def random_params(config: ModelConfig, seed: int) -> Params:
       seed: fixes every number.
     """
     shapes = param_shapes(config)
-    gains = {"q": 2.0, "k": 2.0, "o": 2.0, "down": 2.0}
+    parts = _layer_parts(config)
+    gains = {"self_attn.q_proj": 2.0, "self_attn.k_proj": 2.0, "self_attn.o_proj": 2.0}
+    gains["mlp.down_proj"] = 2.0
 
     def make(path: Any, leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
         name = path[-1].key
         if name.endswith("norm"):
             return jnp.ones(leaf.shape, leaf.dtype)
         if name == "embedding":
-            scale = 1.0
-        elif name == "unembedding":
-            scale = leaf.shape[-1] ** -0.5
-        elif name.endswith("bias"):
-            scale = 0.1
-        else:
-            scale = gains.get(name, 1.0) * leaf.shape[-2] ** -0.5
+            return _normal(key, 1.0, leaf.shape, leaf.dtype)
+        if name == "unembedding":
+            return _normal(key, leaf.shape[-1] ** -0.5, leaf.shape, leaf.dtype)
+        if name.endswith("bias"):
+            return _normal(key, 0.1, leaf.shape, leaf.dtype)
+        columns = [
+            np.full(part.shape[1], gains.get(part.name.removesuffix(".weight"), 1.0))
+            for part in parts[name]
+        ]
+        scale = np.concatenate(columns).astype(np.float32) * leaf.shape[0] ** -0.5
         return _normal(key, scale, leaf.shape, leaf.dtype)
 
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
@@ -162,28 +209,53 @@ def random_params(config: ModelConfig, seed: int) -> Params:
     return jax.tree.unflatten(treedef, made)
 
 
-def _places(shapes: Params) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
-    """Name in a checkpoint -> the parameter, its layer or None, and its shape in the checkpoint."""
-    places: dict[str, tuple[str, int | None, tuple[int, ...]]] = {}
-    for key, name in _TOP_NAMES.items():
-        if key in shapes:
-            places[name] = (key, None, shapes[key].shape)
-    for key, struct in shapes["layers"].items():
-        for layer in range(struct.shape[0]):  # a checkpoint's matrices are [out, in]
-            places[f"model.layers.{layer}.{_LAYER_NAMES[key]}"] = (
-                key,
-                layer,
-                struct.shape[:0:-1],
-            )
+class _Place(NamedTuple):
+    """Where a tensor of a checkpoint goes.
+
+    Attributes:
+      key: the parameter.
+      layer: its layer; None for a parameter of the whole model.
+      stored: the tensor's shape.
+      shape: the shape of the parameter's part that it fills.
+      start: where that part begins.
+    """
+
+    key: str
+    layer: int | None
+    stored: tuple[int, ...]
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+
+
+def _places(config: ModelConfig) -> dict[str, _Place]:
+    """Name in a checkpoint -> where the tensor goes."""
+    shapes = param_shapes(config)
+    places = {
+        name: _Place(key, None, shapes[key].shape, shapes[key].shape, (0,) * shapes[key].ndim)
+        for key, name in _TOP_NAMES.items()
+        if key in shapes
+    }
+    for key, parts in _layer_parts(config).items():
+        start = [0] * len(parts[0].shape)
+        for part in parts:
+            for layer in range(config.num_layers):
+                name = f"model.layers.{layer}.{part.name}"
+                places[name] = _Place(key, layer, part.stored, part.shape, tuple(start))
+            start[_axis(key)] += part.shape[_axis(key)]
     return places
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(parameter: jax.Array, tensor: jax.Array, layer: int) -> jax.Array:
-    """The layers' parameter [L, ...] with the transposed tensor of a checkpoint in one layer."""
-    return lax.dynamic_update_index_in_dim(parameter, tensor.T.astype(parameter.dtype), layer, 0)
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _put(
+    parameter: jax.Array, tensor: jax.Array, start: tuple[int, ...], shape: tuple[int, ...]
+) -> jax.Array:
+    """The parameter with a tensor of a checkpoint in one of its parts."""
+    part = jnp.broadcast_to(tensor.T, shape).astype(parameter.dtype)
+    return lax.dynamic_update_slice(parameter, part, start)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _normal(key: jax.Array, scale: float, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def _normal(
+    key: jax.Array, scale: float | np.ndarray, shape: tuple[int, ...], dtype: Any
+) -> jax.Array:
     return (jax.random.normal(key, shape) * scale).astype(dtype)

@@ -124,17 +124,33 @@ def hf_tensors(params) -> dict[str, np.ndarray]:
     }
     if "unembedding" in params:
         tensors["lm_head.weight"] = params["unembedding"]
+    for index, layer in enumerate(params["layers"]):
+        for name, tensor in hf_layer(layer).items():
+            tensors[f"model.layers.{index}.{name}.weight"] = tensor.T
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def hf_layer(layer) -> dict[str, np.ndarray]:
+    """Name -> tensor of one layer without biases, [in, out]."""
+    width = len(layer["o"])  # of all query heads
     names = {
         "attention_norm": "input_layernorm",
         "mlp_norm": "post_attention_layernorm",
-        **{f"{x}_norm": f"self_attn.{x}_norm" for x in "qk"},
-        **{x: f"self_attn.{x}_proj" for x in "qkvo"},
-        **{x: f"mlp.{x}_proj" for x in ("gate", "up", "down")},
+        "o": "self_attn.o_proj",
+        "down": "mlp.down_proj",
     }
-    for key, stacked in params["layers"].items():
-        for layer, tensor in enumerate(stacked):
-            tensors[f"model.layers.{layer}.{names[key]}.weight"] = tensor.T
-    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    tensors = {name: layer[key] for key, name in names.items()}
+    q, k_and_v = np.split(np.asarray(layer["qkv"]), [width], axis=1)
+    for name, tensor in zip("qkv", (q, *np.split(k_and_v, 2, axis=1)), strict=True):
+        tensors[f"self_attn.{name}_proj"] = tensor
+    gate_up = np.split(np.asarray(layer["gate_up"]), 2, axis=1)
+    for name, tensor in zip(("gate", "up"), gate_up, strict=True):
+        tensors[f"mlp.{name}_proj"] = tensor
+    if "head_norm" in layer:  # every head has the same one
+        tensors["self_attn.q_norm"], tensors["self_attn.k_norm"] = np.asarray(layer["head_norm"])[
+            [0, -1]
+        ]
+    return tensors
 
 
 def write_checkpoint(

@@ -351,8 +351,9 @@ def test_biases_head_norms_tied_embeddings_and_stretched_rope():
     )
     few = [dataclasses.replace(job, max_tokens=3) for job in jobs()[:2]]
     weights = random_params(model, seed=2)
-    for name in ("q_norm", "k_norm"):  # not the ones that norms start as
-        weights["layers"][name] = 1 + 0.3 * jnp.sin(jnp.arange(32.0)).reshape(2, 16)
+    heads = model.num_heads + model.num_kv_heads
+    for layer in weights["layers"]:  # not the norms that all begin with
+        layer["head_norm"] = 1 + 0.3 * jnp.sin(jnp.arange(16.0 * heads)).reshape(heads, 16)
     result = replay(few, weights, model, CONFIG)
     for request_id, job in enumerate(few):
         tokens = [*job.prompt_ids, *result.outputs[request_id][:-1]]
@@ -376,18 +377,16 @@ def dense_logits(token_ids, model, weights):
         turned = factor * (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[:, None]
         return np.concatenate([turned.real, turned.imag], axis=-1)
 
-    for i in range(model.num_layers):
-        w = {name: stack[i] for name, stack in p["layers"].items()}
+    for w in p["layers"]:
 
         def project(y, name, w=w):
             return y @ w[name] + w.get(f"{name}_bias", 0)
 
-        def heads(y, name, w=w):
-            y = project(y, name).reshape(n, -1, head_dim)
-            return norm(y, w[f"{name}_norm"]) if f"{name}_norm" in w else y
-
-        y = norm(x, w["attention_norm"])
-        q, k, v = rotate(heads(y, "q")), rotate(heads(y, "k")), heads(y, "v")
+        qkv = project(norm(x, w["attention_norm"]), "qkv").reshape(n, -1, head_dim)
+        q_and_k, v = np.split(qkv, [model.num_heads + model.num_kv_heads], axis=1)
+        if "head_norm" in w:
+            q_and_k = norm(q_and_k, w["head_norm"])
+        q, k = np.split(rotate(q_and_k), [model.num_heads], axis=1)
         group = model.num_heads // model.num_kv_heads
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
         scores = np.einsum("qnh,knh->nqk", q, k) / np.sqrt(head_dim)
@@ -396,8 +395,8 @@ def dense_logits(token_ids, model, weights):
         weights /= weights.sum(axis=-1, keepdims=True)
         x = x + project(np.einsum("nqk,knh->qnh", weights, v).reshape(n, -1), "o")
         y = norm(x, w["mlp_norm"])
-        gate = project(y, "gate")
-        x = x + project(gate / (1 + np.exp(-gate)) * project(y, "up"), "down")
+        gate, up = np.split(project(y, "gate_up"), 2, axis=1)
+        x = x + project(gate / (1 + np.exp(-gate)) * up, "down")
     unembedding = p["embedding" if model.tie_embeddings else "unembedding"]
     return norm(x, p["norm"]) @ unembedding.T
 
@@ -500,11 +499,14 @@ def assert_plant_is_seen(result):
 
 def run_anew(**changes):
     """A run of which no function comes from the cache of the jitted model, nor stays there."""
-    model_lib.jitted_step("cpu").clear_cache()
+    programs = (model_lib.jitted_step("cpu"), model_lib._layer)
+    for program in programs:
+        program.clear_cache()
     try:
         return run(**changes)
     finally:
-        model_lib.jitted_step("cpu").clear_cache()
+        for program in programs:
+            program.clear_cache()
 
 
 def _layers_share_their_pages(batch, first_page, page_size):
