@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import threading
+import warnings
+from typing import Any
 
 import jax
 
@@ -26,6 +29,34 @@ def num_compiles() -> int:
     They count from the import of this module on.
     """
     return getattr(_counts, "num_compiles", 0)
+
+
+def default_cache_folder() -> pathlib.Path:
+    """Where compiled programs are kept by default: pallas_paged/xla in the user's cache folder.
+
+    That is $XDG_CACHE_HOME, or ~/.cache.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(home) / "pallas_paged" / "xla"
+
+
+def use_default_cache() -> None:
+    """Keeps compiled programs in `default_cache_folder`, unless the caller has configured jax.
+
+    Where jax has a folder already, or must not use its cache, nothing is changed. Where the folder
+    cannot be made, a warning says so, and nothing is kept.
+    """
+    config: Any = jax.config  # its flags are attributes, which not every jax declares
+    if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
+        return
+    try:
+        use_persistent_cache(default_cache_folder())
+    except (OSError, RuntimeError) as error:  # the latter where there is no home
+        warnings.warn(
+            f"the default folder of compiled programs cannot be made ({error}), so that each"
+            " process compiles anew; name another by compilation_cache",
+            stacklevel=2,
+        )
 
 
 def use_persistent_cache(folder: str | os.PathLike) -> None:

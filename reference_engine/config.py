@@ -11,7 +11,7 @@ import numpy as np
 
 from pallas_paged import dispatch
 from pallas_paged.checks import require
-from pallas_paged.scalars import read_int
+from pallas_paged.scalars import read_int, read_real
 from reference_engine.rope import RopeScaling
 
 KV_WRITES = ("tokens", "slices", "pages", "fused")
@@ -106,7 +106,10 @@ class EngineConfig:
 
     Attributes:
       page_size: the number of tokens in a page.
-      num_pages: the number of pages in the pool, per layer.
+      num_pages: the number of pages in the pool, per layer. None for as many as the memory has
+        room for, see `reference_engine.defaults.resolve`; LLM does that.
+      gpu_memory_utilization: the share of the memory that jax may use on the device which
+        parameters, pool and steps take if num_pages is None.
       max_model_len: the most tokens of one request, prompt and output together.
       max_num_batched_tokens: the most new tokens in one step, which is the step's budget.
       max_num_seqs: the most requests that run at a time.
@@ -139,7 +142,8 @@ class EngineConfig:
     """
 
     page_size: int = 16
-    num_pages: int = 1024
+    num_pages: int | None = 1024
+    gpu_memory_utilization: float = 0.9
     max_model_len: int = 1024
     max_num_batched_tokens: int = 256
     max_num_seqs: int = 16
@@ -163,7 +167,9 @@ class EngineConfig:
             "max_num_batched_tokens",
             "max_num_seqs",
         ):
-            self._set(name, _whole("EngineConfig", name, getattr(self, name), low=1))
+            if name != "num_pages" or self.num_pages is not None:
+                self._set(name, _whole("EngineConfig", name, getattr(self, name), low=1))
+        self._check_memory()
         for name in ("long_prefill_token_threshold", "max_deferrals"):
             self._set(name, _whole("EngineConfig", name, getattr(self, name), low=0))
         for name in (
@@ -198,6 +204,18 @@ class EngineConfig:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    def _check_memory(self) -> None:
+        share = read_real(self.gpu_memory_utilization)
+        require(
+            share is not None and 0 < share <= 1,
+            "EngineConfig",
+            "gpu_memory_utilization",
+            got=f"{self.gpu_memory_utilization!r}",
+            wanted="a number above 0 and at most 1",
+            hint="0.9 leaves a tenth of the memory to others",
+        )
+        self._set("gpu_memory_utilization", share)
 
     def _check_backends(self) -> None:
         for name in ("write_backend", "attention_backend"):
@@ -263,6 +281,20 @@ class EngineConfig:
                 " steps for each chunk that ends inside a page",
                 stacklevel=3,
             )
+
+    @property
+    def pool_pages(self) -> int:
+        """`num_pages`, where the number is known.
+
+        Raises:
+          ValueError: it is None.
+        """
+        if self.num_pages is None:
+            raise ValueError(
+                "EngineConfig: argument `num_pages` is None; wanted a number of pages here: LLM"
+                " chooses one, and so does reference_engine.defaults.resolve"
+            )
+        return self.num_pages
 
     @property
     def max_pages_per_seq(self) -> int:

@@ -108,7 +108,7 @@ class Engine:
         _check_numbers(seed, eos_token_ids)
         self.config = config
         self.model_config = model_config
-        self.scheduler = Scheduler(config, PagePool(config.num_pages))
+        self.scheduler = Scheduler(config, PagePool(config.pool_pages))
         self.last_plan: StepPlan | None = None
         self.stats = Stats()
         self._params = params
@@ -122,7 +122,7 @@ class Engine:
         self._aborts: dict[int, FinishReason] = {}  # requests that are to be ended
         self._outputs: list[Output] = []  # not returned yet
         self._finished: list[Request] = []  # not released yet
-        self._kv_pages = make_pool(model_config, config.num_pages, config.page_size)
+        self._kv_pages = make_pool(model_config, config.pool_pages, config.page_size)
         self._programs = Programs(config, lowering(params, self._kv_pages, model_config, config))
         weakref.finalize(self, self._programs.stop)
         if config.compile_in_background:
@@ -323,7 +323,7 @@ class Engine:
         config = self.model_config
         table = np.zeros(self.config.max_pages_per_seq, int)  # one shape, so it compiles once
         table[: len(request.page_ids)] = request.page_ids
-        first_pages = np.arange(config.num_layers)[:, None] * self.config.num_pages
+        first_pages = np.arange(config.num_layers)[:, None] * self.config.pool_pages
         slots = self._kv_pages[first_pages + table]  # [L, M, page_size, R, C]
         kv = np.stack(layout.split_kv(slots, config.num_kv_heads, config.head_dim))
         kv = kv.reshape(2, config.num_layers, -1, config.num_kv_heads, config.head_dim)
@@ -386,7 +386,7 @@ class Engine:
         if self._kv_pages.is_deleted():
             self.scheduler.restart()  # first, because no page table may refer to the new pool
             self._kv_pages = make_pool(
-                self.model_config, self.config.num_pages, self.config.page_size
+                self.model_config, self.config.pool_pages, self.config.page_size
             )
 
 
