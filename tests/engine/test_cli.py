@@ -201,6 +201,7 @@ def test_generate_streams_one_prompt_and_reports(capsys, folder):
     out, err = capsys.readouterr()
     want = LLM(folder).generate("the quick", SamplingParams(max_tokens=8))[0].outputs[0].text
     assert out == want + "\n"
+    assert "1,024 pages of 16 tokens; at most 32 tokens and 2 requests per step, 256 tok" in err
     assert "4 shapes: decodes of {1, 2} sequences, other steps of {16, 32} tokens\n" in err
     assert re.search(r"8 steps in .* tokens computed, .* no warm-up\n", err)
 
@@ -260,7 +261,7 @@ def test_generate_serves_token_ids_without_a_tokenizer(capsys, tmp_path):
         ({"prompt_ids": ["999"]}, "is 999 at index 0; wanted whole numbers in"),
         ({"prompt": ["x"], "max_model_len": 999}, "is 999; wanted at most the model's 256"),
         ({"prompt": ["x"], "num_pages": 1, "max_tokens": 60}, "at most the pool's 1 pages"),
-        ({"prompt": ["x"], "page_size": 0}, "--page_size is 0; wanted at least 1"),
+        ({"prompt": ["x"], "page_size": 0}, "argument `page_size` is 0; wanted an int >= 1"),
         ({"prompt": ["x"], "repetition_penalty": 0.0}, "argument `repetition_penalty` is 0.0"),
         ({"prompt": ["x"], "temperature": float("nan")}, "argument `temperature` is nan"),
         ({"prompt": ["x"], "bad_words": [""]}, "argument `bad_words` is"),
