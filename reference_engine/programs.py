@@ -147,14 +147,19 @@ class Programs:
           on_shape: called after each shape, in the calling thread.
         """
         self.close()  # this thread lowers what is left
-        shapes = [s for s in most_useful_first(batch_shapes(self._config)) if s not in self._ready]
+        on_shape = on_shape or (lambda shape: None)
+        shapes = []
+        for shape in most_useful_first(batch_shapes(self._config)):
+            if shape in self._ready:
+                on_shape(shape)
+            else:
+                shapes.append(shape)
         executor = concurrent.futures.ThreadPoolExecutor(_num_threads(len(shapes)))
         try:
             futures = {executor.submit(self._lower(shape)): shape for shape in shapes}
             for future in concurrent.futures.as_completed(futures):
                 future.result()
-                if on_shape is not None:
-                    on_shape(futures[future])
+                on_shape(futures[future])
         finally:
             executor.shutdown(cancel_futures=True)
 

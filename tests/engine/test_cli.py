@@ -113,16 +113,16 @@ def test_other_forms_of_write_replay_to_the_same(capsys, kv_write):
 
 
 def test_replay_fails_where_one_run_has_a_wrong_page_table(capsys, monkeypatch):
-    real, calls = engine_lib.make_batch, []
+    real, calls = engine_lib.make_batch_of, []
 
-    def planted(segments, config):  # once, in the first run
-        batch = real(segments, config)
+    def planted(shape, segments, config):  # once, in the first run
+        batch = real(shape, segments, config)
         calls.append(1)
         if len(calls) == 2:
             batch = batch._replace(page_indices=batch.page_indices + 1)
         return batch
 
-    monkeypatch.setattr(engine_lib, "make_batch", planted)
+    monkeypatch.setattr(engine_lib, "make_batch_of", planted)
     with pytest.raises(SystemExit) as exit_info:
         main("replay", **SMALL, kv_write="fused")
     assert exit_info.value.code == 1
