@@ -181,6 +181,9 @@ def test_the_smallest_shape_that_fits_is_taken():
     assert (chosen.num_tokens, chosen.num_seqs) == (40, 6)
     chosen = choose_shape(5, 5, config)
     assert (chosen.num_tokens, chosen.num_seqs, chosen.is_decode) == (6, 6, True)
+    # Of two shapes of 16 tokens and 16 sequences, the one that runs decodes alone.
+    assert choose_shape(12, 12, EngineConfig()).is_decode
+    assert not choose_shape(12, 11, EngineConfig()).is_decode
     only = config_of("tokens", token_buckets=(40,), seq_buckets=(6,))
     assert len(batch_shapes(only)) == 1
 
