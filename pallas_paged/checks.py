@@ -188,6 +188,29 @@ def heads_of_pool(op: str, kv_pages: Any, num_heads: int, head_dim: int) -> int:
     return found[0]
 
 
+def require_packed(op: str, argument: str, qkv: Any, num_kv_heads: Any) -> jax.ShapeDtypeStruct:
+    """The type of the keys, and of the values, in a packed QKV."""
+    require_array(op, argument, qkv)
+    require(
+        num_kv_heads is not None,
+        op,
+        "num_kv_heads",
+        got=describe(num_kv_heads),
+        wanted=f"an int, because v is None and {argument} a packed QKV",
+        hint="its last 2 * num_kv_heads heads are the keys and the values",
+    )
+    heads = require_heads(op, num_kv_heads, "a static count of heads")
+    require(
+        qkv.ndim == 3 and qkv.shape[1] >= 2 * heads,
+        op,
+        argument,
+        got=describe(qkv),
+        wanted=f"[T, A, H] with at least 2 * {heads} heads, because v is None",
+        hint="pass v, or the packed QKV whose last heads are the keys and the values",
+    )
+    return jax.ShapeDtypeStruct((qkv.shape[0], heads, qkv.shape[2]), qkv.dtype)
+
+
 def require_write(
     op: str,
     kv_pages: Any,
@@ -199,6 +222,8 @@ def require_write(
 ) -> tuple[int, int, Any, Any]:
     """Checks what every write shares; returns K, H and the two scales."""
     require_pool(op, kv_pages)
+    if v is None:
+        k = v = require_packed(op, "k", k, num_kv_heads)
     heads, head_dim = infer_heads(op, kv_pages, k, num_kv_heads)
     require_array(op, "v", v)
     require(
@@ -227,11 +252,11 @@ def require_write(
 # checked unless it is traced or lies on an accelerator: no call waits for a device to check one.
 
 
-def require_heads(op: str, num_kv_heads: Any, hint: str) -> int:
-    """K as a static int."""
-    count = scalars.read_int(num_kv_heads)
+def require_heads(op: str, heads: Any, hint: str, argument: str = "num_kv_heads") -> int:
+    """A number of heads as a static int."""
+    count = scalars.read_int(heads)
     if count is None or count < 1:
-        _refuse(op, "num_kv_heads", num_kv_heads, "an int >= 1", hint)
+        _refuse(op, argument, heads, "an int >= 1", hint)
     return count
 
 

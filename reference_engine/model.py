@@ -216,7 +216,6 @@ def _attention(
     attention_backend: str,
 ) -> tuple[jax.Array, jax.Array]:
     """Writes the new keys and values, then attends; x [T, D] -> [T, D], and the pool."""
-    num_tokens = x.shape[0]
     q, k, v = _heads(_project(x, weights, "qkv"), weights, rotation, config)
     metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.num_seqs)
     options: dict[str, Any] = {
@@ -229,20 +228,24 @@ def _attention(
         both: Any = pallas_paged.write_and_attend(q, k, v, kv_pages, *metadata, **options)
         out, kv_pages = both
     else:
-        kv_pages = write_kv(kv_pages, k, v, batch, config, write_backend)
+        kv_pages = write_kv(kv_pages, q if k is None else k, v, batch, config, write_backend)
+        options["num_heads"] = config.num_heads
         out = pallas_paged.ragged_paged_attention(q, kv_pages, *metadata, **options)
-    return _project(out.reshape(num_tokens, -1), weights, "o"), kv_pages
+    return _project(out.reshape(x.shape[0], -1), weights, "o"), kv_pages
 
 
 def write_kv(
     kv_pages: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     batch: Batch,
     config: ModelConfig,
     backend: str,
 ) -> jax.Array:
-    """Writes a layer's new keys and values, [T, K*H] each, in every form that the batch has."""
+    """Writes a layer's new keys and values in every form that the batch has.
+
+    They are [T, K*H] each, or k is a packed QKV and v None.
+    """
     options: dict[str, Any] = {"num_kv_heads": config.num_kv_heads, "backend": backend}
     if batch.page_ids.size:
         kv_pages = pallas_paged.page_write(
@@ -296,40 +299,44 @@ def _rotation(positions: Array, config: ModelConfig) -> Rotation:
 
 def _heads(
     qkv: jax.Array, weights: Params, rotation: Rotation, config: ModelConfig
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys and values of a projection [T, (N + 2K) * H], normalised and rotated.
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """The heads of a projection [T, (N + 2K) * H], normalised and rotated.
 
     Returns:
-      q [T, N, H], k and v [T, K*H].
+      q [T, N, H], k and v [T, K*H]; on a GPU all in one packed QKV, [T, N + 2K, H], None and None.
     """
     num_tokens, q_width = qkv.shape[0], config.num_heads * config.head_dim
+    norm = weights.get("head_norm")
+    if dispatch.platform() != "tpu":
+        packed = qkv.reshape(num_tokens, -1, config.head_dim)
+        return _rotate_packed(packed, norm, rotation, config), None, None
     kv_width = config.num_kv_heads * config.head_dim
     q_and_k, v = jnp.split(qkv, [q_width + kv_width], axis=1)
-    rotate = _rotate_lanes if dispatch.platform() == "tpu" else _rotate_heads
-    q_and_k = rotate(q_and_k, weights.get("head_norm"), rotation, config)
-    q, k = jnp.split(q_and_k, [q_width], axis=1)
+    q, k = jnp.split(_rotate_lanes(q_and_k, norm, rotation, config), [q_width], axis=1)
     return q.reshape(num_tokens, config.num_heads, config.head_dim), k, v
 
 
-def _rotate_heads(
-    x: jax.Array, norm: jax.Array | None, rotation: Rotation, config: ModelConfig
+def _rotate_packed(
+    qkv: jax.Array, norm: jax.Array | None, rotation: Rotation, config: ModelConfig
 ) -> jax.Array:
-    """Rotates the two halves of every head against each other; x [T, heads * H].
+    """Rotates the two halves of the heads of a packed QKV [T, N + 2K, H], but those of values.
 
-    If there is a norm, [heads, H], each head is normalised first. On a GPU both are one kernel.
+    If there is a norm, [N + 2K, H], each of these heads is normalised first. On a GPU all of that
+    is one kernel, where heads of three arrays would take five.
     """
+    x = qkv if norm is None else _rms_norm(qkv, norm, config)
     cos, sin = (table[:, None] for table in rotation)  # [T, 1, H/2]
-    heads = x.reshape(x.shape[0], -1, config.head_dim)
-    heads = heads if norm is None else _rms_norm(heads, norm, config)
-    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=2)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=2).astype(x.dtype).reshape(x.shape)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=2)
+    x = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=2)
+    first_value = config.num_heads + config.num_kv_heads
+    is_value = lax.broadcasted_iota(jnp.int32, (1, qkv.shape[1], 1), 1) >= first_value
+    return jnp.where(is_value, qkv, x.astype(qkv.dtype))
 
 
 def _rotate_lanes(
     x: jax.Array, norm: jax.Array | None, rotation: Rotation, config: ModelConfig
 ) -> jax.Array:
-    """As `_rotate_heads`, head after head on the lanes of the projection itself.
+    """As `_rotate_packed`, head after head on the lanes of the projection; x [T, (N + K) * H].
 
     Through a view [T, heads, H], XLA would copy k twice on a TPU.
     """

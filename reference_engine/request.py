@@ -14,6 +14,7 @@ from pallas_paged.checks import require
 from pallas_paged.scalars import read_int
 from reference_engine.config import EngineConfig, num_pages_for
 from reference_engine.sampling_params import MAX_STOP_IDS, SamplingParams
+from reference_engine.sampling_rows import asked_by, make_row
 
 
 class FinishReason(enum.StrEnum):
@@ -48,7 +49,8 @@ class Request:
       num_tokens: the number of tokens of the prompt and of the output so far.
       max_tokens: the most tokens to generate.
       bad_words: for each bad word, its token ids before the last one, and the last one.
-      has_bias, has_penalties: whether its logits are changed before a token is chosen.
+      asks: what it asks of the sampler, see sampling_rows.
+      sampling_row: its row of the sampler's arrays, see sampling_rows.
     """
 
     request_id: int
@@ -70,8 +72,8 @@ class Request:
     num_tokens: int = dataclasses.field(init=False)
     max_tokens: float = dataclasses.field(init=False)
     bad_words: list[tuple[list[int], int]] = dataclasses.field(init=False)
-    has_bias: bool = dataclasses.field(init=False)
-    has_penalties: bool = dataclasses.field(init=False)
+    asks: int = dataclasses.field(init=False)
+    sampling_row: bytes = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.prompt_ids)
@@ -82,10 +84,8 @@ class Request:
         self.bad_words = [
             (list(word[:-1]), word[-1]) for word in params.bad_words if not isinstance(word, str)
         ]
-        self.has_bias = bool(params.logit_bias or self.bad_words)
-        self.has_penalties = params.repetition_penalty != 1 or bool(
-            params.presence_penalty or params.frequency_penalty
-        )
+        self.asks = asked_by(params, has_bias=bool(params.logit_bias or self.bad_words))
+        self.sampling_row = make_row(params, self.seed)
 
     def append(self, token_id: int) -> None:
         """Adds a generated token."""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,25 +14,14 @@ import numpy as np
 from jax import lax
 
 from pallas_paged import settings
-from reference_engine.batch import Array
+from reference_engine import sampling_rows
+from reference_engine.kept_ids import cut_to_few, cut_top_k, cut_top_p
 from reference_engine.request import Request
 from reference_engine.sampling_params import MAX_BIASED_IDS, MAX_LOGPROBS, MAX_STOP_IDS
+from reference_engine.sampling_rows import Array, Sampling, is_kept, join_rows, split_rows
 
 _NO_TOKEN = 2**31 - 1  # an id outside every vocabulary
 _FLOAT32 = np.finfo(np.float32)
-_MAX_INT32 = 2**31 - 1
-
-
-class Sampling(NamedTuple):
-    """The SamplingParams of S rows, and how far each row's output has come."""
-
-    temperature: Array  # f32[S], 0 for greedy
-    top_k: Array  # i32[S], 0 for all
-    top_p: Array  # f32[S]
-    min_p: Array  # f32[S]
-    seed: Array  # i32[S, 2], the two halves of 64 bits
-    num_output: Array  # i32[S], the number of tokens generated so far
-    banned: Array  # i32[S, MAX_STOP_IDS], the ids that must not come yet
 
 
 class Bias(NamedTuple):
@@ -50,48 +41,51 @@ class Penalties(NamedTuple):
     frequency: Array  # f32[S]
 
 
-def is_greedy(request: Request) -> bool:
-    """Whether the request's next token is the one with the largest logit, whichever that is."""
-    params = request.params
-    return params.temperature == 0 and len(request.output_ids) >= params.min_tokens
+def num_output(request: Request) -> int:
+    """The number of tokens generated so far, including one that the host has not read yet."""
+    return request.num_tokens - request.num_prompt
 
 
-def make_sampling(requests: Sequence[Request], num_seqs: int) -> Sampling:
-    """Numpy arrays of `num_seqs` rows: the rows of the requests, then greedy rows."""
-    sampling = Sampling(
-        temperature=np.zeros(num_seqs, np.float32),
-        top_k=np.zeros(num_seqs, np.int32),
-        top_p=np.ones(num_seqs, np.float32),
-        min_p=np.zeros(num_seqs, np.float32),
-        seed=np.zeros((num_seqs, 2), np.int32),
-        num_output=np.zeros(num_seqs, np.int32),
-        banned=np.full((num_seqs, MAX_STOP_IDS), _NO_TOKEN, np.int32),
+def make_rows(requests: Sequence[Request], num_seqs: int) -> np.ndarray:
+    """The rows of the requests for one transfer, see sampling_rows, then greedy rows."""
+    return join_rows(
+        [request.sampling_row for request in requests],
+        [num_output(request) for request in requests],
+        num_seqs,
     )
-    for row, request in enumerate(requests):
-        params = request.params
-        if params.temperature > 0:
-            # A temperature that is 0 or subnormal in float32 is as good as the smallest normal one.
-            sampling.temperature[row] = max(params.temperature, _FLOAT32.tiny)
-            sampling.top_k[row] = min(params.top_k, _MAX_INT32)
-            sampling.top_p[row] = params.top_p
-            sampling.min_p[row] = params.min_p
-            sampling.seed[row] = np.array([request.seed], np.int64).view(np.int32)
-            sampling.num_output[row] = len(request.output_ids)
-        if len(request.output_ids) < params.min_tokens:
-            sampling.banned[row, : len(request.stop_ids)] = sorted(request.stop_ids)
-    return sampling
 
 
 def make_bias(requests: Sequence[Request], num_seqs: int) -> Bias:
     """Numpy arrays of `num_seqs` rows: the rows of the requests, then rows without a bias."""
+    changes = [
+        [*request.params.logit_bias, *((token, -np.inf) for token in _forbidden(request))]
+        for request in requests
+    ]
+    return _pad_bias(changes, num_seqs, MAX_BIASED_IDS)
+
+
+def make_bans(requests: Sequence[Request], num_seqs: int) -> Bias:
+    """As `make_bias`, of -inf for the stop ids of requests that must not stop yet."""
+    changes = [
+        [(token, -np.inf) for token in sorted(request.stop_ids)] if must_go_on(request) else []
+        for request in requests
+    ]
+    return _pad_bias(changes, num_seqs, MAX_STOP_IDS)
+
+
+def must_go_on(request: Request) -> bool:
+    """Whether the next token is one of the first min_tokens."""
+    return num_output(request) < request.params.min_tokens
+
+
+def _pad_bias(changes: Sequence[Sequence[tuple[int, float]]], num_seqs: int, num_ids: int) -> Bias:
     bias = Bias(
-        ids=np.full((num_seqs, MAX_BIASED_IDS), _NO_TOKEN, np.int32),
-        values=np.zeros((num_seqs, MAX_BIASED_IDS), np.float32),
+        ids=np.full((num_seqs, num_ids), _NO_TOKEN, np.int32),
+        values=np.zeros((num_seqs, num_ids), np.float32),
     )
-    for row, request in enumerate(requests):
-        changes = [*request.params.logit_bias, *((token, -np.inf) for token in _forbidden(request))]
-        if changes:
-            ids, values = zip(*changes, strict=True)
+    for row, pairs in enumerate(changes):
+        if pairs:
+            ids, values = zip(*pairs, strict=True)
             bias.ids[row, : len(ids)] = ids
             bias.values[row, : len(ids)] = values
     return bias
@@ -107,8 +101,16 @@ def _forbidden(request: Request) -> list[int]:
     return forbidden
 
 
-def make_penalties(requests: Sequence[Request], num_seqs: int, max_model_len: int) -> Penalties:
-    """Numpy arrays of `num_seqs` rows: the rows of the requests, then rows without a penalty."""
+def make_penalties(
+    requests: Sequence[Request],
+    num_seqs: int,
+    max_model_len: int,
+    rows: Sequence[int] | None = None,
+) -> Penalties:
+    """Numpy arrays of `num_seqs` rows: the rows of the requests, then rows without a penalty.
+
+    For `rows`, see `next_tokens`: a pending token has the id -1 - its row.
+    """
     penalties = Penalties(
         token_ids=np.full((num_seqs, max_model_len), _NO_TOKEN, np.int32),
         num_prompt=np.zeros(num_seqs, np.int32),
@@ -117,10 +119,13 @@ def make_penalties(requests: Sequence[Request], num_seqs: int, max_model_len: in
         frequency=np.zeros(num_seqs, np.float32),
     )
     for row, request in enumerate(requests):
-        if request.has_penalties:
-            params = request.params
-            penalties.token_ids[row, : request.num_prompt] = request.prompt_ids
-            penalties.token_ids[row, request.num_prompt : request.num_tokens] = request.output_ids
+        if request.asks & sampling_rows.PENALTIES:
+            params, ids = request.params, penalties.token_ids[row]
+            ids[: request.num_prompt] = request.prompt_ids
+            known = request.num_prompt + len(request.output_ids)
+            ids[request.num_prompt : known] = request.output_ids
+            if rows is not None and rows[row] >= 0:
+                ids[known] = -1 - rows[row]
             penalties.num_prompt[row] = request.num_prompt
             penalties.repetition[row] = params.repetition_penalty
             penalties.presence[row] = params.presence_penalty
@@ -128,39 +133,77 @@ def make_penalties(requests: Sequence[Request], num_seqs: int, max_model_len: in
     return penalties
 
 
-def next_tokens(logits: jax.Array, requests: Sequence[Request], max_model_len: int) -> jax.Array:
+def next_tokens(
+    logits: jax.Array,
+    requests: Sequence[Request],
+    max_model_len: int,
+    last_tokens: jax.Array | None = None,
+    rows: Sequence[int] | None = None,
+) -> jax.Array:
     """The next token of each row: f32[S, V] -> i32[S].
 
-    Changing logits and sampling are separate programs, and only those run that a request of the
-    batch asks for.
+    Changing logits, cutting and drawing are separate programs, and only those run that a request of
+    the batch asks for. None of them waits for the device.
 
     Args:
       logits: the model's logits.
       requests: the requests of the first rows; the tokens of the other rows mean nothing.
       max_model_len: the most tokens of a request.
+      last_tokens: the new tokens of the step before, i32[B], on the device.
+      rows: for each request the row of its pending token in `last_tokens`, which counts as a token
+        of the request but is not known to the host yet; -1 if none is pending. None for none at
+        all. A request with bad_words must not have one.
     """
     num_seqs = logits.shape[0]
-    if any(request.has_bias for request in requests):
+    asked = functools.reduce(operator.or_, [request.asks for request in requests], 0)
+    if asked & sampling_rows.BIAS:
+        assert rows is None or not any(
+            request.bad_words and row >= 0 for request, row in zip(requests, rows, strict=True)
+        )
         logits = add_bias(logits, make_bias(requests, num_seqs))
-    if any(request.has_penalties for request in requests):
-        logits = penalise(logits, make_penalties(requests, num_seqs, max_model_len))
-    if all(map(is_greedy, requests)):
+    if asked & sampling_rows.MIN_TOKENS and any(map(must_go_on, requests)):
+        logits = add_bias(logits, make_bans(requests, num_seqs))
+    if asked & sampling_rows.PENALTIES:
+        penalties = make_penalties(requests, num_seqs, max_model_len, rows)
+        logits = penalise(logits, penalties, last_tokens)
+    if not asked & sampling_rows.DRAW:
         return greedy(logits)
-    return sample(logits, make_sampling(requests, num_seqs))
+    return sample(logits, _cut(logits, make_rows(requests, num_seqs), asked))
 
 
-def run_every_program(logits: jax.Array, max_model_len: int) -> None:
+def _cut(logits: jax.Array, rows: Array, asked: int) -> Array:
+    """The rows with what top_k, top_p and min_p keep, by the cheapest programs that can."""
+    if not asked & sampling_rows.MANY:
+        return cut_to_few(logits, rows) if asked & sampling_rows.TOP_K else rows
+    if asked & sampling_rows.TOP_K:
+        rows = cut_top_k(logits, rows)
+    return cut_top_p(logits, rows) if asked & sampling_rows.TOP_P else rows
+
+
+def run_every_program(
+    logits: jax.Array, max_model_len: int, last_tokens: jax.Array | None = None
+) -> None:
     """Runs each program of this module once, so that all are compiled for these logits' shape.
 
     Args:
       logits: f32[S, V].
       max_model_len: the most tokens of a request.
+      last_tokens: see `next_tokens`: None, or as long as it is there.
     """
     num_seqs = logits.shape[0]
-    tokens = sample(logits, make_sampling([], num_seqs))
-    add_bias(logits, make_bias([], num_seqs))
-    penalise(logits, make_penalties([], num_seqs, max_model_len))
-    jax.block_until_ready((greedy(logits), log_probabilities(logits, tokens)))
+    rows = make_rows([], num_seqs)
+    cut_top_p(logits, rows)  # which comes first or second
+    tokens = sample(logits, cut_top_p(logits, cut_top_k(logits, rows)))
+    results = [
+        add_bias(logits, make_bias([], num_seqs)),
+        add_bias(logits, make_bans([], num_seqs)),
+        penalise(logits, make_penalties([], num_seqs, max_model_len), last_tokens),
+        sample(logits, rows),
+        cut_to_few(logits, rows),
+        greedy(logits),
+        log_probabilities(logits, tokens),
+    ]
+    jax.block_until_ready(results)
 
 
 @settings.defaults()
@@ -173,8 +216,12 @@ def add_bias(logits: jax.Array, bias: Bias) -> jax.Array:
 
 @settings.defaults()
 @jax.jit
-def penalise(logits: jax.Array, penalties: Penalties) -> jax.Array:
+def penalise(
+    logits: jax.Array, penalties: Penalties, last_tokens: jax.Array | None = None
+) -> jax.Array:
     """Applies the penalties of each row, see SamplingParams: f32[S, V] -> f32[S, V].
+
+    The id -1 - r stands for `last_tokens[r]`, which is i32[B].
 
     A row without penalties keeps its bits, so that it does not depend on the other rows.
     """
@@ -182,9 +229,11 @@ def penalise(logits: jax.Array, penalties: Penalties) -> jax.Array:
     rows = jnp.arange(logits.shape[0])[:, None]
     positions = jnp.arange(p.token_ids.shape[1], dtype=jnp.int32)[None, :]
     is_output = (positions >= p.num_prompt[:, None]).astype(jnp.float32)
-    zeros = jnp.zeros_like(logits)
-    counts = zeros.at[rows, p.token_ids].add(is_output, mode="drop")
-    is_present = zeros.at[rows, p.token_ids].set(1.0, mode="drop") > 0
+    zeros, ids = jnp.zeros_like(logits), p.token_ids
+    if last_tokens is not None:
+        ids = jnp.where(ids < 0, last_tokens[jnp.maximum(-1 - ids, 0)], ids)
+    counts = zeros.at[rows, ids].add(is_output, mode="drop")
+    is_present = zeros.at[rows, ids].set(1.0, mode="drop") > 0
     repetition = p.repetition[:, None]
     penalised = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(is_present, penalised, logits)
@@ -211,37 +260,51 @@ def greedy(logits: jax.Array) -> jax.Array:
 
 @settings.defaults()
 @jax.jit
-def sample(logits: jax.Array, sampling: Sampling) -> jax.Array:
+def sample(logits: jax.Array, rows: jax.Array) -> jax.Array:
     """The next token of each row: f32[S, V] -> i32[S]; see SamplingParams.
 
-    >>> sample(jnp.array([[0.0, 2.0, 2.0]]), make_sampling([], num_seqs=1)).tolist()
+    The largest of logits + temperature * Gumbel noise is a draw from softmax(logits / temperature).
+    With the temperature 0 it is the largest of the logits. The noise belongs to the id. All of it
+    is one pass over the logits, in which neither noise nor sums are written to memory.
+
+    Args:
+      logits: f32[S, V].
+      rows: i32[S, ROW_SIZE], see sampling_rows.
+
+    >>> sample(jnp.array([[0.0, 2.0, 2.0]]), make_rows([], num_seqs=1)).tolist()
     [1]
     """
-    rows = jnp.arange(logits.shape[0])[:, None]
-    logits = logits.at[rows, sampling.banned].set(-jnp.inf, mode="drop")
-    return jnp.where(sampling.temperature > 0, jax.vmap(_draw)(logits, sampling), greedy(logits))
+    s = split_rows(rows)
+    noisy = logits + s.temperature[:, None] * _gumbel(s, logits.shape[1])
+    return jnp.argmax(jnp.where(is_kept(logits, s), noisy, -jnp.inf), axis=-1).astype(jnp.int32)
 
 
-def _draw(logits: jax.Array, s: Sampling) -> jax.Array:
-    """One row's token: f32[V] -> i32[]."""
-    size = logits.shape[0]
-    # The largest becomes 0, and the others are below, so that no temperature overflows.
-    scaled = (logits - jnp.max(logits)) / jnp.where(s.temperature > 0, s.temperature, 1.0)
-    order = jnp.argsort(-scaled)  # stable: among equal ones, the lowest id comes first
-    scaled = scaled[order]
-    weights = jnp.exp(scaled)
-    kept = (jnp.arange(size) < jnp.where(s.top_k > 0, s.top_k, size)) & (weights >= s.min_p)
-    weights = jnp.where(kept, weights, 0.0)
-    before = jnp.cumsum(weights) - weights
-    kept &= before < s.top_p * jnp.sum(weights)
-    kept = kept.at[0].set(True)
-    key = jax.random.key(0)
-    for number in (s.seed[0], s.seed[1], s.num_output):
-        key = jax.random.fold_in(key, number)
-    # The largest of logits plus Gumbel noise is a draw from their softmax. The noise belongs to the
-    # id, not to the rank.
-    noise = jax.random.gumbel(key, (size,))[order]
-    return order[jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf))].astype(jnp.int32)
+def _gumbel(s: Sampling, size: int) -> jax.Array:
+    """Gumbel noise of each id, f32[S, size], by the seed and the number of output tokens."""
+    # One block of Threefry in each row makes its key, so that neither seeds nor steps that follow
+    # each other have noise in common.
+    keys = jax.random.wrap_key_data(s.seed, impl="threefry2x32")
+    keys = jax.random.key_data(jax.vmap(jax.random.fold_in)(keys, s.num_output))
+    ids = lax.broadcasted_iota(jnp.uint32, (1, size), 1)
+    bits = _pcg3d(ids, keys[:, :1], keys[:, 1:])
+    # The largest noise decides. It is that of the smallest numbers, where floats are dense.
+    uniform = bits.astype(jnp.float32) * 2.0**-32 + 2.0**-33
+    exponential = -jnp.log1p(-jnp.minimum(uniform, 1 - 2.0**-24))
+    return -jnp.log(exponential)
+
+
+def _pcg3d(z: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The first of the three numbers that the hash pcg3d makes of (x, y, z), u32 all.
+
+    From Jarzynski and Olano, "Hash Functions for GPU Rendering", Journal of Computer Graphics
+    Techniques 9(3), 2020. It takes 11 integer operations where Threefry takes about 80.
+    """
+    x, y, z = (v * np.uint32(1664525) + np.uint32(1013904223) for v in (x, y, z))
+    x += y * z
+    y += z * x
+    z += x * y
+    x, y, z = (v ^ (v >> 16) for v in (x, y, z))
+    return x + y * z
 
 
 @settings.defaults()

@@ -30,7 +30,9 @@ class SamplingParams:
     token is the one with the largest logit, or it is drawn from softmax(logits / temperature). For
     the draw, only the `top_k` likeliest ids are kept; of these, the ids with at least `min_p` times
     the probability of the likeliest one; of these, the smallest set of the likeliest ids whose
-    probability reaches `top_p`. All of it is computed in float32, on the device.
+    probability reaches `top_p`. Likelier is the larger logit, and the lower id among equal ones.
+    All of it is computed in float32, on the device; `kept_ids.cut_top_p` says how probabilities are
+    added up. A row with a NaN takes the first of them.
 
     Whole and real numbers may be Python's, numpy's or jax's. None is accepted as empty for `stop`,
     `stop_token_ids`, `logit_bias` and `bad_words`. vLLM's other names are refused by a sentence

@@ -37,7 +37,7 @@ class _Part(NamedTuple):
     """The part of a layer's parameter that one tensor of a checkpoint is.
 
     Attributes:
-      name: the tensor's name after that of the layer.
+      name: the tensor's name after that of the layer; "" for a part that is not read.
       shape: of the part.
       stored: the tensor's shape. A matrix is stored as [out, in]; the norm of a head is stored once
         for all heads.
@@ -77,10 +77,13 @@ def _layer_parts(config: ModelConfig) -> dict[str, list[_Part]]:
                 _Part(f"{name}.bias", (size,), (size,)) for name, size in columns.items()
             ]
     if config.qk_norm:
+        heads = {"q": config.num_heads, "k": config.num_kv_heads}
         parts["head_norm"] = [
             _Part(f"self_attn.{name}_norm.weight", (num_heads, head_dim), (head_dim,))
-            for name, num_heads in (("q", config.num_heads), ("k", config.num_kv_heads))
+            for name, num_heads in heads.items()
         ]
+        # The heads of the values have rows too, so that one kernel goes through all heads.
+        parts["head_norm"].append(_Part("", (config.num_kv_heads, head_dim), ()))
     return parts
 
 
@@ -137,7 +140,8 @@ def load_params(
     files = checkpoint.find_tensors(path, wanted, twins=twins)
     places.setdefault(unembedding, places[embedding]._replace(key="unembedding"))
     layers = [
-        {key: jnp.zeros(x.shape, x.dtype) for key, x in layer.items()} for layer in shapes["layers"]
+        {key: jnp.full(x.shape, key == "head_norm", x.dtype) for key, x in layer.items()}
+        for layer in shapes["layers"]
     ]
     params: Params = {"layers": layers}
     for file, names in files.items():
@@ -238,7 +242,7 @@ def _places(config: ModelConfig) -> dict[str, _Place]:
     for key, parts in _layer_parts(config).items():
         start = [0] * len(parts[0].shape)
         for part in parts:
-            for layer in range(config.num_layers):
+            for layer in range(config.num_layers if part.name else 0):
                 name = f"model.layers.{layer}.{part.name}"
                 places[name] = _Place(key, layer, part.stored, part.shape, tuple(start))
             start[_axis(key)] += part.shape[_axis(key)]

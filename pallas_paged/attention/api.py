@@ -43,6 +43,7 @@ def ragged_paged_attention(
     k_scale: jax.Array | float | None = None,
     v_scale: jax.Array | float | None = None,
     sinks: jax.Array | None = None,
+    num_heads: int | None = None,
     num_kv_heads: int | None = None,
     return_lse: bool = False,
     config: AttentionConfig | None = None,
@@ -88,6 +89,9 @@ def ragged_paged_attention(
         float32[K], > 0. None means 1.
       sinks: [N], float32 or another float dtype: one more score per head, which takes its share of
         the softmax and has no value. It is -inf for a head without a sink.
+      num_heads: N, an int, where q has more heads, as a packed QKV has: its first N heads are the
+        queries. On a GPU the kernels read them where they are; elsewhere they are copied out of it.
+        None means all heads of q.
       num_kv_heads: K, an int. None takes it from the pool, if there is one K only that divides N
         and makes a pool of R rows (see `make_kv_pages`). With 12 query heads and R = 8 in bfloat16,
         for example, K may be 3 or 4, and has to be given.
@@ -128,14 +132,15 @@ def ragged_paged_attention(
         _OP, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes
     )
     pool = forms.pool_in_rows(_OP, kv_pages)
-    num_kv_heads = arguments.check_arrays(_OP, q, pool, num_kv_heads)
+    queries = arguments.queries_in(_OP, q, num_heads)
+    num_kv_heads = arguments.check_arrays(_OP, queries, pool, num_kv_heads)
     forms.require_rows(_OP, kv_pages, num_kv_heads, q.shape[2])
     batch = Batch(*forms.require_batch(_OP, kv_lens, page_indices, cu_q_lens, num_seqs))
     k_scale = checks.require_scale(_OP, "k_scale", k_scale, num_kv_heads, pool)
     v_scale = checks.require_scale(_OP, "v_scale", v_scale, num_kv_heads, pool)
     factors, options = arguments.make_options(
         _OP,
-        q,
+        queries,
         num_kv_heads,
         sm_scale=sm_scale,
         causal=causal,
@@ -149,8 +154,9 @@ def ragged_paged_attention(
         config=config,
     )
     chosen, spec = dispatch.choose(
-        _OP, backend, lambda name: _plan(name, q, pool, batch, factors, options, config)
+        _OP, backend, lambda name: _plan(name, queries, pool, batch, factors, options, config)
     )
+    q = _unpacked(q, queries.shape[1], chosen)
     out, lse = _attention(
         q,
         kv_pages,
@@ -166,8 +172,8 @@ def ragged_paged_attention(
 
 def write_and_attend(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
     kv_pages: jax.Array,
     kv_lens: jax.Array,
     page_indices: jax.Array,
@@ -202,12 +208,14 @@ def write_and_attend(
 
     Args:
       q: [T, N, H], as in `ragged_paged_attention`.
-      k, v: [T, K, H] or [T, K*H], as in `page_write`.
+      k, v: [T, K, H] or [T, K*H], as in `page_write`. None for both if q is a packed QKV, as one
+        product yields it: [T, N + 2K, H], the heads of the queries, the keys and the values. On a
+        GPU the kernels read it where it is.
       kv_pages: the pool, as in `page_write`, which is donated.
       kv_lens, page_indices, cu_q_lens, num_seqs: as in `ragged_paged_attention`.
       sm_scale, causal, sliding_window, soft_cap, mask_value, sinks: as there.
       k_scale, v_scale: as there; new keys and values are divided by them as they are written.
-      num_kv_heads: K, an int. None takes it from k and from the H of q.
+      num_kv_heads: K, an int. None takes it from k and from the H of q; a packed QKV needs it.
       return_lse, config, backend: as there.
       num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes: leave these out, as there.
 
@@ -235,26 +243,27 @@ def write_and_attend(
     arguments.refuse_block_sizes(
         op, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes
     )
+    queries, new = arguments.queries_and_keys(op, q, k, v, num_kv_heads)
     if num_kv_heads is None:
-        num_kv_heads = arguments.heads_of_new(op, q, k)
+        num_kv_heads = arguments.heads_of_new(op, q, new)
     pool = forms.pool_in_rows(op, kv_pages)
-    num_kv_heads = arguments.check_arrays(op, q, pool, num_kv_heads)
+    num_kv_heads = arguments.check_arrays(op, queries, pool, num_kv_heads)
     heads, head_dim, k_scale, v_scale = checks.require_write(
-        op, pool, k, v, k_scale, v_scale, num_kv_heads
+        op, pool, new, new if k is None else v, k_scale, v_scale, num_kv_heads
     )
     forms.require_rows(op, kv_pages, heads, head_dim)
     checks.require(
-        (k.shape[0], head_dim) == (q.shape[0], q.shape[2]),
+        (new.shape[0], head_dim) == (q.shape[0], q.shape[2]),
         op,
         "k",
-        got=f"{checks.describe(k)} ({heads} heads of {head_dim})",
+        got=f"{checks.describe(new)} ({heads} heads of {head_dim})",
         wanted=f"{q.shape[0]} tokens and heads of {q.shape[2]}, as q {checks.describe(q)}",
         hint="q, k and v are of the same tokens",
     )
     batch = Batch(*forms.require_batch(op, kv_lens, page_indices, cu_q_lens, num_seqs))
     factors, options = arguments.make_options(
         op,
-        q,
+        queries,
         num_kv_heads,
         sm_scale=sm_scale,
         causal=causal,
@@ -268,8 +277,10 @@ def write_and_attend(
         config=config,
     )
     chosen, spec = dispatch.choose(
-        op, backend, lambda name: _plan(name, q, pool, batch, factors, options, config, k)
+        op, backend, lambda name: _plan(name, queries, pool, batch, factors, options, config, new)
     )
+    if k is None and (chosen != "mosaic_gpu" or q.shape[0] == 0):
+        q, k, v = jnp.split(q, [queries.shape[1], queries.shape[1] + num_kv_heads], axis=1)
     out, lse, kv_pages = _write_and_attend(
         q,
         k,
@@ -283,6 +294,11 @@ def write_and_attend(
         is_auto=backend == "auto",
     )
     return (out, kv_pages, lse) if options.return_lse else (out, kv_pages)
+
+
+def _unpacked(q: jax.Array, num_heads: int, backend: str) -> jax.Array:
+    """The queries in a packed QKV, unless the backend reads them where they are."""
+    return q if backend == "mosaic_gpu" and q.shape[0] else q[:, :num_heads]
 
 
 def _plan(
@@ -347,8 +363,8 @@ def _attention(
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="kv_pages")
 def _write_and_attend(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
     kv_pages: jax.Array,
     batch: Batch,
     factors: Factors,
@@ -385,6 +401,7 @@ def _write_and_attend(
         "num_kv_heads": options.num_kv_heads,
         "backend": backend,
     }
+    k = q if k is None else k
     if backend in ("mosaic_gpu", "xla"):  # there one launch is as fast as writing whole pages
         kv_pages = kv_write.token_write(kv_pages, k, v, indices.slots, **write)
     else:

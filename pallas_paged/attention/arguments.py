@@ -54,6 +54,49 @@ def heads_of_new(op: str, q: jax.Array, k: jax.Array) -> int | None:
     return k.shape[1] // q.shape[2]
 
 
+def queries_in(op: str, q: Any, num_heads: Any) -> Any:
+    """The type of the first `num_heads` heads of q, or q itself if that is None."""
+    if num_heads is None:
+        return q
+    checks.require_array(op, "q", q)
+    count = checks.require_heads(op, num_heads, "a static count of query heads", "num_heads")
+    checks.require(
+        q.ndim == 3 and q.shape[1] >= count,
+        op,
+        "num_heads",
+        got=count,
+        wanted=f"at most the heads of q {checks.describe(q)}, [T, N or more, H]",
+        hint="leave it out if all heads of q are queries",
+    )
+    return jax.ShapeDtypeStruct((q.shape[0], count, q.shape[2]), q.dtype)
+
+
+def queries_and_keys(op: str, q: Any, k: Any, v: Any, num_kv_heads: Any) -> tuple[Any, Any]:
+    """q and k, or the types of both in a packed QKV, [T, N + 2K, H], where k and v are None."""
+    checks.require(
+        (k is None) == (v is None),
+        op,
+        "v",
+        got=checks.describe(v),
+        wanted="None, as k is" if k is None else f"{checks.describe(k)}, as k",
+        hint="pass both k and v, or neither and a packed QKV as q",
+    )
+    if k is not None:
+        return q, k
+    keys = checks.require_packed(op, "q", q, num_kv_heads)
+    num_tokens, num_kv_heads, head_dim = keys.shape
+    num_heads = q.shape[1] - 2 * num_kv_heads
+    checks.require(
+        num_heads >= 1,
+        op,
+        "q",
+        got=checks.describe(q),
+        wanted=f"[T, N + 2K, H] with N >= 1 heads beside 2 * {num_kv_heads}, because k is None",
+        hint="pass k and v, or the packed QKV",
+    )
+    return jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), q.dtype), keys
+
+
 def check_arrays(op: str, q: jax.Array, kv_pages: jax.Array, num_kv_heads: int | None) -> int:
     """Checks q against the pool, of four dimensions, and returns K."""
     checks.require_pool(op, kv_pages)

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_paged import checks, dispatch, forms, settings, transforms
 from pallas_paged.dispatch import Backend
@@ -44,7 +45,7 @@ _CONFIGS = {"mosaic_tpu": mosaic_tpu.TpuWriteConfig, "mosaic_gpu": mosaic_gpu.Gp
 def page_write(
     kv_pages: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     page_ids: jax.Array,
     token_starts: jax.Array | None = None,
     *,
@@ -61,7 +62,9 @@ def page_write(
         as other TPU projects keep it, where p rows share 32 bits: p is 1, 2 or 4.
       k, v: [T, K, H] or [T, K*H], the new keys and values of the T tokens of the packed batch. They
         are float32 or bfloat16, or float16 on a GPU and in the oracle. They may also have the dtype
-        of an 8-bit pool; then they are stored as they are, whatever the scales.
+        of an 8-bit pool; then they are stored as they are, whatever the scales. With v = None, k is
+        a packed QKV: [T, A, H] whose last 2 * num_kv_heads heads are the keys and then the values.
+        On a GPU the kernel reads them where they are; elsewhere they are copied out of it.
       page_ids: int32[n], one page per entry; -1 skips the entry.
       token_starts: int32[n], the first token of each page in the packed batch. Any order is right;
         in ascending order the batch is read only once. None means `i * page_size`.
@@ -105,13 +108,14 @@ def page_write(
     if token_starts is not None:
         _require_same_form(op, "token_starts", token_starts, "page_ids", page_ids)
     options = _options(op, backend, config, pool, k, heads, head_dim)
+    k, v = _unpacked(k, v, options)
     return _page_write(kv_pages, k, v, page_ids, token_starts, WriteScales(*scales), options)
 
 
 def slice_write(
     kv_pages: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     slices: jax.Array,
     num_slices: jax.Array,
     *,
@@ -165,13 +169,14 @@ def slice_write(
     hint = "it counts the columns of slices that are in use"
     num_slices = forms.require_count(op, "num_slices", num_slices, hint)
     options = _options(op, backend, config, pool, k, heads, head_dim)
+    k, v = _unpacked(k, v, options)
     return _slice_write(kv_pages, k, v, slices, num_slices, WriteScales(*scales), options)
 
 
 def token_write(
     kv_pages: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     slots: jax.Array,
     *,
     k_scale: jax.Array | float | None = None,
@@ -215,6 +220,7 @@ def token_write(
         hint=f"one slot per token of k {checks.describe(k)}; -1 skips one",
     )
     options = _options(op, backend, config, pool, k, heads, head_dim)
+    k, v = _unpacked(k, v, options)
     return _token_write(kv_pages, k, v, slots, WriteScales(*scales), options)
 
 
@@ -276,6 +282,16 @@ def _require_same_form(op: str, argument: str, x: Any, other_argument: str, othe
     )
 
 
+def _unpacked(
+    k: jax.Array, v: jax.Array | None, options: WriteOptions
+) -> tuple[jax.Array, jax.Array | None]:
+    """The keys and values of a packed QKV, unless the backend reads them where they are."""
+    if v is not None or options.backend == "mosaic_gpu":
+        return k, v
+    keys, values = jnp.split(k[:, -2 * options.num_kv_heads :], 2, axis=1)
+    return keys, values
+
+
 def _options(
     op: str,
     backend: str,
@@ -330,7 +346,7 @@ def _jit(half: Any) -> Any:
 def _page_write(
     kv_pages: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     page_ids: jax.Array,
     token_starts: jax.Array | None,
     scales: WriteScales,
@@ -344,7 +360,7 @@ def _page_write(
 def _slice_write(
     kv_pages: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     slices: jax.Array,
     num_slices: jax.Array,
     scales: WriteScales,
@@ -358,7 +374,7 @@ def _slice_write(
 def _token_write(
     kv_pages: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     slots: jax.Array,
     scales: WriteScales,
     options: WriteOptions,

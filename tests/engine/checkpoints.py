@@ -147,9 +147,9 @@ def hf_layer(layer) -> dict[str, np.ndarray]:
     for name, tensor in zip(("gate", "up"), gate_up, strict=True):
         tensors[f"mlp.{name}_proj"] = tensor
     if "head_norm" in layer:  # every head has the same one
-        tensors["self_attn.q_norm"], tensors["self_attn.k_norm"] = np.asarray(layer["head_norm"])[
-            [0, -1]
-        ]
+        norms = np.asarray(layer["head_norm"])
+        first_key = width // norms.shape[1]
+        tensors["self_attn.q_norm"], tensors["self_attn.k_norm"] = norms[[0, first_key]]
     return tensors
 
 

@@ -198,7 +198,7 @@ def test_tensors_are_refused_by_name_before_any_is_read(tmp_path, monkeypatch, e
     def allocate(*args, **kwargs):
         raise AssertionError("allocated")
 
-    monkeypatch.setattr(weights.jnp, "zeros", allocate)
+    monkeypatch.setattr(weights.jnp, "full", allocate)
     monkeypatch.setattr(weights.jnp, "asarray", allocate)
     with pytest.raises(ValueError, match=message):
         weights.load_params(tmp_path, SMALL)

@@ -351,7 +351,7 @@ def test_biases_head_norms_tied_embeddings_and_stretched_rope():
     )
     few = [dataclasses.replace(job, max_tokens=3) for job in jobs()[:2]]
     weights = random_params(model, seed=2)
-    heads = model.num_heads + model.num_kv_heads
+    heads = model.num_heads + 2 * model.num_kv_heads
     for layer in weights["layers"]:  # not the norms that all begin with
         layer["head_norm"] = 1 + 0.3 * jnp.sin(jnp.arange(16.0 * heads)).reshape(heads, 16)
     result = replay(few, weights, model, CONFIG)
@@ -385,7 +385,7 @@ def dense_logits(token_ids, model, weights):
         qkv = project(norm(x, w["attention_norm"]), "qkv").reshape(n, -1, head_dim)
         q_and_k, v = np.split(qkv, [model.num_heads + model.num_kv_heads], axis=1)
         if "head_norm" in w:
-            q_and_k = norm(q_and_k, w["head_norm"])
+            q_and_k = norm(q_and_k, w["head_norm"][: q_and_k.shape[1]])
         q, k = np.split(rotate(q_and_k), [model.num_heads], axis=1)
         group = model.num_heads // model.num_kv_heads
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)

@@ -17,7 +17,7 @@ from reference_engine.sampler import (
     log_probabilities,
     make_bias,
     make_penalties,
-    make_sampling,
+    make_rows,
     next_tokens,
     penalise,
     sample,
@@ -38,8 +38,8 @@ def request(seed=0, output=(), prompt=(1,), **params):
 
 def draw(params, logits=LOGITS, num_rows=NUM_ROWS):
     """Tokens of many rows that differ in their seeds."""
-    rows = make_sampling([request(seed=i, **params) for i in range(num_rows)], num_rows)
-    return np.asarray(sample(np.tile(logits, (num_rows, 1)), rows))
+    requests = [request(seed=i, **params) for i in range(num_rows)]
+    return np.asarray(next_tokens(np.tile(logits, (num_rows, 1)), requests, 8))
 
 
 def distribution(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -108,14 +108,14 @@ def test_a_row_does_not_depend_on_the_others():
         for i in range(16)
     ]
     logits = rng.normal(size=(16, VOCAB)).astype(np.float32)
-    together = np.asarray(sample(logits, make_sampling(requests, 16)))
+    together = np.asarray(next_tokens(logits, requests, 8))
     order = rng.permutation(16)
-    shuffled = sample(logits[order], make_sampling([requests[i] for i in order], 16))
+    shuffled = next_tokens(logits[order], [requests[i] for i in order], 8)
     assert np.asarray(shuffled).tolist() == together[order].tolist()
     one = np.zeros((4, VOCAB), np.float32)
     for i in (0, 5, 11):
         one[0] = logits[i]
-        assert int(sample(one, make_sampling([requests[i]], 4))[0]) == together[i]
+        assert int(next_tokens(one, [requests[i]], 8)[0]) == together[i]
 
 
 def test_seeds_and_steps_give_other_tokens():
@@ -126,7 +126,7 @@ def test_seeds_and_steps_give_other_tokens():
         for seed in seeds
         for step in range(40)
     ]
-    tokens = np.asarray(sample(np.tile(flat, (240, 1)), make_sampling(rows, 240))).reshape(6, 40)
+    tokens = np.asarray(sample(np.tile(flat, (240, 1)), make_rows(rows, 240))).reshape(6, 40)
     for i in range(6):
         assert len(set(tokens[i].tolist())) > 12
         for j in range(i):
@@ -136,7 +136,7 @@ def test_seeds_and_steps_give_other_tokens():
 def test_greedy_rows_take_the_largest_and_the_lowest_id_among_equals():
     logits = np.array([[0, 3, 3, -np.inf], [5, 0, 0, 5]], np.float32)
     assert greedy(logits).tolist() == [1, 0]
-    assert sample(logits, make_sampling([request()], 2)).tolist() == [1, 0]
+    assert sample(logits, make_rows([request()], 2)).tolist() == [1, 0]
 
 
 def test_a_tiny_temperature_is_greedy_and_a_huge_one_is_even():
@@ -148,9 +148,8 @@ def test_stop_ids_do_not_come_before_min_tokens():
     best = int(LOGITS.argmax())
     second = int(np.argsort(-LOGITS)[1])
     ban = {"min_tokens": 3, "stop_token_ids": (best,)}
-    assert not sampler.is_greedy(request(**ban))
-    rows = make_sampling([request(**ban), request(output=[0] * 3, **ban)], 2)
-    assert sample(np.tile(LOGITS, (2, 1)), rows).tolist() == [second, best]
+    requests = [request(output=[0] * 2, **ban), request(output=[0] * 3, **ban)]
+    assert next_tokens(np.tile(LOGITS, (2, 1)), requests, 8).tolist() == [second, best]
     assert best not in draw({"temperature": 1.0, **ban})
 
 
@@ -252,20 +251,96 @@ def test_bad_words_forbid_their_last_token_behind_the_others():
     assert next_tokens(LOGITS[None], [after], 8).tolist() == [best]
 
 
-def test_requests_without_them_do_not_pay_for_them(monkeypatch):
-    def fail(*args):
-        raise AssertionError("a program of its own")
+PROGRAMS = ("greedy", "sample", "cut_to_few", "cut_top_k", "cut_top_p", "add_bias", "penalise")
 
-    logits, plain = np.tile(LOGITS, (2, 1)), request(temperature=1.0)
-    for name in ("add_bias", "penalise", "make_bias", "make_penalties"):
-        monkeypatch.setattr(sampler, name, fail)
-    want = sample(logits, make_sampling([plain], 2))
-    assert next_tokens(logits, [plain], 8).tolist() == want.tolist()
-    monkeypatch.setattr(sampler, "sample", fail)
-    assert next_tokens(logits, [request()], 8).tolist() == greedy(logits).tolist()
-    for params in ({"presence_penalty": 0.1}, {"logit_bias": {1: 0.5}}, {"bad_words": [[1]]}):
-        with pytest.raises(AssertionError):
-            next_tokens(logits, [request(), request(**params)], 8)
+
+@pytest.mark.parametrize(
+    "params, programs",
+    [
+        ([{}, {"top_k": 3, "top_p": 0.5, "min_p": 0.1}], ["greedy"]),
+        ([{"temperature": 1.0}, {}], ["sample"]),
+        ([{"temperature": 1.0, "top_k": 64, "top_p": 0.9}, {}], ["cut_to_few", "sample"]),
+        ([{"temperature": 1.0, "top_k": 64}, {"temperature": 1.0}], ["cut_to_few", "sample"]),
+        ([{"temperature": 1.0, "top_k": 65}], ["cut_top_k", "sample"]),
+        ([{"temperature": 1.0, "top_p": 0.9}], ["cut_top_p", "sample"]),
+        ([{"temperature": 1.0, "min_p": 0.9}], ["cut_top_p", "sample"]),
+        (
+            [{"temperature": 1.0, "top_k": 2}, {"temperature": 1.0, "top_p": 0.9}],
+            ["cut_top_k", "cut_top_p", "sample"],
+        ),
+        (
+            [{"temperature": 1.0, "top_k": 2}, {"temperature": 1.0, "top_k": 99}, {}],
+            ["cut_top_k", "sample"],
+        ),
+        ([{"presence_penalty": 0.1}, {}], ["penalise", "greedy"]),
+        ([{"logit_bias": {1: 0.5}}], ["add_bias", "greedy"]),
+        ([{"bad_words": [[1]]}], ["add_bias", "greedy"]),
+        ([{"min_tokens": 2, "stop_token_ids": [1]}], ["add_bias", "greedy"]),
+        ([{"min_tokens": 1, "stop_token_ids": [1]}], ["greedy"]),  # it has one
+    ],
+)
+def test_only_the_programs_run_that_somebody_asks_for(params, programs, monkeypatch):
+    ran = []
+    for name in PROGRAMS:
+        program = getattr(sampler, name)
+        monkeypatch.setattr(
+            sampler, name, lambda *args, n=name, p=program: (ran.append(n), p(*args))[1]
+        )
+    requests = [request(output=[3], **one) for one in params]
+    next_tokens(np.tile(LOGITS, (4, 1)), requests, 8)
+    assert ran == programs
+
+
+def test_a_row_has_the_same_token_whichever_programs_cut_it():
+    rng = np.random.default_rng(11)
+    logits = rng.normal(size=(64, 700)).astype(np.float32) * 3
+    logits[::2] = np.round(logits[::2])
+    requests = [
+        request(
+            seed=i,
+            temperature=float(rng.uniform(0.3, 3)),
+            top_k=int(rng.integers(1, 65)),
+            top_p=float(rng.uniform(0.3, 1)),
+            min_p=float(rng.choice([0, 0.02])),
+        )
+        for i in range(63)
+    ]
+    few = next_tokens(logits, [*requests, request()], 8).tolist()
+    many = next_tokens(logits, [*requests, request(temperature=1.0, top_p=0.5)], 8).tolist()
+    assert few[:63] == many[:63] and len(set(few)) > 20
+
+
+def test_a_pending_token_counts_as_if_the_host_knew_it():
+    """The step before has sampled it, and the host has not read it."""
+    rng = np.random.default_rng(12)
+    logits = np.tile(rng.normal(size=VOCAB).astype(np.float32), (6, 1))
+    params = [
+        {"presence_penalty": 2.0, "temperature": 1.0},
+        {"frequency_penalty": 2.0},
+        {"repetition_penalty": 9.0},
+        {"temperature": 1.0},
+        {"min_tokens": 3, "stop_token_ids": [int(LOGITS.argmax())]},
+    ]
+    outputs = [[2, 3], [int(logits[0].argmax())] * 2, [4, 4], [1, 2], [7, 8]]
+    known = [request(output=outputs[i], seed=i, **params[i]) for i in range(5)]
+    last_tokens = np.array([99, *(output[-1] for output in outputs[::-1]), 99, 99], np.int32)
+    rows = [5, 4, 3, 2, 1]
+    pending = [request(output=outputs[i][:-1], seed=i, **params[i]) for i in range(5)]
+    for one in pending:
+        one.num_tokens += 1
+    want = next_tokens(logits, known, 8).tolist()[:5]
+    got = next_tokens(logits, pending, 8, jnp.asarray(last_tokens), rows)
+    assert got.tolist()[:5] == want
+    some = next_tokens(
+        logits, [pending[0], *known[1:]], 8, jnp.asarray(last_tokens), [5, *[-1] * 4]
+    )
+    assert some.tolist()[:5] == want
+    np.testing.assert_array_equal(
+        penalise(logits, make_penalties(pending, 6, 8, rows), jnp.asarray(last_tokens)),
+        penalise(logits, make_penalties(known, 6, 8)),
+    )
+    with pytest.raises(AssertionError):
+        next_tokens(logits[:1], [request(output=[1], bad_words=[[1]])], 8, last_tokens, [0])
 
 
 def test_log_probabilities():

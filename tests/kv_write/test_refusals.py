@@ -90,7 +90,7 @@ def _new(shape=(T, K, H), dtype=jnp.bfloat16):
 NEW = {
     "k_list": ("k", "jnp.asarray", {"k": [[1.0]]}),
     "v_list": ("v", "jnp.asarray", {"v": [[1.0]]}),
-    "v_none": ("v", "jnp.asarray", {"v": None}),
+    "v_none": ("num_kv_heads", "the keys and the values", {"v": None}),
     "one_dimension": ("k", "one leading dimension", {"k": _new((T,))}),
     "four_dimensions": ("k", "one leading dimension", {"k": _new((1, T, K, H))}),
     "no_heads": ("k", "one leading dimension", {"k": _new((T, 0, H))}),

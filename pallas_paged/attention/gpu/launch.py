@@ -185,7 +185,7 @@ def attend(
 
     Args:
       spec: the static parameters, of `plan`.
-      q: [T, N, H].
+      q: [T, N or more, H]; the first N heads are the queries.
       new: None: new keys and values are in the pool already.
       kv_pages: [P, page_size, R, C].
       batch: the metadata.
@@ -282,12 +282,13 @@ def _decode_types(spec: KernelSpec, q: jax.Array) -> DecodeOutputs:
     partial = jax.ShapeDtypeStruct(
         (2 * num_partitions + 1, WARPGROUP_ROWS, spec.head_dim), jnp.float32
     )
+    rows_and_heads = (q.shape[0], spec.num_heads)
     return DecodeOutputs(
-        out=jax.ShapeDtypeStruct(q.shape, spec.q_dtype),
+        out=jax.ShapeDtypeStruct((*rows_and_heads, spec.head_dim), spec.q_dtype),
         means=partial,
         log2_sums=partial,
         splits=jax.ShapeDtypeStruct((num_partitions, 4), jnp.int32),
-        lse=jax.ShapeDtypeStruct(q.shape[:2], jnp.float32) if spec.options.return_lse else None,
+        lse=jax.ShapeDtypeStruct(rows_and_heads, jnp.float32) if spec.options.return_lse else None,
     )
 
 

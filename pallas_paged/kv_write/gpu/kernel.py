@@ -29,7 +29,7 @@ class Refs:
 
     # inputs, in GMEM
     metadata: Sequence[Ref]  # int32, what the op's FindTokens takes
-    k: Ref  # [T, K, H]
+    k: Ref  # [T, K, H], or a packed QKV
     v: Ref
     inverse_scales: Sequence[Ref]  # float32[K] of K and of V, for 8-bit pools
     # in GMEM, updated in place
@@ -78,9 +78,11 @@ def _unpack(spec: KernelSpec, arguments: Sequence[Ref], *scratch: Ref) -> Refs:
 
 def _fetch(spec: KernelSpec, refs: Refs, mine: BlockTokens, head: jax.Array) -> None:
     """Starts the copies of the block's k and v into shared memory."""
-    tokens, heads = pl.ds(mine.first, spec.block_tokens), pl.ds(head, spec.block_heads)
+    tokens = pl.ds(mine.first, spec.block_tokens)
     copies: list[tuple[Any, Any]] = []
-    for new, smem in ((refs.k, refs.k_smem), (refs.v, refs.v_smem)):
+    new_and_smem = ((refs.k, refs.k_smem), (refs.v, refs.v_smem))
+    for (new, smem), first_head in zip(new_and_smem, spec.first_heads, strict=True):
+        heads = pl.ds(first_head + head, spec.block_heads)
         if spec.fills_buffer:
             copies.append((new.at[tokens, heads], smem))
         else:
@@ -98,7 +100,10 @@ def _fetch_and_convert(spec: KernelSpec, refs: Refs, mine: BlockTokens, head: ja
     """Puts k and v of one head into shared memory as the pool holds them."""
     tokens = pl.ds(mine.first, spec.block_tokens)
     # Both are on their way before either is used.
-    values = [new[tokens, head] for new in (refs.k, refs.v)]
+    values = [
+        new[tokens, first_head + head]
+        for new, first_head in zip((refs.k, refs.v), spec.first_heads, strict=True)
+    ]
     for kind, smem in enumerate((refs.k_smem, refs.v_smem)):
         scale = refs.inverse_scales[kind][head] if refs.inverse_scales else None
         smem[:, 0] = quantize(values[kind], scale, spec.pool_dtype)

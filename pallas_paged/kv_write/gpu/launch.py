@@ -119,7 +119,7 @@ def plan(
 
     Args:
       op: the op's name.
-      kv_pages, k: the arrays, or their shapes and dtypes.
+      kv_pages, k: the arrays, or their shapes and dtypes; k may be a packed QKV.
       options: the call's options, of which `num_kv_heads` and `config` are read.
       num_entries: pages or slices that the call names; 1 for tokens.
       has_token_starts: whether each page names its first token.
@@ -127,6 +127,9 @@ def plan(
     num_pages, page_size, num_rows, _ = kv_pages.shape
     num_tokens, num_kv_heads = k.shape[0], options.num_kv_heads
     config = options.config or default_config()
+    # A packed QKV has more heads than K.
+    spare_heads = k.shape[1] - num_kv_heads if k.ndim == 3 else 0
+    first_heads = (spare_heads - num_kv_heads, spare_heads) if spare_heads else (0, 0)
     head_dim = layout.padded_head_dim(k.shape[-1] // (num_kv_heads if k.ndim == 2 else 1))
     row_bytes = 2 * head_dim * kv_pages.dtype.itemsize
     converts = k.dtype != kv_pages.dtype
@@ -156,6 +159,7 @@ def plan(
         entry_tokens=longest.get(op, num_tokens),
         block_tokens=block_tokens,
         block_heads=block_heads,
+        first_heads=first_heads,
         has_token_starts=has_token_starts,
         fetch_first=config.fetch_first,
     )
@@ -164,7 +168,7 @@ def plan(
 def page_write(
     kv_pages: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     page_ids: jax.Array,
     token_starts: jax.Array | None,
     scales: WriteScales,
@@ -191,7 +195,7 @@ def page_write(
 def slice_write(
     kv_pages: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     slices: jax.Array,
     num_slices: jax.Array,
     scales: WriteScales,
@@ -207,7 +211,7 @@ def slice_write(
 def token_write(
     kv_pages: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     slots: jax.Array,
     scales: WriteScales,
     options: WriteOptions,
@@ -224,12 +228,16 @@ def _launch(
     find_tokens: FindTokens,
     kv_pages: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     metadata: tuple[jax.Array, ...],
     scales: WriteScales,
 ) -> jax.Array:
     """The one launch of the three writes. The pool is a ref, so that it stays where it is."""
-    k, v = (layout.pad_heads(layout.split_heads(x, spec.num_kv_heads)) for x in (k, v))
+    if v is None:  # the kernel takes both from a packed QKV, each from its first head on
+        v = k
+    else:
+        k, v = (layout.split_heads(x, spec.num_kv_heads) for x in (k, v))
+    k, v = (layout.pad_heads(x) for x in (k, v))
     missing = spec.block_tokens - spec.num_tokens
     if missing > 0:  # a lone token of 64: fewer values than a thread block has threads
         k, v = (jnp.pad(x, ((0, missing), (0, 0), (0, 0))) for x in (k, v))

@@ -29,6 +29,8 @@ class KernelSpec:
       block_heads: KV heads that a thread block has room for, a divisor of K. It is one where values
         are converted: each head has its scales then, and a loop over heads would wait for memory at
         each.
+      first_heads: the first head of the keys in the array k, and of the values in the array v; both
+        arrays are the packed QKV if there is one.
       has_token_starts: whether every page names its first token; if not, page i starts at token
         `i * page_size`.
       fetch_first: see GpuWriteConfig.
@@ -47,6 +49,7 @@ class KernelSpec:
     entry_tokens: int
     block_tokens: int
     block_heads: int
+    first_heads: tuple[int, int]
     has_token_starts: bool
     fetch_first: bool
 
