@@ -20,7 +20,7 @@ def test_scheduler_step_with_512_running(benchmark: Any) -> None:
     config = EngineConfig(
         num_pages=140_000, max_model_len=4352, max_num_batched_tokens=2048, max_num_seqs=512
     )
-    scheduler = Scheduler(config, PagePool(config.num_pages))
+    scheduler = Scheduler(config, PagePool(config.pool_pages))
     for i in range(512):
         scheduler.add(Request(i, tuple(range(100 + i % 50)), SamplingParams(max_tokens=4000)))
 

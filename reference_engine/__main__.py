@@ -22,7 +22,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from reference_engine import progress, report, traffic
 from reference_engine import replay as replay_lib
-from reference_engine.batch import describe_shapes
 from reference_engine.compiles import use_persistent_cache
 from reference_engine.config import (
     BACKENDS,
@@ -34,8 +33,7 @@ from reference_engine.config import (
 )
 from reference_engine.engine import Engine
 from reference_engine.explain import Timeline, explain_step, import_figure
-from reference_engine.hf_config import read_model_config
-from reference_engine.llm import LLM, default_model_len
+from reference_engine.llm import LLM
 from reference_engine.outputs import Output
 from reference_engine.replay import Job, Result
 from reference_engine.sampling_params import SamplingParams
@@ -43,7 +41,8 @@ from reference_engine.weights import Params, random_params
 
 FLAGS = flags.FLAGS
 
-# The fields of EngineConfig that are flags. Their types and defaults are those of the fields.
+# The fields of EngineConfig that are flags. Their types and defaults are those of the fields; with
+# generate, the defaults are those of LLM.
 _ENGINE_FLAGS = {
     "page_size": "Tokens in a page.",
     "max_num_batched_tokens": "The most new tokens in a step.",
@@ -102,13 +101,23 @@ FLAGS.set_default("max_tokens", 64)  # SamplingParams' 16 are vLLM's, and few to
 flags.DEFINE_integer(
     "num_pages",
     0,
-    "Pages in the pool; 0 for as many as max_num_seqs of the longest request fill (generate), or a"
-    " quarter of them (replay, explain).",
+    "Pages in the pool; 0 for as many as the memory has room for (generate; on a CPU, for 16,384"
+    " tokens), or a quarter of what max_num_seqs of the longest request fill (replay, explain).",
+)
+flags.DEFINE_float(
+    "gpu_memory_utilization",
+    EngineConfig.gpu_memory_utilization,
+    "generate: the share of the device's memory that parameters, pool and steps take.",
 )
 flags.DEFINE_integer(
     "seed", 0, "Fixes the weights, the prompts and the drawn requests; for generate, the sampling."
 )
-flags.DEFINE_string("compilation_cache", None, "A folder that keeps compiled programs.")
+flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "A folder that keeps compiled programs; empty for none. On a GPU or TPU, generate keeps them in"
+    " the folder pallas_paged/xla of $XDG_CACHE_HOME or ~/.cache by default.",
+)
 
 flags.DEFINE_string("model", None, "generate: the Hugging Face folder of a Llama, Qwen2 or Qwen3.")
 flags.DEFINE_multi_string("prompt", [], "generate: a prompt.")
@@ -119,8 +128,8 @@ flags.DEFINE_bool("chat", False, "generate: each prompt is a user's message that
 flags.DEFINE_integer(
     "max_model_len",
     0,
-    "generate: the most tokens of a prompt and its completion; 0 for 1,024, or for the longest"
-    " context of the model if that is shorter.",
+    "generate: the most tokens of a prompt and its completion; 0 for 8,192, on a CPU 1,024, or for"
+    " the longest context of the model if that is shorter.",
 )
 flags.DEFINE_enum(
     "dtype", "auto", ["auto", *DTYPES], "generate: the dtype of the weights and of the pool."
@@ -169,7 +178,7 @@ def main(argv: Sequence[str]) -> None:
                 "attention_backend"
             ].value = "oracle"  # a row's bits do not depend on its batch there
     try:
-        if FLAGS.compilation_cache is not None:
+        if FLAGS.compilation_cache:
             use_persistent_cache(FLAGS.compilation_cache)
         commands[argv[1]]()
     except BrokenPipeError:  # the reader of our output has ended, as in `explain | head`
@@ -185,9 +194,8 @@ def _given(names: Sequence[str] | dict[str, str]) -> dict[str, Any]:
     return {name: FLAGS[name].value for name in names}
 
 
-def _interpreted(config: EngineConfig) -> contextlib.AbstractContextManager[Any]:
+def _interpreted(*backends: str) -> contextlib.AbstractContextManager[Any]:
     """The context in which TPU kernels run on a CPU; an empty one where that is not asked for."""
-    backends = (config.write_backend, config.attention_backend)
     if "mosaic_tpu" in backends and jax.default_backend() == "cpu":
         return pltpu.force_tpu_interpret_mode()
     return contextlib.nullcontext()
@@ -212,11 +220,10 @@ def _generate() -> None:
     if not FLAGS.prompt and not FLAGS.prompt_ids:
         raise ValueError("--prompt is missing; wanted a prompt, or --prompt_ids")
     params = SamplingParams(**_given(_SAMPLING_FLAGS))
-    with _announced():
-        config = _serving_config()
-    with _interpreted(config):
-        llm = LLM(FLAGS.model, config, dtype=FLAGS.dtype, seed=FLAGS.seed, warm_up=FLAGS.warm_up)
-        print(describe_shapes(config), file=sys.stderr)
+    with _interpreted(FLAGS.write_backend, FLAGS.attention_backend):
+        with _announced():
+            llm = _load()
+        print(report.limits(llm.engine.config), file=sys.stderr)
         prompts: list[Any] = list(FLAGS.prompt)
         if FLAGS.chat:
             prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in prompts]
@@ -247,13 +254,21 @@ def _print_as_it_comes(llm: LLM, prompt: Any, params: SamplingParams) -> None:
     print()
 
 
-def _serving_config() -> EngineConfig:
-    fields = _given(_ENGINE_FLAGS)
-    model = read_model_config(FLAGS.model)
-    longest = FLAGS.max_model_len or default_model_len(model)
-    all_pages = fields["max_num_seqs"] * num_pages_for(longest, _page_size())
-    return EngineConfig(
-        **fields, max_model_len=longest, num_pages=FLAGS.num_pages or max(1, all_pages)
+def _load() -> LLM:
+    """The model with the flags that were given; what the others are is LLM's affair."""
+    names = ("max_model_len", "num_pages", "gpu_memory_utilization", *_ENGINE_FLAGS)
+    fields: dict[str, Any] = {
+        name: FLAGS[name].value for name in names if not FLAGS[name].using_default_value
+    }
+    for name in ("max_model_len", "num_pages"):  # 0 stands for the default
+        fields[name] = fields.get(name) or None
+    return LLM(
+        FLAGS.model,
+        dtype=FLAGS.dtype,
+        seed=FLAGS.seed,
+        warm_up=FLAGS.warm_up,
+        compilation_cache=False if FLAGS.compilation_cache == "" else None,
+        **fields,
     )
 
 
@@ -315,8 +330,9 @@ def _run(
     observe: Callable[[int, Engine, list[Output]], None] | None = None,
 ) -> Result:
     """Replays the jobs and shows progress; `observe` as in `replay.replay`."""
+    backends = (config.write_backend, config.attention_backend)
     what = f"page_aligned_scheduling={'on' if config.page_aligned_scheduling else 'off'}"
-    with progress.bar(len(jobs), what, "request") as bar, _interpreted(config):
+    with progress.bar(len(jobs), what, "request") as bar, _interpreted(*backends):
 
         def update(step: int, engine: Engine, outputs: list[Output]) -> None:
             bar.update(sum(output.finish_reason is not None for output in outputs))

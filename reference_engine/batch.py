@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from reference_engine.write_plan import plan_writes
 
 @dataclasses.dataclass(frozen=True, order=True)
 class BatchShape:
-    """One allowed set of static sizes. A step runs in the smallest shape that holds it.
+    """One allowed set of static sizes. A step runs in a shape that holds it.
 
     Attributes:
       num_tokens: T, the length of the packed batch.
@@ -33,6 +33,7 @@ class BatchShape:
       num_page_writes: W, the capacity of `page_ids`.
       num_slices: X, the capacity of `slices`.
       num_slots: the capacity of `slots`.
+      is_decode: whether every sequence has exactly one new token, as in a step of decodes.
     """
 
     num_tokens: int
@@ -40,6 +41,7 @@ class BatchShape:
     num_page_writes: int
     num_slices: int
     num_slots: int
+    is_decode: bool = False
 
 
 Array = Any  # numpy's where the host packs it, jax's in the model
@@ -65,41 +67,70 @@ class Batch(NamedTuple):
     slots: Array  # i32[T or 0], -1 on padding
 
 
+# The sizes of a step of decodes go up by a sixteenth of the largest, so that what is padded while
+# the running requests end one by one is a few percent. Those of other steps go up by a quarter of
+# the power of two below, because such a step may have any size, and its time goes with its size.
+_FINEST_DECODES = 8  # sequences
+_FINEST_PREFILLS = 512  # tokens; below, reading the weights takes longer than the rows do
+_SMALLEST_PREFILL = 16  # tokens
+
+
 @functools.cache
 def batch_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
-    """Every shape that a step can have. No other shape is ever compiled.
+    """Every shape that a step can have, the smallest first. No other shape is ever compiled.
+
+    A step of decodes has one token for each sequence. Every other step has room for max_num_seqs
+    sequences, unless it has fewer tokens. Where the config gives buckets, the shapes are the
+    products of both kinds of buckets.
 
     >>> config = EngineConfig(max_num_batched_tokens=48, max_num_seqs=2, page_size=16)
     >>> [(s.num_tokens, s.num_seqs) for s in batch_shapes(config)]
-    [(16, 1), (16, 2), (32, 1), (32, 2), (48, 1), (48, 2)]
+    [(1, 1), (2, 2), (16, 2), (32, 2), (48, 2)]
     """
-    token_buckets = config.token_buckets or _powers_of_two(16, config.max_num_batched_tokens)
-    seq_buckets = config.seq_buckets or _powers_of_two(1, config.max_num_seqs)
-    return tuple(_shape(t, s, config) for t in token_buckets for s in seq_buckets)
+    if config.token_buckets or config.seq_buckets:
+        return _bucket_shapes(config)
+    largest = min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len)
+    decodes = _decode_sizes(min(config.max_num_seqs, config.max_num_batched_tokens))
+    shapes = [_shape(size, size, config, is_decode=True) for size in decodes]
+    for size in _prefill_sizes(largest):
+        shapes.append(_shape(size, min(size, config.max_num_seqs), config))
+    return tuple(sorted(shapes, key=_size))
 
 
 def describe_shapes(config: EngineConfig) -> str:
     """The shapes in one line, for people.
 
     >>> print(describe_shapes(EngineConfig(max_num_batched_tokens=48, max_num_seqs=2)))
-    6 shapes: {16, 32, 48} tokens x {1, 2} sequences
+    5 shapes: decodes of {1, 2} sequences, other steps of {16, 32, 48} tokens
+    >>> print(describe_shapes(EngineConfig(token_buckets=(128, 256), seq_buckets=(16,))))
+    2 shapes: {128, 256} tokens x {16} sequences
     """
     shapes = batch_shapes(config)
-    tokens, seqs = (
-        "{" + ", ".join(f"{size:,}" for size in sorted(set(sizes))) + "}"
-        for sizes in zip(*((shape.num_tokens, shape.num_seqs) for shape in shapes), strict=True)
-    )
-    return f"{len(shapes)} shape{'s' * (len(shapes) > 1)}: {tokens} tokens x {seqs} sequences"
+    count = f"{len(shapes)} shape{'s' * (len(shapes) > 1)}"
+    if config.token_buckets or config.seq_buckets:
+        tokens = _listed(shape.num_tokens for shape in shapes)
+        return f"{count}: {tokens} tokens x {_listed(s.num_seqs for s in shapes)} sequences"
+    decodes = _listed(shape.num_seqs for shape in shapes if shape.is_decode)
+    others = _listed(shape.num_tokens for shape in shapes if not shape.is_decode)
+    return f"{count}: decodes of {decodes} sequences, other steps of {others} tokens"
 
 
 @functools.lru_cache(maxsize=65536)
-def choose_shape(num_tokens: int, num_seqs: int, config: EngineConfig) -> BatchShape:
-    """The smallest shape that holds a step with this number of tokens and sequences."""
-    return min(
+def fitting_shapes(num_tokens: int, num_seqs: int, config: EngineConfig) -> tuple[BatchShape, ...]:
+    """The shapes that hold a step with this number of tokens and sequences, the smallest first."""
+    return tuple(
         shape
         for shape in batch_shapes(config)
-        if shape.num_tokens >= num_tokens and shape.num_seqs >= num_seqs
+        if shape.num_tokens >= num_tokens
+        and shape.num_seqs >= num_seqs
+        # Every sequence has a token, so equal numbers mean one token each.
+        and (num_tokens == num_seqs or not shape.is_decode)
     )
+
+
+def choose_shape(num_tokens: int, num_seqs: int, config: EngineConfig) -> BatchShape:
+    """The smallest shape that holds a step with this number of tokens and sequences."""
+    return fitting_shapes(num_tokens, num_seqs, config)[0]
 
 
 def make_batch(segments: Sequence[Segment], config: EngineConfig) -> Batch:
@@ -195,8 +226,15 @@ def unpack(packed: Array, spec: Spec) -> list[Any]:
     return arrays
 
 
-def _shape(num_tokens: int, num_seqs: int, config: EngineConfig) -> BatchShape:
-    whole = num_tokens // config.page_size
+def _size(shape: BatchShape) -> tuple[int, int, bool]:
+    return shape.num_tokens, shape.num_seqs, not shape.is_decode
+
+
+def _shape(
+    num_tokens: int, num_seqs: int, config: EngineConfig, *, is_decode: bool = False
+) -> BatchShape:
+    # A single token fills a page only where a page is a token.
+    whole = 0 if is_decode and config.page_size > 1 else num_tokens // config.page_size
     # Only the first page and the last page of a segment can be partial.
     ends = min(num_tokens, 2 * num_seqs)
     return BatchShape(
@@ -205,7 +243,62 @@ def _shape(num_tokens: int, num_seqs: int, config: EngineConfig) -> BatchShape:
         num_page_writes=whole if config.kv_write == "pages" else 0,
         num_slices={"pages": ends, "slices": min(num_tokens, whole + ends)}.get(config.kv_write, 0),
         num_slots=num_tokens if config.kv_write == "tokens" else 0,
+        is_decode=is_decode,
     )
+
+
+def _bucket_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
+    """The products of the buckets, without those that no step needs: a sequence has a token."""
+    tokens = config.token_buckets or _powers_of_two(16, config.max_num_batched_tokens)
+    seqs = config.seq_buckets or _powers_of_two(1, config.max_num_seqs)
+    return tuple(
+        _shape(t, s, config)
+        for t in tokens
+        for below, s in itertools.pairwise((0, *seqs))
+        if t > below
+    )
+
+
+def _decode_sizes(largest: int) -> list[int]:
+    """Powers of two, then multiples of a sixteenth of the largest, rounded up to 8.
+
+    >>> _decode_sizes(64)
+    [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
+    """
+    step = -(-largest // (16 * _FINEST_DECODES)) * _FINEST_DECODES
+    powers = [size for size in _powers_of_two(1, step) if size < min(step, largest)]
+    return [*powers, *range(step, largest, step), largest]
+
+
+def _prefill_sizes(largest: int) -> list[int]:
+    """Powers of two up to 512, and then four sizes for each doubling.
+
+    >>> _prefill_sizes(1536)
+    [16, 32, 64, 128, 256, 512, 640, 768, 896, 1024, 1280, 1536]
+    """
+    sizes = []
+    for power in _powers_of_two(_SMALLEST_PREFILL, largest)[:-1]:
+        parts = 1 if power < _FINEST_PREFILLS else 4
+        sizes += [power + power * part // parts for part in range(parts)]
+    return [*(size for size in sizes if size < largest), largest]
+
+
+def _listed(sizes: Iterable[int]) -> str:
+    """The distinct sizes in order; of four or more with the same distance, the first and last.
+
+    >>> _listed([1, 2, 4, 8, 12, 16, 20, 20, 30])
+    '{1, 2, 4 to 20 by 4, 30}'
+    """
+    left, parts = sorted(set(sizes)), []
+    while left:
+        step = left[1] - left[0] if len(left) > 1 else 0
+        run = next(n for n in range(1, len(left) + 1) if left[n : n + 1] != [left[0] + n * step])
+        run = run if run >= 4 else 1
+        parts.append(
+            f"{left[0]:,}" if run == 1 else f"{left[0]:,} to {left[run - 1]:,} by {step:,}"
+        )
+        left = left[run:]
+    return "{" + ", ".join(parts) + "}"
 
 
 def _powers_of_two(smallest: int, largest: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from pallas_paged import dispatch
 from pallas_paged.checks import require
-from pallas_paged.scalars import read_int
+from pallas_paged.scalars import read_int, read_real
 from reference_engine.rope import RopeScaling
 
 KV_WRITES = ("tokens", "slices", "pages", "fused")
@@ -106,7 +106,10 @@ class EngineConfig:
 
     Attributes:
       page_size: the number of tokens in a page.
-      num_pages: the number of pages in the pool, per layer.
+      num_pages: the number of pages in the pool, per layer. None for as many as the memory has
+        room for, see `reference_engine.defaults.resolve`; LLM does that.
+      gpu_memory_utilization: the share of the memory that jax may use on the device which
+        parameters, pool and steps take if num_pages is None.
       max_model_len: the most tokens of one request, prompt and output together.
       max_num_batched_tokens: the most new tokens in one step, which is the step's budget.
       max_num_seqs: the most requests that run at a time.
@@ -129,6 +132,9 @@ class EngineConfig:
       token_buckets: the padded lengths that the packed batch may have; None for powers of two.
       seq_buckets: the padded numbers of sequences; None for powers of two. With one token bucket
         and one sequence bucket, a request's logits do not depend on how it is chunked.
+      compile_in_background: whether threads compile all shapes from the start on, while the engine
+        serves. A step takes the smallest shape that is ready then, so that which bits a row gets
+        may depend on time. If False, a step compiles its shape unless `Engine.warm_up` has.
       return_logits: whether to return, with every token, the logits that it was chosen from.
       async_scheduling: whether a step is scheduled, packed and dispatched while the device computes
         the step before, so that the device does not wait for the host; `Engine.step` then returns
@@ -139,7 +145,8 @@ class EngineConfig:
     """
 
     page_size: int = 16
-    num_pages: int = 1024
+    num_pages: int | None = 1024
+    gpu_memory_utilization: float = 0.9
     max_model_len: int = 1024
     max_num_batched_tokens: int = 256
     max_num_seqs: int = 16
@@ -152,6 +159,7 @@ class EngineConfig:
     attention_backend: str = "auto"
     token_buckets: tuple[int, ...] | None = None
     seq_buckets: tuple[int, ...] | None = None
+    compile_in_background: bool = False
     return_logits: bool = False
     async_scheduling: bool = True
 
@@ -163,12 +171,15 @@ class EngineConfig:
             "max_num_batched_tokens",
             "max_num_seqs",
         ):
-            self._set(name, _whole("EngineConfig", name, getattr(self, name), low=1))
+            if name != "num_pages" or self.num_pages is not None:
+                self._set(name, _whole("EngineConfig", name, getattr(self, name), low=1))
+        self._check_memory()
         for name in ("long_prefill_token_threshold", "max_deferrals"):
             self._set(name, _whole("EngineConfig", name, getattr(self, name), low=0))
         for name in (
             "page_aligned_scheduling",
             "enable_prefix_caching",
+            "compile_in_background",
             "return_logits",
             "async_scheduling",
         ):
@@ -198,6 +209,18 @@ class EngineConfig:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    def _check_memory(self) -> None:
+        share = read_real(self.gpu_memory_utilization)
+        require(
+            share is not None and 0 < share <= 1,
+            "EngineConfig",
+            "gpu_memory_utilization",
+            got=f"{self.gpu_memory_utilization!r}",
+            wanted="a number above 0 and at most 1",
+            hint="0.9 leaves a tenth of the memory to others",
+        )
+        self._set("gpu_memory_utilization", share)
 
     def _check_backends(self) -> None:
         for name in ("write_backend", "attention_backend"):
@@ -263,6 +286,20 @@ class EngineConfig:
                 " steps for each chunk that ends inside a page",
                 stacklevel=3,
             )
+
+    @property
+    def pool_pages(self) -> int:
+        """`num_pages`, where the number is known.
+
+        Raises:
+          ValueError: it is None.
+        """
+        if self.num_pages is None:
+            raise ValueError(
+                "EngineConfig: argument `num_pages` is None; wanted a number of pages here: LLM"
+                " chooses one, and so does reference_engine.defaults.resolve"
+            )
+        return self.num_pages
 
     @property
     def max_pages_per_seq(self) -> int:

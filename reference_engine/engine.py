@@ -7,6 +7,7 @@ import collections
 import contextlib
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 
 import jax
@@ -15,23 +16,15 @@ import numpy as np
 
 from pallas_paged import layout
 from reference_engine import compiles
-from reference_engine.batch import (
-    Batch,
-    BatchShape,
-    batch_shapes,
-    make_batch,
-    make_batch_of,
-    pack,
-    pad_tokens,
-)
+from reference_engine.batch import Batch, BatchShape, batch_shapes, make_batch_of, pack
 from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.in_flight import InFlight, choose_tokens, read_extras
 from reference_engine.model import make_pool, run_step
 from reference_engine.one_thread import OneThread
 from reference_engine.outputs import Extra, Output, finished_requests, make_outputs
 from reference_engine.page_pool import PagePool
+from reference_engine.programs import Programs, lowering
 from reference_engine.request import FinishReason, Request, check_numbers, check_request
-from reference_engine.sampler import run_every_program
 from reference_engine.sampling_params import SamplingParams
 from reference_engine.scheduler import Scheduler
 from reference_engine.stats import Stats
@@ -73,7 +66,7 @@ class Engine:
         seed: int = 0,
         on_finish: Callable[[Request], None] | None = None,
     ) -> None:
-        """Makes the pool. Nothing is compiled before the first step.
+        """Makes the pool. Nothing is compiled before the first step, or only in the background.
 
         Args:
           params: the model's parameters, see weights.
@@ -88,7 +81,7 @@ class Engine:
         check_numbers(seed, eos_token_ids)
         self.config = config
         self.model_config = model_config
-        self.scheduler = Scheduler(config, PagePool(config.num_pages))
+        self.scheduler = Scheduler(config, PagePool(config.pool_pages))
         self.last_plan: StepPlan | None = None
         self.stats = Stats()
         self._params = params
@@ -102,11 +95,17 @@ class Engine:
         self._aborts: dict[int, FinishReason] = {}  # requests that are to be ended
         self._outputs: list[Output] = []  # not returned yet
         self._finished: list[Request] = []  # not released yet
-        self._kv_pages = make_pool(model_config, config.num_pages, config.page_size)
+        self._kv_pages = make_pool(model_config, config.pool_pages, config.page_size)
         self._in_flight: collections.deque[InFlight] = collections.deque()  # the oldest first
         self._has_failed_to_dispatch = False
-        self._num_rows = max(shape.num_seqs for shape in batch_shapes(config))
-        self._no_tokens = jnp.zeros(self._num_rows, jnp.int32)  # stands in for a step before
+        num_rows = max(shape.num_seqs for shape in batch_shapes(config))
+        self._no_tokens = jnp.zeros(num_rows, jnp.int32)  # stands in for a step before
+        self._programs = Programs(
+            config, lowering(params, self._kv_pages, self._no_tokens, model_config, config)
+        )
+        weakref.finalize(self, self._programs.stop)
+        if config.compile_in_background:
+            self._programs.start()
         self._next_id = 0
 
     @property
@@ -186,28 +185,21 @@ class Engine:
             raise
 
     def warm_up(self, on_shape: Callable[[BatchShape], None] | None = None) -> None:
-        """Compiles every shape that a step can have, by running an empty batch of each shape.
+        """Compiles every shape that a step can have, in multiple threads.
 
         Args:
           on_shape: called after each shape.
         """
         with self.alone("Engine.warm_up"):
-            for shape in batch_shapes(self.config):
-                self._warm_up_shape(shape)
-                if on_shape is not None:
-                    on_shape(shape)
+            self._programs.compile_all(on_shape)
             self._compiles_after_warm_up = compiles.num_compiles()
 
-    def _warm_up_shape(self, shape: BatchShape) -> None:
-        try:
-            batch = make_batch_of(shape, (), self.config)
-            logits, self._kv_pages = self._run(batch, self._no_tokens)
-            pad_tokens(jnp.zeros(shape.num_seqs, jnp.int32), self._num_rows)
-            run_every_program(logits, self.config.max_model_len, self._no_tokens)
-        except BaseException:
-            if self._kv_pages.is_deleted():
-                self._recover()
-            raise
+    def close(self) -> None:
+        """Ends the threads that compile in the background, each after its present shape.
+
+        The engine can still be used: steps compile the shapes that are missing.
+        """
+        self._programs.close()
 
     def step(self) -> list[Output]:
         """Dispatches a batch, and returns the tokens of one, in the order of the batch.
@@ -292,7 +284,8 @@ class Engine:
         """Packs a step and starts it on the device; returns it, and the pool after it."""
         compiled = compiles.num_compiles()
         requests = self.scheduler.requests_of(plan)
-        batch = make_batch(plan.segments, self.config)
+        shape = self._programs.choose(plan.num_tokens, len(plan.segments))
+        batch = make_batch_of(shape, plan.segments, self.config)
         before = self._in_flight[-1] if self._in_flight else None
         last_tokens = self._no_tokens if before is None else before.last_tokens
         logits, kv_pages = self._run(batch, last_tokens)
@@ -370,7 +363,7 @@ class Engine:
         config = self.model_config
         table = np.zeros(self.config.max_pages_per_seq, int)  # one shape, so it compiles once
         table[: len(request.page_ids)] = request.page_ids
-        first_pages = np.arange(config.num_layers)[:, None] * self.config.num_pages
+        first_pages = np.arange(config.num_layers)[:, None] * self.config.pool_pages
         slots = self._kv_pages[first_pages + table]  # [L, M, page_size, R, C]
         kv = np.stack(layout.split_kv(slots, config.num_kv_heads, config.head_dim))
         kv = kv.reshape(2, config.num_layers, -1, config.num_kv_heads, config.head_dim)
@@ -431,5 +424,5 @@ class Engine:
             self._kv_pages.delete()  # the device may have no room for both
         if self._kv_pages.is_deleted():
             self._kv_pages = make_pool(
-                self.model_config, self.config.num_pages, self.config.page_size
+                self.model_config, self.config.pool_pages, self.config.page_size
             )

@@ -10,13 +10,15 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pallas_paged import dispatch
 from pallas_paged.checks import require
 from reference_engine import progress, unserved
 from reference_engine.batch import batch_shapes
 from reference_engine.chat_messages import Message
-from reference_engine.compiles import use_persistent_cache
+from reference_engine.compiles import use_default_cache, use_persistent_cache
 from reference_engine.completions import Delta, Job, RequestOutput, Stream, collect
 from reference_engine.config import EngineConfig, ModelConfig
+from reference_engine.defaults import default_fields, device_memory, resolve
 from reference_engine.engine import Engine
 from reference_engine.generation_config import read_generation_config, sampling_params
 from reference_engine.hf_config import read_model_config
@@ -38,11 +40,6 @@ from reference_engine.weights import load_params, num_tensors
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
-def default_model_len(model: ModelConfig) -> int:
-    """EngineConfig's max_model_len, or the model's longest context if that is shorter."""
-    return min(EngineConfig.max_model_len, model.max_position or EngineConfig.max_model_len)
-
-
 class LLM:
     """A dense Llama, Qwen2 or Qwen3 of a Hugging Face folder, ready to serve.
 
@@ -62,7 +59,7 @@ class LLM:
         dtype: str = "auto",
         seed: int | None = 0,
         warm_up: bool = False,
-        compilation_cache: str | os.PathLike | None = None,
+        compilation_cache: str | os.PathLike | bool | None = None,
         use_tqdm: bool = True,
         **options: Any,
     ) -> None:
@@ -71,12 +68,17 @@ class LLM:
         Args:
           model: a folder with config.json, with model.safetensors or the files that its index
             names, and, if they exist, the tokenizer's files and generation_config.json.
-          config: see EngineConfig. None means its defaults, with a max_model_len that the model
-            can reach.
+          config: see EngineConfig. None means those of a server, see `defaults.default_fields`: on
+            a GPU or TPU 256 requests at a time and 8,192 tokens in a step, a pool of the memory
+            that is left, and shapes that are compiled in the background; on a CPU EngineConfig's
+            own.
           dtype: the dtype of parameters, activations and pool; "auto" for the checkpoint's.
           seed: at least 0, for requests that sample and have no seed; None for 0.
           warm_up: whether to compile every shape now, and none later.
-          compilation_cache: a folder that keeps compiled programs for the next process.
+          compilation_cache: the folder that keeps compiled programs for the next process. True for
+            `compiles.default_cache_folder()`, unless jax has been given another; False for none.
+            None means True on a GPU or TPU, and False on a CPU, whose programs may not run on
+            another machine with the same home.
           use_tqdm: whether to show progress, if standard error is a terminal.
           **options: fields of EngineConfig, which replace those of `config`; None leaves a field as
             it is. vLLM's other arguments are refused by a sentence unless they ask for nothing.
@@ -91,11 +93,16 @@ class LLM:
         if str(options.get("tokenizer")) == str(model):
             options["tokenizer"] = None  # the folder's own
         refuse_unserved("LLM", options, unserved.LLM)
-        if compilation_cache is not None:
-            use_persistent_cache(compilation_cache)
+        platform = dispatch.platform()
+        if compilation_cache is None:
+            compilation_cache = platform != "cpu"
         folder = pathlib.Path(model)
         shape = read_model_config(folder, dtype)
-        config = _merge(config, fields, shape)
+        config = _merge(config, fields, shape, platform)
+        if compilation_cache is True:
+            use_default_cache()
+        elif compilation_cache is not False:
+            use_persistent_cache(compilation_cache)
         self._folder = folder
         self._generation = read_generation_config(folder)
         has_tokenizer = (folder / "tokenizer.json").exists()
@@ -355,12 +362,15 @@ class LLM:
 
 
 def _merge(
-    config: EngineConfig | None, fields: Mapping[str, Any], model: ModelConfig
+    config: EngineConfig | None, fields: Mapping[str, Any], model: ModelConfig, platform: str
 ) -> EngineConfig:
-    """The config with the fields that are not None, if the model can reach its max_model_len."""
+    """The config with the fields that are not None, and with a number of pages.
+
+    Its max_model_len is one that the model can reach.
+    """
     given = {name: value for name, value in fields.items() if value is not None}
     if config is None:
-        config = EngineConfig(**{"max_model_len": default_model_len(model)} | given)
+        config = EngineConfig(**default_fields(model, platform) | given)
     elif given:
         config = dataclasses.replace(config, **given)
     require(
@@ -372,4 +382,5 @@ def _merge(
         hint="lower EngineConfig.max_model_len: config.json's max_position_embeddings and RoPE"
         " scaling reach no further",
     )
-    return config
+    memory = None if platform == "cpu" or config.num_pages is not None else device_memory()
+    return resolve(config, model, platform, memory)

@@ -181,6 +181,13 @@ def run_step(
     return jitted_step(dispatch.platform())(params, kv_pages, packed, last_tokens, **options)
 
 
+@settings.defaults()
+def lower_step(params: Params, kv_pages: Any, packed: Any, last_tokens: Any, **options: Any) -> Any:
+    """`run_step` lowered and not yet compiled, from the shapes of its arrays."""
+    step = jitted_step(dispatch.platform())
+    return step.lower(params, kv_pages, packed, last_tokens, **options)
+
+
 def in_layer(batch: Batch, first_page: int | jax.Array, page_size: int) -> Batch:
     """The batch with the page ids and slots of one layer; what is skipped stays skipped.
 

@@ -41,6 +41,15 @@ def serving(stats: Stats, seconds: float, is_warmed_up: bool) -> str:
     )
 
 
+def limits(config: EngineConfig) -> str:
+    """What the engine was given, in two lines."""
+    return (
+        f"{config.pool_pages:,} pages of {config.page_size} tokens; at most"
+        f" {config.max_num_batched_tokens:,} tokens and {config.max_num_seqs:,} requests per step,"
+        f" {config.max_model_len:,} tokens of a request\n{describe_shapes(config)}"
+    )
+
+
 def verdict(c: Comparison, model: ModelConfig) -> str:
     """Whether two runs came to the same, and whether that proves anything."""
     difference = ""
@@ -153,7 +162,7 @@ def setup(
             f"model    random weights, {model.num_layers} layers, {model.num_heads} query heads on"
             f" {model.num_kv_heads} KV heads of {model.head_dim}, {model.vocab_size} token ids,"
             f" {model.dtype}, on {jax.default_backend()}",
-            f"engine   page_size {config.page_size}, {config.num_pages:,} pages, at most"
+            f"engine   page_size {config.page_size}, {config.pool_pages:,} pages, at most"
             f" {config.max_num_batched_tokens} tokens and {config.max_num_seqs} requests per step",
             f"         {writes}, attention by {config.attention_backend};"
             f" {describe_shapes(config)}",

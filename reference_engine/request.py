@@ -204,12 +204,12 @@ def _check_lengths(op: str, num_prompt: int, params: SamplingParams, config: Eng
     longest = min(num_prompt + most, config.max_model_len) - 1
     num_pages = num_pages_for(longest, config.page_size)
     require(
-        num_pages <= config.num_pages,
+        num_pages <= config.pool_pages,
         op,
         "prompt_ids",
         got=f"{num_prompt} tokens long with max_tokens={params.max_tokens}: up to"
         f" {num_pages} pages",
-        wanted=f"at most the pool's {config.num_pages} pages",
+        wanted=f"at most the pool's {config.pool_pages} pages",
         hint="lower max_tokens, shorten the prompt, or raise num_pages",
     )
 

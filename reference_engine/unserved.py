@@ -72,7 +72,6 @@ LLM: Unserved = {
     "download_dir": ((None,), "download the model, and give its folder"),
     "hf_overrides": ((None, {}), "change the folder's config.json"),
     "generation_config": ((None, "auto"), "give SamplingParams with each call"),
-    "gpu_memory_utilization": ((None,), "give num_pages, the pages of the pool"),
     "kv_cache_memory_bytes": ((None,), "give num_pages, the pages of the pool"),
     "num_gpu_blocks_override": ((None,), "it is num_pages here"),
     "block_size": ((None,), "it is page_size here"),

@@ -118,7 +118,7 @@ def simulate(
     """Runs the requests to their end."""
     longest = max(a.num_prompt + a.num_output for a in arrivals) + 1
     config = make_config(cell, pool_tokens, longest)
-    scheduler = Scheduler(config, PagePool(config.num_pages))
+    scheduler = Scheduler(config, PagePool(config.pool_pages))
     outcome = Outcome()
     token_times: list[list[float]] = [[] for _ in arrivals]
     now = written = busy = 0.0

@@ -113,16 +113,16 @@ def test_other_forms_of_write_replay_to_the_same(capsys, kv_write):
 
 
 def test_replay_fails_where_one_run_has_a_wrong_page_table(capsys, monkeypatch):
-    real, calls = engine_lib.make_batch, []
+    real, calls = engine_lib.make_batch_of, []
 
-    def planted(segments, config):  # once, in the first run
-        batch = real(segments, config)
+    def planted(shape, segments, config):  # once, in the first run
+        batch = real(shape, segments, config)
         calls.append(1)
         if len(calls) == 2:
             batch = batch._replace(page_indices=batch.page_indices + 1)
         return batch
 
-    monkeypatch.setattr(engine_lib, "make_batch", planted)
+    monkeypatch.setattr(engine_lib, "make_batch_of", planted)
     with pytest.raises(SystemExit) as exit_info:
         main("replay", **SMALL, kv_write="fused")
     assert exit_info.value.code == 1
@@ -201,7 +201,8 @@ def test_generate_streams_one_prompt_and_reports(capsys, folder):
     out, err = capsys.readouterr()
     want = LLM(folder).generate("the quick", SamplingParams(max_tokens=8))[0].outputs[0].text
     assert out == want + "\n"
-    assert "4 shapes: {16, 32} tokens x {1, 2} sequences\n" in err
+    assert "1,024 pages of 16 tokens; at most 32 tokens and 2 requests per step, 256 tok" in err
+    assert "4 shapes: decodes of {1, 2} sequences, other steps of {16, 32} tokens\n" in err
     assert re.search(r"8 steps in .* tokens computed, .* no warm-up\n", err)
 
 
@@ -260,7 +261,7 @@ def test_generate_serves_token_ids_without_a_tokenizer(capsys, tmp_path):
         ({"prompt_ids": ["999"]}, "is 999 at index 0; wanted whole numbers in"),
         ({"prompt": ["x"], "max_model_len": 999}, "is 999; wanted at most the model's 256"),
         ({"prompt": ["x"], "num_pages": 1, "max_tokens": 60}, "at most the pool's 1 pages"),
-        ({"prompt": ["x"], "page_size": 0}, "--page_size is 0; wanted at least 1"),
+        ({"prompt": ["x"], "page_size": 0}, "argument `page_size` is 0; wanted an int >= 1"),
         ({"prompt": ["x"], "repetition_penalty": 0.0}, "argument `repetition_penalty` is 0.0"),
         ({"prompt": ["x"], "temperature": float("nan")}, "argument `temperature` is nan"),
         ({"prompt": ["x"], "bad_words": [""]}, "argument `bad_words` is"),

@@ -284,13 +284,13 @@ def test_sampled_tokens_do_not_depend_on_scheduling_either():
 
 def test_no_request_reads_a_page_that_another_writes(monkeypatch):
     """What write_and_attend asks of its caller, in every batch, with pages changing hands."""
-    real, batches = engine_lib.make_batch, []
+    real, batches = engine_lib.make_batch_of, []
 
-    def recording(segments, config):
-        batches.append(real(segments, config))
+    def recording(shape, segments, config):
+        batches.append(real(shape, segments, config))
         return batches[-1]
 
-    monkeypatch.setattr(engine_lib, "make_batch", recording)
+    monkeypatch.setattr(engine_lib, "make_batch_of", recording)
     result = run(num_pages=16, kv_write="fused")
     assert result.num_preemptions > 0 and len(batches) == result.num_steps
     assert run_common(num_pages=20, kv_write="fused").num_cached > 100
@@ -470,14 +470,14 @@ def _wrong_table_entry(table):
 
 @pytest.mark.parametrize("plant", [_wrong_table_row, _wrong_table_entry])
 def test_a_planted_page_table_is_seen_by_the_fused_form(monkeypatch, plant):
-    real = engine_lib.make_batch
+    real = engine_lib.make_batch_of
 
-    def planted(segments, config):
-        batch = real(segments, config)
+    def planted(shape, segments, config):
+        batch = real(shape, segments, config)
         plant(batch.page_indices)
         return batch
 
-    monkeypatch.setattr(engine_lib, "make_batch", planted)
+    monkeypatch.setattr(engine_lib, "make_batch_of", planted)
     assert_plant_is_seen(run(kv_write="fused"))
 
 
@@ -485,7 +485,7 @@ def test_a_planted_token_is_seen_by_the_fused_form(monkeypatch):
     real = pallas_paged.write_and_attend
 
     def planted(q, k, v, *args, **kwargs):
-        return real(q, jnp.roll(k, 1, axis=0), v, *args, **kwargs)
+        return real(jnp.roll(q, 1, axis=0), k, v, *args, **kwargs)
 
     monkeypatch.setattr(pallas_paged, "write_and_attend", planted)
     assert_plant_is_seen(run_anew(kv_write="fused"))

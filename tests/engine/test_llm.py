@@ -588,7 +588,7 @@ def test_arguments_that_are_not_served_are_a_sentence(llm, arguments, message):
         ({"trust_remote_code": True}, "no code in a model's folder is ever run; leave it out"),
         ({"quantization": "awq"}, "quantised weights are left out on purpose"),
         ({"block_size": 16}, "it is page_size here"),
-        ({"gpu_memory_utilization": 0.9}, "give num_pages"),
+        ({"gpu_memory_utilization": 1.5}, "wanted a number above 0 and at most 1"),
         ({"max_tokens": 3}, "LLM: there is no argument `max_tokens`; it is 3"),
         ({"attention": "oracle"}, "there is no argument `attention`; it is 'oracle'"),
         ({"page_size": 0}, "argument `page_size` is 0"),
