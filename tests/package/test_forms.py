@@ -81,6 +81,40 @@ def test_attention_takes_every_form(head_dim):
         assert all(map(np.array_equal, indices[0], other))
 
 
+def test_every_other_function_takes_every_form():
+    """validate, explain_backend and the way back to separate caches."""
+    pool, k, _ = make_write("bfloat16")
+    metadata = {"page_indices": [5, 2, 0, 3], "kv_lens": [8, 3], "cu_q_lens": [0, 4, 5]}
+    metadata = {name: np.array(x, np.int32) for name, x in metadata.items()}
+    slices = np.array([[4], [0], [2]], np.int32)
+    for kv_pages in (pool, five(pool)):
+        for count in (1, np.int32(1), jnp.int32(1), [1]):
+            pallas_paged.validate(kv_pages, slices=slices, num_slices=count)
+        for count in (2, jnp.int32(2), np.array([2])):
+            pallas_paged.validate(kv_pages, **metadata, num_seqs=count)
+        kv_lens = np.array([8, 5], np.int32)  # of which the second page is page 3
+        with pytest.raises(
+            ValueError, match=r"page_indices` is 6 at index \(1, 1\); wanted a page"
+        ):
+            table = np.array([5, 2, 0, 6], np.int32)
+            pallas_paged.validate(
+                kv_pages, **metadata | {"kv_lens": kv_lens, "page_indices": table}, num_seqs=2
+            )
+        q = jax.ShapeDtypeStruct((5, 2, 128), jnp.bfloat16)
+        choice = pallas_paged.explain_backend(
+            pallas_paged.ragged_paged_attention, q, kv_pages, *metadata_of(metadata), 2
+        )
+        assert choice.backend is not None
+        apart = pallas_paged.to_separate_caches(kv_pages, 2, 128)
+        assert all(map(np.array_equal, apart, pallas_paged.split_kv(pool, 2, 128)))
+
+
+def metadata_of(metadata):
+    """In the order of the attention's arguments, as shapes."""
+    arrays = (metadata[name] for name in ("kv_lens", "page_indices", "cu_q_lens"))
+    return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+
+
 def test_the_model_scale_is_that_of_none():
     case = make_case([(3, 30)])
     found, wanted = (
