@@ -97,6 +97,18 @@ def batch_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
     return tuple(sorted(shapes, key=_size))
 
 
+def num_logit_rows(num_seqs: int) -> int:
+    """The rows of logits that a step with S = `num_seqs` yields; those past S mean nothing.
+
+    There are few sizes, because each has its own programs of the sampler, and those take longer to
+    compile than the model does.
+
+    >>> [num_logit_rows(num_seqs) for num_seqs in (1, 8, 9, 80, 256)]
+    [8, 8, 16, 128, 256]
+    """
+    return max(8, 1 << (num_seqs - 1).bit_length())
+
+
 def describe_shapes(config: EngineConfig) -> str:
     """The shapes in one line, for people.
 

@@ -16,7 +16,14 @@ import numpy as np
 
 from pallas_paged import layout
 from reference_engine import compiles
-from reference_engine.batch import Batch, BatchShape, batch_shapes, make_batch_of, pack
+from reference_engine.batch import (
+    Batch,
+    BatchShape,
+    batch_shapes,
+    make_batch_of,
+    num_logit_rows,
+    pack,
+)
 from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.in_flight import InFlight, choose_tokens, read_extras
 from reference_engine.model import make_pool, run_step
@@ -98,7 +105,7 @@ class Engine:
         self._kv_pages = make_pool(model_config, config.pool_pages, config.page_size)
         self._in_flight: collections.deque[InFlight] = collections.deque()  # the oldest first
         self._has_failed_to_dispatch = False
-        num_rows = max(shape.num_seqs for shape in batch_shapes(config))
+        num_rows = max(num_logit_rows(shape.num_seqs) for shape in batch_shapes(config))
         self._no_tokens = jnp.zeros(num_rows, jnp.int32)  # stands in for a step before
         self._programs = Programs(
             config, lowering(params, self._kv_pages, self._no_tokens, model_config, config)

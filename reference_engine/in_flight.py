@@ -23,9 +23,9 @@ class InFlight:
     Attributes:
       plan: what it computes.
       requests: the requests of the plan's segments.
-      tokens: the new token of each row, i32[S].
+      tokens: the new token of each row of logits, i32[rows].
       last_tokens: the same, padded to the largest number of sequences, for the next step.
-      logits: the logits of each row, f32[S, V], if they are to be returned.
+      logits: the logits of each row, f32[rows, V], if they are to be returned.
       logprobs: see `sampler.log_probabilities`; None if no request wants any.
       num_padding: the rows of the batch that hold no token.
       is_read_first: whether it must be read before the next step is scheduled.
@@ -54,7 +54,7 @@ def choose_tokens(
 
     Args:
       plan, requests, num_padding: see InFlight.
-      logits: the model's logits, f32[S, V].
+      logits: the model's logits, f32[rows, V].
       last_tokens: the last tokens of the step before, i32[R].
       config: the engine's.
     """

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 import pallas_paged
 from pallas_paged import dispatch, settings
 from reference_engine import rope
-from reference_engine.batch import Array, Batch, Spec, unpack
+from reference_engine.batch import Array, Batch, Spec, num_logit_rows, unpack
 from reference_engine.config import ModelConfig
 from reference_engine.weights import Params
 
@@ -62,7 +62,8 @@ def forward(
       attention_backend: the backend of the attention; with "fused", of the writes too.
 
     Returns:
-      The logits of each sequence's last new token, f32[S, vocab_size], and the pool.
+      The logits of each sequence's last new token, f32[rows, vocab_size] with
+      `batch.num_logit_rows(S)` rows, and the pool.
     """
     pages_per_layer = kv_pages.shape[0] // config.num_layers
     rotation = _rotation(batch.positions, config)
@@ -80,6 +81,8 @@ def forward(
             attention_backend=attention_backend,
         )
     last_rows = jnp.maximum(batch.cu_q_lens[1:] - 1, 0)  # [S]
+    num_seqs = last_rows.shape[0]
+    last_rows = jnp.pad(last_rows, (0, num_logit_rows(num_seqs) - num_seqs))
     x = _rms_norm(x[last_rows], params["norm"], config)
     unembedding = params["unembedding" if "unembedding" in params else "embedding"]  # [V, D]
     logits = _matmul(x, unembedding.T, preferred_element_type=jnp.float32)
@@ -141,7 +144,8 @@ def model_step(
       kv_write, write_backend, attention_backend: see `forward`.
 
     Returns:
-      The logits of each sequence's last new token, f32[S, vocab_size], and the pool.
+      The logits of each sequence's last new token, f32[rows, vocab_size] with
+      `batch.num_logit_rows(S)` rows, and the pool.
     """
     batch = Batch(*unpack(packed, spec))
     ids = batch.token_ids

@@ -26,6 +26,7 @@ from reference_engine.batch import (
     batch_shapes,
     fitting_shapes,
     make_batch_of,
+    num_logit_rows,
     pack,
     pad_tokens,
 )
@@ -61,7 +62,7 @@ def lowering(
     params, pool = jax.tree.map(_struct, (params, kv_pages))
     device: Any = jax.config  # its flags are attributes, which not every jax declares
     device = device.jax_default_device
-    sampled: set[int] = set()  # the numbers of sequences for which the sampler is compiled
+    sampled: set[int] = set()  # the numbers of rows for which the sampler is compiled
 
     def lower(shape: BatchShape) -> Callable[[], None]:
         with _on(device):
@@ -77,16 +78,17 @@ def lowering(
                 write_backend=config.write_backend,
                 attention_backend=config.attention_backend,
             )
-        is_first = shape.num_seqs not in sampled
-        sampled.add(shape.num_seqs)
+        num_rows = num_logit_rows(shape.num_seqs)
+        is_first = num_rows not in sampled
+        sampled.add(num_rows)
 
         def finish() -> None:
             with _on(device):
                 lowered.compile()
                 if is_first:
-                    logits = jnp.zeros((shape.num_seqs, model.vocab_size), jnp.float32)
+                    logits = jnp.zeros((num_rows, model.vocab_size), jnp.float32)
                     run_every_program(logits, config.max_model_len, last_tokens)
-                    pad_tokens(jnp.zeros(shape.num_seqs, jnp.int32), len(last_tokens))
+                    pad_tokens(jnp.zeros(num_rows, jnp.int32), len(last_tokens))
 
         return finish
 
