@@ -193,24 +193,22 @@ class Programs:
 
     def _work(self) -> None:
         while True:
+            finish, is_ready = None, False
             with self._lowering:
                 with self._changed:
                     if not self._queue:
                         return
                     shape = self._queue.popleft()
                     self._begun.add(shape)
-                result = self._failed
-                with contextlib.suppress(Exception):  # the step that needs the shape raises it
+                with contextlib.suppress(BaseException):  # the step that needs the shape raises it
                     finish = self._lower(shape)
-                    result = self._ready
-            if result is self._ready:
-                result = self._failed
-                with contextlib.suppress(Exception):
+            if finish is not None:
+                with contextlib.suppress(BaseException):
                     finish()
-                    result = self._ready
+                    is_ready = True
             with self._changed:
                 self._begun.remove(shape)
-                result.add(shape)
+                (self._ready if is_ready else self._failed).add(shape)
                 self._changed.notify_all()
 
 

@@ -42,18 +42,22 @@ TIMEOUT = 60.0  # of a test that would hang
 class Compiler:
     """Compiles a shape when the test says so."""
 
-    def __init__(self, failing=()):
+    def __init__(self, failing=(), error=RuntimeError, in_lowering=False):
         self.may_end = {shape: threading.Event() for shape in batch_shapes(CONFIG)}
         self.begun = []
         self.failing = failing
+        self.error = error
+        self.in_lowering = in_lowering
 
     def lower(self, shape):
         self.begun.append(shape)
+        if self.in_lowering and shape in self.failing:
+            raise self.error("planted")
 
         def finish():
             assert self.may_end[shape].wait(TIMEOUT)
             if shape in self.failing:
-                raise RuntimeError("planted")
+                raise self.error("planted")
 
         return finish
 
@@ -128,8 +132,12 @@ def test_the_shape_that_is_missed_comes_next(make):
     assert compiler.begun == [LARGE, DECODE_1]
 
 
-def test_an_error_is_raised_in_the_step_that_needs_the_shape_and_in_no_other(make):
-    programs, compiler = make(failing=(DECODE_2, SMALL))
+@pytest.mark.parametrize("in_lowering", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_an_error_is_raised_in_the_step_that_needs_the_shape_and_in_no_other(
+    make, error, in_lowering
+):
+    programs, compiler = make(failing=(DECODE_2, SMALL), error=error, in_lowering=in_lowering)
     for shape in (LARGE, DECODE_2, SMALL):
         compiler.may_end[shape].set()
     wait_until(lambda: DECODE_1 in compiler.begun)
