@@ -260,6 +260,17 @@ def require_heads(op: str, heads: Any, hint: str, argument: str = "num_kv_heads"
     return count
 
 
+def require_max_seqlen_q(op: str, max_seqlen_q: Any) -> int | None:
+    """The most new tokens of a sequence as a static int, or None."""
+    if max_seqlen_q is None:
+        return None
+    value = scalars.read_int(max_seqlen_q)
+    if value is None or value < 1:
+        hint = "the most new tokens of a sequence, which chooses the kernels; None promises nothing"
+        _refuse(op, "max_seqlen_q", max_seqlen_q, "None or a static int >= 1", hint)
+    return value
+
+
 def require_bool(op: str, argument: str, x: Any) -> bool:
     """A static switch."""
     value = scalars.read_bool(x)

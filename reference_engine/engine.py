@@ -26,7 +26,7 @@ from reference_engine.batch import (
 )
 from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.in_flight import InFlight, choose_tokens, read_extras
-from reference_engine.model import make_pool, run_step
+from reference_engine.model import StepOptions, make_pool, run_step
 from reference_engine.one_thread import OneThread
 from reference_engine.outputs import Extra, Output, finished_requests, make_outputs
 from reference_engine.page_pool import PagePool
@@ -295,7 +295,7 @@ class Engine:
         batch = make_batch_of(shape, plan.segments, self.config)
         before = self._in_flight[-1] if self._in_flight else None
         last_tokens = self._no_tokens if before is None else before.last_tokens
-        logits, kv_pages = self._run(batch, last_tokens)
+        logits, kv_pages = self._run(batch, last_tokens, is_decode=shape.is_decode)
         is_late = before is None or before.tokens.is_ready()  # type: ignore[attr-defined]
         step = choose_tokens(
             plan,
@@ -376,7 +376,9 @@ class Engine:
         kv = kv.reshape(2, config.num_layers, -1, config.num_kv_heads, config.head_dim)
         return kv[:, :, : request.num_computed]
 
-    def _run(self, batch: Batch, last_tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _run(
+        self, batch: Batch, last_tokens: jax.Array, *, is_decode: bool
+    ) -> tuple[jax.Array, jax.Array]:
         """Dispatches the model's step; returns its logits and the new pool."""
         packed, spec = pack(batch)
         return run_step(
@@ -386,9 +388,7 @@ class Engine:
             last_tokens,
             spec=spec,
             model=self.model_config,
-            kv_write=self.config.kv_write,
-            write_backend=self.config.write_backend,
-            attention_backend=self.config.attention_backend,
+            options=StepOptions.of(self.config, is_decode=is_decode),
         )
 
     def _commit(self, step: InFlight, tokens: list[int], extras: list[Extra] | None) -> None:

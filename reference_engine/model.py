@@ -11,6 +11,7 @@ them, so that 28 layers compile in 8 seconds.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -23,10 +24,33 @@ import pallas_paged
 from pallas_paged import dispatch, settings
 from reference_engine import rope
 from reference_engine.batch import Array, Batch, Spec, num_logit_rows, unpack
-from reference_engine.config import ModelConfig
+from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.weights import Params
 
 Rotation = tuple[jax.Array, jax.Array]  # cos and sin of the rotary angles, f32[T, H/2] each
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """How a step writes and attends. It is static: each value has a program of its own.
+
+    Attributes:
+      kv_write: the form of the writes, see EngineConfig.
+      write_backend: the backend of the writes; not read where kv_write is "fused".
+      attention_backend: the backend of the attention; with "fused", of the writes too.
+      is_decode: whether no sequence has more than one new token, so that a GPU needs no prefill
+        kernel.
+    """
+
+    kv_write: str
+    write_backend: str
+    attention_backend: str
+    is_decode: bool = False
+
+    @classmethod
+    def of(cls, config: EngineConfig, *, is_decode: bool) -> StepOptions:
+        """Those of an engine's step."""
+        return cls(config.kv_write, config.write_backend, config.attention_backend, is_decode)
 
 
 def make_pool(config: ModelConfig, num_pages: int, page_size: int) -> jax.Array:
@@ -46,9 +70,7 @@ def forward(
     batch: Batch,
     *,
     config: ModelConfig,
-    kv_write: str,
-    write_backend: str,
-    attention_backend: str,
+    options: StepOptions,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs one step. It is meant to be traced with `kv_pages` donated.
 
@@ -57,9 +79,7 @@ def forward(
       kv_pages: [L*P, page_size, R, C].
       batch: see batch.Batch.
       config: the shape of the parameters.
-      kv_write: the form of the writes, see EngineConfig.
-      write_backend: the backend of the writes; not read where kv_write is "fused".
-      attention_backend: the backend of the attention; with "fused", of the writes too.
+      options: how the step writes and attends.
 
     Returns:
       The logits of each sequence's last new token, f32[rows, vocab_size] with
@@ -76,9 +96,7 @@ def forward(
             in_layer(batch, index * pages_per_layer, kv_pages.shape[1]),
             rotation,
             config=config,
-            kv_write=kv_write,
-            write_backend=write_backend,
-            attention_backend=attention_backend,
+            options=options,
         )
     last_rows = jnp.maximum(batch.cu_q_lens[1:] - 1, 0)  # [S]
     num_seqs = last_rows.shape[0]
@@ -89,9 +107,7 @@ def forward(
     return logits, kv_pages
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "kv_write", "write_backend", "attention_backend")
-)
+@functools.partial(jax.jit, static_argnames=("config", "options"))
 def _layer(
     x: jax.Array,
     weights: Params,
@@ -100,9 +116,7 @@ def _layer(
     rotation: Rotation,
     *,
     config: ModelConfig,
-    kv_write: str,
-    write_backend: str,
-    attention_backend: str,
+    options: StepOptions,
 ) -> tuple[jax.Array, jax.Array]:
     """One decoder layer; x [T, D] -> [T, D], and the pool. `batch` has the layer's own page ids."""
     attended, kv_pages = _attention(
@@ -112,9 +126,7 @@ def _layer(
         batch,
         rotation,
         config,
-        kv_write=kv_write,
-        write_backend=write_backend,
-        attention_backend=attention_backend,
+        options=options,
     )
     x += attended
     return x + _mlp(_rms_norm(x, weights["mlp_norm"], config), weights), kv_pages
@@ -128,9 +140,7 @@ def model_step(
     *,
     spec: Spec,
     model: ModelConfig,
-    kv_write: str,
-    write_backend: str,
-    attention_backend: str,
+    options: StepOptions,
 ) -> tuple[jax.Array, jax.Array]:
     """As `forward`, for a packed batch, so that a step has one input from the host.
 
@@ -141,7 +151,7 @@ def model_step(
       last_tokens: the tokens of the step before, which the host may not have read yet, i32[R].
       spec: the spec that `batch.pack` has returned with it.
       model: the shape of the parameters.
-      kv_write, write_backend, attention_backend: see `forward`.
+      options: see `forward`.
 
     Returns:
       The logits of each sequence's last new token, f32[rows, vocab_size] with
@@ -155,15 +165,19 @@ def model_step(
         kv_pages,
         batch._replace(token_ids=token_ids),
         config=model,
-        kv_write=kv_write,
-        write_backend=write_backend,
-        attention_backend=attention_backend,
+        options=options,
     )
 
 
 # cuBLAS's products: 64 decodes of Qwen3-0.6B have 4.11 ms of kernels on an H100 with them, and 4.19
-# with XLA's own, which each shape would choose among when it is compiled.
-_COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+# with XLA's own, which each shape would choose among when it is compiled. Rematerialization counts
+# a pool that is updated in place twice, finds no room for it, and recomputes what it need not.
+_COMPILER_OPTIONS = {
+    "gpu": {
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_disable_hlo_passes": "rematerialization,hlo-rematerialization",
+    }
+}
 
 
 @functools.cache
@@ -171,7 +185,7 @@ def jitted_step(platform: str) -> Any:
     """`model_step` as a compiled program that donates the pool, with a platform's best options."""
     return jax.jit(
         model_step,
-        static_argnames=("spec", "model", "kv_write", "write_backend", "attention_backend"),
+        static_argnames=("spec", "model", "options"),
         donate_argnames=("kv_pages",),
         compiler_options=_COMPILER_OPTIONS.get(platform),
     )
@@ -221,26 +235,26 @@ def _attention(
     rotation: Rotation,
     config: ModelConfig,
     *,
-    kv_write: str,
-    write_backend: str,
-    attention_backend: str,
+    options: StepOptions,
 ) -> tuple[jax.Array, jax.Array]:
     """Writes the new keys and values, then attends; x [T, D] -> [T, D], and the pool."""
     q, k, v = _heads(_project(x, weights, "qkv"), weights, rotation, config)
     metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.num_seqs)
-    options: dict[str, Any] = {
+    attend: dict[str, Any] = {
         "sm_scale": config.head_dim**-0.5,
         "num_kv_heads": config.num_kv_heads,
-        "backend": attention_backend,
+        "max_seqlen_q": 1 if options.is_decode else None,
+        "backend": options.attention_backend,
     }
     out: Any  # neither op is asked for the log-sum-exp
-    if kv_write == "fused":
-        both: Any = pallas_paged.write_and_attend(q, k, v, kv_pages, *metadata, **options)
+    if options.kv_write == "fused":
+        both: Any = pallas_paged.write_and_attend(q, k, v, kv_pages, *metadata, **attend)
         out, kv_pages = both
     else:
-        kv_pages = write_kv(kv_pages, q if k is None else k, v, batch, config, write_backend)
-        options["num_heads"] = config.num_heads
-        out = pallas_paged.ragged_paged_attention(q, kv_pages, *metadata, **options)
+        new = (q, None) if k is None else (k, v)
+        kv_pages = write_kv(kv_pages, *new, batch, config, options.write_backend)
+        attend["num_heads"] = config.num_heads
+        out = pallas_paged.ragged_paged_attention(q, kv_pages, *metadata, **attend)
     return _project(out.reshape(x.shape[0], -1), weights, "o"), kv_pages
 
 

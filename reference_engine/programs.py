@@ -31,7 +31,7 @@ from reference_engine.batch import (
     pad_tokens,
 )
 from reference_engine.config import EngineConfig, ModelConfig
-from reference_engine.model import lower_step
+from reference_engine.model import StepOptions, lower_step
 from reference_engine.sampler import run_every_program
 from reference_engine.weights import Params
 
@@ -74,9 +74,7 @@ def lowering(
                 _struct(last_tokens),
                 spec=spec,
                 model=model,
-                kv_write=config.kv_write,
-                write_backend=config.write_backend,
-                attention_backend=config.attention_backend,
+                options=StepOptions.of(config, is_decode=shape.is_decode),
             )
         num_rows = num_logit_rows(shape.num_seqs)
         is_first = num_rows not in sampled

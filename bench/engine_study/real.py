@@ -294,6 +294,8 @@ def _step(
     packed = jax.device_put(packed)
     no_tokens = jnp.zeros(len(arrays.kv_lens), jnp.int32)
 
+    is_decode = len(arrays.token_ids) == len(arrays.kv_lens)  # there is no padding
+
     def step(kv_pages: jax.Array) -> jax.Array:
         _, kv_pages = model_lib.run_step(
             params,
@@ -302,9 +304,7 @@ def _step(
             no_tokens,
             spec=spec,
             model=setup.model,
-            kv_write=config.kv_write,
-            write_backend=config.write_backend,
-            attention_backend=config.attention_backend,
+            options=model_lib.StepOptions.of(config, is_decode=is_decode),
         )
         return kv_pages
 

@@ -45,6 +45,7 @@ def ragged_paged_attention(
     sinks: jax.Array | None = None,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
+    max_seqlen_q: int | None = None,
     return_lse: bool = False,
     config: AttentionConfig | None = None,
     backend: Backend = "auto",
@@ -95,6 +96,9 @@ def ragged_paged_attention(
       num_kv_heads: K, an int. None takes it from the pool, if there is one K only that divides N
         and makes a pool of R rows (see `make_kv_pages`). With 12 query heads and R = 8 in bfloat16,
         for example, K may be 3 or 4, and has to be given.
+      max_seqlen_q: a promise that no sequence has more new tokens than this static int. With 1, as
+        in a step of decodes, a GPU runs no prefill kernel. The rows of a sequence that has more are
+        NaN if a kernel was left out. None promises nothing.
       return_lse: whether to return the log-sum-exp too.
       config: the kernel's block sizes, a `TpuAttentionConfig` or a `GpuAttentionConfig`, whichever
         belongs to the backend that runs. None lets the kernel choose.
@@ -151,6 +155,7 @@ def ragged_paged_attention(
         v_scale=v_scale,
         sinks=sinks,
         return_lse=return_lse,
+        max_seqlen_q=max_seqlen_q,
         config=config,
     )
     chosen, spec = dispatch.choose(
@@ -189,6 +194,7 @@ def write_and_attend(
     v_scale: jax.Array | float | None = None,
     sinks: jax.Array | None = None,
     num_kv_heads: int | None = None,
+    max_seqlen_q: int | None = None,
     return_lse: bool = False,
     config: AttentionConfig | None = None,
     backend: Backend = "auto",
@@ -216,7 +222,7 @@ def write_and_attend(
       sm_scale, causal, sliding_window, soft_cap, mask_value, sinks: as there.
       k_scale, v_scale: as there; new keys and values are divided by them as they are written.
       num_kv_heads: K, an int. None takes it from k and from the H of q; a packed QKV needs it.
-      return_lse, config, backend: as there.
+      max_seqlen_q, return_lse, config, backend: as there.
       num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes: leave these out, as there.
 
     Returns:
@@ -274,6 +280,7 @@ def write_and_attend(
         v_scale=v_scale,
         sinks=sinks,
         return_lse=return_lse,
+        max_seqlen_q=max_seqlen_q,
         config=config,
     )
     chosen, spec = dispatch.choose(

@@ -166,6 +166,7 @@ def make_options(
     v_scale: Any,
     sinks: Any,
     return_lse: Any,
+    max_seqlen_q: Any,
     config: Any,
 ) -> tuple[Factors, AttentionOptions]:
     """Checks all options but the scales, which are checked already; returns them as two objects."""
@@ -191,6 +192,7 @@ def make_options(
         soft_cap=checks.require_soft_cap(op, soft_cap),
         mask_value=checks.require_mask_value(op, mask_value),
         return_lse=checks.require_bool(op, "return_lse", return_lse),
+        max_seqlen_q=checks.require_max_seqlen_q(op, max_seqlen_q),
         has_window=factors.sliding_window is not None,
         has_scales=factors.has_scales,
         has_sinks=factors.sinks is not None,

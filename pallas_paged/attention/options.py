@@ -55,6 +55,7 @@ class AttentionOptions:
       soft_cap: the bound on the scores, or None.
       mask_value: what is added to the scores of hidden keys; None leaves them out.
       return_lse: whether the log-sum-exp is wanted.
+      max_seqlen_q: the most new tokens of a sequence, if the caller has promised any.
       has_window, has_scales, has_sinks: which of the `Factors` the call has.
       is_scale_positive: whether sm_scale is known to be above 0, which saves the GPU kernels a
         product per score.
@@ -65,6 +66,7 @@ class AttentionOptions:
     soft_cap: float | None = None
     mask_value: float | None = None
     return_lse: bool = False
+    max_seqlen_q: int | None = None
     has_window: bool = False
     has_scales: bool = False
     has_sinks: bool = False

@@ -77,13 +77,13 @@ class FailingEngine(Engine):
         self.num_failures += 1
         return self.failures.pop(self.num_calls)
 
-    def _run(self, batch, last_tokens):
+    def _run(self, batch, last_tokens, **options):
         kind = self._fails("before", "with the pool")
         if kind == "with the pool":
-            super()._run(batch, last_tokens)
+            super()._run(batch, last_tokens, **options)
         if kind:
             raise DeviceError
-        return super()._run(batch, last_tokens)
+        return super()._run(batch, last_tokens, **options)
 
     def _collect(self, step):
         if self._fails("on the device"):

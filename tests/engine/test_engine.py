@@ -182,9 +182,7 @@ def test_each_form_calls_its_ops_with_the_backends_asked_for(monkeypatch, kv_wri
         functools.partial(
             model_lib.forward,
             config=MODEL,
-            kv_write=kv_write,
-            write_backend="W",
-            attention_backend="A",
+            options=model_lib.StepOptions(kv_write, "W", "A"),
         ),
         params(),
         model_lib.make_pool(MODEL, config.num_pages, config.page_size),
@@ -411,9 +409,7 @@ def test_the_pool_is_not_copied(kv_write):
     forward = functools.partial(
         model_lib.forward,
         config=MODEL,
-        kv_write=kv_write,
-        write_backend="oracle",
-        attention_backend="oracle",
+        options=model_lib.StepOptions(kv_write, "oracle", "oracle"),
     )
     compiled = (
         jax.jit(forward, donate_argnums=1)

@@ -89,7 +89,7 @@ class ToyEngine(Engine):
         self.rows = np.full((config.num_pages, config.page_size), -1)
         self.in_model = lambda: None  # called in the middle of a step
 
-    def _run(self, batch, last_tokens):
+    def _run(self, batch, last_tokens, **options):
         self.in_model()
         last_tokens = np.asarray(last_tokens)
         page_size = self.config.page_size

@@ -4,7 +4,8 @@
 Any batch takes three launches, and none of them needs the host to know a length. XLA computes the
 schedule. The decode kernel takes the sequences whose new tokens fit the rows of one warpgroup, and
 splits their keys evenly over the chip. The prefill kernel combines what was split, takes the other
-sequences tile by tile, and zeroes the rows that belong to no sequence.
+sequences tile by tile, and zeroes the rows that belong to no sequence. Where the caller promises
+that there are no other sequences, a small kernel does the rest of that.
 """
 
 import dataclasses
@@ -260,19 +261,30 @@ def _launch(spec: KernelSpec, operands: dict[str, jax.Array]) -> tuple[jax.Array
         jax.new_ref(outputs.out), None if outputs.lse is None else jax.new_ref(outputs.lse)
     )
     num_consumers = spec.prefill_consumers
-    barrier = plgpu.Barrier(num_barriers=num_consumers)
-    _call(
-        kernel.prefill_kernel,
-        f"prefill_{_sizes(prefill)}",
-        spec,
-        num_warpgroups=num_consumers + 1 + spec.is_quantized,
-        operands=(operands, partial, in_place),
-        out_types=(),
-        scratch_types=(
-            QueryStage(_queries_type(spec, num_consumers), barrier, barrier),
-            kv_blocks.scratch_types(spec, prefill, num_consumers),
-        ),
-    )
+    if spec.has_prefills:
+        barrier = plgpu.Barrier(num_barriers=num_consumers)
+        _call(
+            kernel.prefill_kernel,
+            f"prefill_{_sizes(prefill)}",
+            spec,
+            num_warpgroups=num_consumers + 1 + spec.is_quantized,
+            operands=(operands, partial, in_place),
+            out_types=(),
+            scratch_types=(
+                QueryStage(_queries_type(spec, num_consumers), barrier, barrier),
+                kv_blocks.scratch_types(spec, prefill, num_consumers),
+            ),
+        )
+    else:
+        _call(
+            kernel.finish_kernel,
+            "finish",
+            spec,
+            num_warpgroups=num_consumers,
+            operands=(operands, partial, in_place),
+            out_types=(),
+            scratch_types=(),
+        )
     return unfused(jax.tree.map(jax.ref.freeze, tuple(in_place)))
 
 

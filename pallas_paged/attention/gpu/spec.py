@@ -102,6 +102,12 @@ class KernelSpec:
         """
         return WARPGROUP_ROWS // self.group
 
+    @property
+    def has_prefills(self) -> bool:
+        """Whether a sequence may have more new tokens than the decode kernel takes."""
+        most = self.options.max_seqlen_q
+        return most is None or most > self.max_short
+
     def chunk(self, block_kv: int) -> int:
         """The tokens that one copy brings: a page of a KV block, or an equal part of the page."""
         chunk = math.gcd(self.page_size, block_kv)
