@@ -3,18 +3,20 @@
 
     python -m bench.attention [--generations=v5e,v6e,tpu7x] [--cases=decode,prefill] [--presets=...]
                               [--pool_dtype=float8_e4m3fn] [--peers=torch,flashinfer]
-                              [--all] [--json]
+                              [--backend=xla] [--wall_clock] [--all] [--json]
 
 Without an accelerator it compiles the shipped TPU kernel for real TPU generations, reads its final
 schedule and predicts whole calls; with one it measures the same calls there, on a GPU beside other
-libraries if asked. Either way nothing is printed before the op agrees with the oracle. It prints a
-verdict, with --all also every row.
+libraries if asked. With --backend=xla it measures that backend, on a CPU beside the oracle.
+Whatever it does, nothing is printed before the op agrees with the oracle. It prints a verdict, with
+--all also every row.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Sequence
@@ -26,9 +28,20 @@ from absl import app, flags
 from jax.experimental.pallas import tpu as pltpu
 
 from bench import report
-from bench.cases.attention import CASES, GPU_CASES, PRESETS, SCALES, Call, Case, Runs, room_for
+from bench.cases.attention import (
+    CASES,
+    CPU_CASES,
+    GPU_CASES,
+    PRESETS,
+    SCALES,
+    Call,
+    Case,
+    Runs,
+    room_for,
+)
 from bench.measure.attention import (
     measure,
+    measure_beside_oracle,
     measure_peers,
     measured_text,
     peers_text,
@@ -48,6 +61,10 @@ from bench.tpu_model.compile import as_if_on
 from bench.verdicts import attention as verdicts
 from pallas_paged.attention.tpu import launch as mosaic_tpu
 
+_KNOWN = CASES | GPU_CASES | CPU_CASES
+# The platforms on which each backend can be checked here.
+_RUNS_ON = {"xla": ("cpu", "gpu", "tpu"), "mosaic_gpu": ("gpu",), "mosaic_tpu": ("cpu", "tpu")}
+
 # `allow_override`: other commands have flags of these names, and a process may import several.
 _GENERATIONS = flags.DEFINE_list(
     "generations",
@@ -58,8 +75,8 @@ _GENERATIONS = flags.DEFINE_list(
 _CASES = flags.DEFINE_list(
     "cases",
     None,
-    f"Some of {', '.join(CASES | GPU_CASES)}; by default {', '.join(CASES)}, on a GPU "
-    f"{', '.join(GPU_CASES)}.",
+    f"Some of {', '.join(_KNOWN)}; by default {', '.join(CASES)}, on a GPU "
+    f"{', '.join(GPU_CASES)}, and where a CPU is measured {', '.join(CPU_CASES)}.",
 )
 _LENS = flags.DEFINE_list(
     "lens",
@@ -97,9 +114,15 @@ _PEERS = flags.DEFINE_list(
 _BACKEND = flags.DEFINE_enum(
     "backend",
     "auto",
-    ["auto", "xla", "mosaic_gpu", "mosaic_tpu"],
-    "What is measured on an accelerator; a CPU predicts the TPU kernel.",
+    ["auto", *_RUNS_ON],
+    "What is measured, on a CPU beside the oracle; mosaic_tpu is predicted there. auto is the "
+    "kernel for the accelerator, and on a CPU mosaic_tpu.",
     allow_override=True,
+)
+_WALL_CLOCK = flags.DEFINE_bool(
+    "wall_clock",
+    False,
+    "Measure single calls by the wall clock on an accelerator too, what the host does included.",
 )
 _FUSED = flags.DEFINE_bool(
     "fused", True, "Predict what write_and_attend adds to the calls, too; compiles as many again."
@@ -144,20 +167,25 @@ tokens."""
 def main(argv: Sequence[str]) -> None:
     """Checks, predicts or measures, prints."""
     say = report.start(argv, as_json=_JSON.value, plot=_PLOT.value)
-    on_cpu = report.start_backends() == "cpu"
+    report.start_backends()
+    is_predicted = _is_predicted()
     peers.require(_PEERS.value, on_gpu=jax.default_backend() == "gpu")
+    if _WALL_CLOCK.value and is_predicted:
+        raise app.UsageError("--wall_clock is for what is measured; a CPU measures --backend=xla")
+    if _WALL_CLOCK.value and _PEERS.value:
+        raise app.UsageError("--peers are timed by their kernels alone; leave --wall_clock out")
     cases = _cases(_runs())
     plotted = _cases(_PLOTTED) if _PLOT.value else []
     _require_supported([*cases, *plotted])
     check_against_oracle(list(_shapes().values()))
-    found = _predict(cases, plotted) if on_cpu else _measure(cases, plotted)
+    found = _predict(cases, plotted) if is_predicted else _measure(cases, plotted)
     record = {"environment": report.environment()} | found.record
     record["verdict"] = found.verdict.record()
     say(found.verdict.text())
     if _ALL.value:
         say(f"\n{found.details}")
     if _PLOT.value:
-        how = "predicted" if on_cpu else "measured"
+        how = "predicted" if is_predicted else "measured"
         report.save_plot(
             _PLOT.value,
             found.points,
@@ -210,15 +238,22 @@ def _predict(cases: Sequence[Case], plotted: Sequence[Case]) -> _Findings:
 
 
 def _measure(cases: Sequence[Case], plotted: Sequence[Case]) -> _Findings:
-    """The cases on this accelerator; of those for several generations the first's."""
+    """The cases on this device; of those for several generations the first's."""
     kind = jax.devices()[0].device_kind
     first = [case for case in cases if case.generation == cases[0].generation]
-    record: dict[str, Any] = {"measured": [measure(case, _backend()) for case in first]}
+    time = functools.partial(measure, backend=_backend(), by_wall_clock=_WALL_CLOCK.value)
+    record: dict[str, Any] = {}
+    if jax.default_backend() == "cpu":
+        pairs = [measure_beside_oracle(case, _backend()) for case in first]
+        record["measured"], record["peers"] = map(list, zip(*pairs, strict=True))
+    else:
+        record["measured"] = [time(case) for case in first]
     details = measured_text(record["measured"], kind)
     plotted = [case for case in plotted if case.generation == cases[0].generation]
-    times = [(case, measure(case, _backend())["median_us"]) for case in plotted]
+    times = [(case, time(case)["median_us"]) for case in plotted]
     if _PEERS.value:
         record["peers"] = measure_peers(first, record["measured"], _PEERS.value)
+    if "peers" in record:
         details += "\n" + peers_text(record["peers"])
     verdict = verdicts.measured(record["measured"], record.get("peers", ()), kind)
     return _Findings(verdict, record, details, _points(times, kind))
@@ -229,10 +264,10 @@ def _measure(cases: Sequence[Case], plotted: Sequence[Case]) -> _Findings:
 
 def _runs() -> dict[str, Runs]:
     """Case name -> its sequences, as the flags say."""
-    known = CASES | GPU_CASES
-    names = _CASES.value or list(GPU_CASES if jax.default_backend() == "gpu" else CASES)
-    report.require_choices("cases", known, names)
-    chosen = {name: known[name] for name in names}
+    of_platform = {"gpu": GPU_CASES, "cpu": CASES if _is_predicted() else CPU_CASES}
+    names = _CASES.value or list(of_platform.get(jax.default_backend(), CASES))
+    report.require_choices("cases", _KNOWN, names)
+    chosen = {name: _KNOWN[name] for name in names}
     if _LENS.value is None:
         return chosen
     own: list[tuple[int, int, int]] = []
@@ -292,20 +327,31 @@ def _cases(runs: dict[str, Runs]) -> list[Case]:
 
 def _require_supported(cases: Sequence[Case]) -> None:
     """Ends the program with the kernel's own sentence where it cannot run a case."""
-    on_cpu = jax.default_backend() == "cpu"
+    is_predicted = _is_predicted()
     for case in cases:
-        with as_if_on(case.generation) if on_cpu else contextlib.nullcontext():
-            reason = case.call.unsupported(_backend()) or (unknown(case.call) if on_cpu else None)
+        with as_if_on(case.generation) if is_predicted else contextlib.nullcontext():
+            reason = case.call.unsupported(_backend())
+            reason = reason or (unknown(case.call) if is_predicted else None)
         if reason:
-            where = case.generation if on_cpu else "this device"
+            where = case.generation if is_predicted else "this device"
             raise app.UsageError(f"{case.name} on {where}: {reason}")
 
 
 def _backend() -> str:
-    """What is checked and measured, or on a CPU predicted; never the oracle."""
-    if _BACKEND.value != "auto" and jax.default_backend() != "cpu":
-        return _BACKEND.value
-    return "mosaic_gpu" if jax.default_backend() == "gpu" else "mosaic_tpu"
+    """What is checked, and measured or predicted; never the oracle."""
+    platform = jax.default_backend()
+    if _BACKEND.value == "auto":
+        return "mosaic_gpu" if platform == "gpu" else "mosaic_tpu"
+    if platform not in _RUNS_ON[_BACKEND.value]:
+        raise app.UsageError(
+            f"--backend is {_BACKEND.value}, which does not run here: jax's device is a {platform}"
+        )
+    return _BACKEND.value
+
+
+def _is_predicted() -> bool:
+    """Whether this device only predicts what the backend costs elsewhere."""
+    return (jax.default_backend(), _backend()) == ("cpu", "mosaic_tpu")
 
 
 # --- correctness ------------------------------------------------------------------------------
@@ -314,8 +360,8 @@ def _backend() -> str:
 def check_against_oracle(shapes: Sequence[dict[str, Any]]) -> None:
     """A call of decodes and prefills against the oracle, or the program ends.
 
-    On a CPU the TPU kernel runs in interpret mode, small; elsewhere the backend that would be
-    measured runs, at size.
+    On a CPU the backend runs small, the TPU kernel in interpret mode; elsewhere the backend that
+    would be measured runs at size.
 
     Args:
       shapes: heads and options, fields of `Call`.

@@ -2,7 +2,8 @@
 """How long a jitted function takes.
 
 Three ways, and a `Timing` says which one it is. `time_calls` reads the wall clock around one call:
-right on a CPU, where a call is long against Python's dispatch. `time_loop` runs the step n and 2n
+right on a CPU, where a call is long against Python's dispatch, and for what a caller waits for.
+`time_loop` runs the step n and 2n
 times inside one jitted loop and divides the difference by n: dispatch and transfer are in both and
 cancel, so that it is the one to use on a TPU. `time_kernels` adds up what the driver says each of a
 step's kernels took (CUPTI, through jax.profiler): on a GPU a step of 2 us is shorter than the gap
@@ -27,7 +28,9 @@ import jax
 import jax.numpy as jnp
 
 EVICT_BYTES = 2**28  # several times the L2 of any GPU (50 MB on an H100)
-KERNEL_TIME = "kernel time, cold L2"  # a Timing's method
+# A Timing's method.
+KERNEL_TIME = "kernel time, cold L2"
+WALL_CLOCK = "wall clock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,18 +113,45 @@ def time_calls(
       repeats: samples.
       warmup: calls before the first sample, one for each state at least; the first one compiles.
     """
+    [timing] = time_calls_in_turn([step], states, inputs, repeats=repeats, warmup=warmup)
+    return timing
+
+
+def time_calls_in_turn(
+    steps: Sequence[Callable[..., Any]],
+    states: Sequence[Any],
+    inputs: Sequence[Any] = (),
+    *,
+    repeats: int = 20,
+    warmup: int = 3,
+) -> list[Timing]:
+    """Times single calls of several steps by the wall clock, one call of each after the other.
+
+    So what else the machine does in the meantime slows all of them alike.
+
+    Args:
+      steps: see `time_step`; each takes the state that the one before it returned.
+      states: see `time_step`.
+      inputs: see `time_step`.
+      repeats: samples of each step.
+      warmup: calls of each before its first sample, one for each state at least.
+
+    Returns:
+      a timing for each step.
+    """
     _check_positive(repeats=repeats, states=len(states))
-    run = jax.jit(step, donate_argnums=0)
+    runs = [jax.jit(step, donate_argnums=0) for step in steps]
     states = list(states)
-    samples = []
+    samples: list[list[float]] = [[] for _ in runs]
     warmup = max(warmup, len(states))
     for i in range(warmup + repeats):
-        state = jax.block_until_ready(states[i % len(states)])
-        began = time.perf_counter()
-        state = jax.block_until_ready(run(state, *inputs))
-        samples.append((time.perf_counter() - began) * 1e6)
-        states[i % len(states)] = state
-    return summarise(samples[warmup:], "wall clock")
+        for run, of_run in zip(runs, samples, strict=True):
+            state = jax.block_until_ready(states[i % len(states)])
+            began = time.perf_counter()
+            state = jax.block_until_ready(run(state, *inputs))
+            of_run.append((time.perf_counter() - began) * 1e6)
+            states[i % len(states)] = state
+    return [summarise(of_run[warmup:], WALL_CLOCK) for of_run in samples]
 
 
 def time_loop(

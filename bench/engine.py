@@ -388,8 +388,8 @@ def _real(on_cpu: bool) -> _Part:
     host = engine_real.host_work(setup)
     details = (
         f"The engine on {host['batch']}: {host['step_us'] / 1e3:.2f} ms a step, of which the host"
-        f" works {host['host_us'] / 1e3:.3f} ms ({host['host_percent']:.1f}%) while no program is"
-        " dispatched;"
+        f" works {host['host_us'] / 1e3:.3f} ms ({host['host_percent']:.1f}%), beside the device"
+        f" unless it is late, as in {host['late_percent']:.0f}% of the steps;"
         f" {host['recompiles']} programs compiled after warm-up"
     )
     rows = []
@@ -408,7 +408,7 @@ def _real(on_cpu: bool) -> _Part:
         + (f"; batches and lengths divided by {setup.shrink}" if setup.shrink > 1 else "")
     )
     table = report.table([tables.real_row(row) for row in rows], indent=2)
-    fit = engine_real.fit(rows, host["host_us"], device) if setup.shrink == 1 else None
+    fit = engine_real.fit(rows, host["gap_us"], device) if setup.shrink == 1 else None
     record = {"model": name, "shrink": setup.shrink, "rows": rows, "host": host, "fit": fit}
     note = f"real: {how[0].lower()}{how[1:]}."
     return _Part(record, verdicts.real_rows(rows), note, f"{details}\n\n{how}\n{table}")

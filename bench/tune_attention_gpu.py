@@ -31,7 +31,7 @@ from absl import app, flags
 
 from bench import clock, report, tuning
 from bench.cases.attention import SCALES, Call, Case, Runs, room_for
-from bench.measure.attention import random_inputs, step_on_gpu
+from bench.measure.attention import random_inputs, step_of_inputs
 from pallas_paged.attention.gpu import config as gpu_config
 
 # `allow_override`: other commands have flags of these names, and a process may import several.
@@ -235,7 +235,7 @@ def _try(
     wanted: Sequence[jax.Array],
 ) -> Trial:
     """Checks and times one candidate."""
-    step = step_on_gpu(dataclasses.replace(call, config=config).step("mosaic_gpu"))
+    step = step_of_inputs(dataclasses.replace(call, config=config).step("mosaic_gpu"))
     run = jax.jit(step, donate_argnums=0)  # the program that is timed, compiled once
     times = {}
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_paged import checks, layout, scalars
+from pallas_paged import checks, forms, layout, scalars
 
 
 def merge_kv(k: jax.Array, v: jax.Array, *, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
@@ -123,7 +123,7 @@ def to_separate_caches(
     """Keys and values of a pool, apart: the inverse of `from_separate_caches`.
 
     Args:
-      kv_pages: [P, page_size, R, C], the pool.
+      kv_pages: [P, page_size, R, C], the pool, or [P, page_size, R / p, p, C].
       num_kv_heads: K.
       head_dim: H.
       heads_first: whether the results are [K, P, page_size, H].
@@ -140,8 +140,8 @@ def to_separate_caches(
     [(2, 10, 16, 80), (2, 10, 16, 80)]
     """
     op = "to_separate_caches"
-    checks.require_pool(op, kv_pages)
-    k, v = split_kv(kv_pages, num_kv_heads, head_dim)
+    checks.require_pool(op, forms.pool_in_rows(op, kv_pages))
+    k, v = split_kv(forms.merge_rows(kv_pages), num_kv_heads, head_dim)
     if checks.require_bool(op, "heads_first", heads_first):
         k, v = (jnp.moveaxis(x, 2, 0) for x in (k, v))
     return k, v

@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Other forms in which callers hold a pool and a batch's metadata. The ops take them as they are.
+"""Other forms in which callers hold a pool and a batch's metadata. They are taken as they are.
 
 Other TPU projects keep a pool as `[P, page_size, R / p, p, C]`, with the p rows that share a
 32-bit word in a dimension of their own. Their page table may be flat, and a count a scalar.
@@ -122,11 +122,22 @@ def require_batch(
 def _require_table(op: str, page_indices: Any, kv_lens: Any) -> Any:
     """The page table as int32[S, M]."""
     checks.require_array(op, "page_indices", page_indices)
-    max_seqs = kv_lens.shape[0]
+    checks.require(
+        page_indices.dtype == jnp.int32,
+        op,
+        "page_indices",
+        got=checks.describe(page_indices),
+        wanted="int32[S, M] or int32[S * M]",
+        hint="metadata is int32; convert it on the host, where an overflow can be seen",
+    )
+    return table_in_rows(op, page_indices, kv_lens.shape[0])
+
+
+def table_in_rows(op: str, page_indices: Any, max_seqs: int) -> Any:
+    """A page table [S, M] or [S * M] as [S, M]; `max_seqs` is the S of kv_lens."""
     is_flat = page_indices.ndim == 1
     checks.require(
-        page_indices.dtype == jnp.int32
-        and page_indices.ndim in (1, 2)
+        page_indices.ndim in (1, 2)
         and 0 not in page_indices.shape
         and (not is_flat or (max_seqs > 0 and page_indices.size % max_seqs == 0)),
         op,
@@ -134,14 +145,11 @@ def _require_table(op: str, page_indices: Any, kv_lens: Any) -> Any:
         got=checks.describe(page_indices),
         wanted=f"int32[S, M], neither 0, or int32[S * M] with the S = {max_seqs} of kv_lens",
         hint="give the table one row per sequence slot and one column per page; for a batch "
-        "without sequences pass one row of any ids and num_seqs 0. Metadata is int32: convert it "
-        "on the host, where an overflow can be seen",
+        "without sequences pass one row of any ids and num_seqs 0",
     )
-    return (
-        _reshape(page_indices, (max_seqs, page_indices.size // max_seqs))
-        if is_flat
-        else page_indices
-    )
+    if not is_flat:
+        return page_indices
+    return _reshape(page_indices, (max_seqs, page_indices.size // max_seqs))
 
 
 def _reshape(x: Any, shape: tuple[int, ...]) -> Any:

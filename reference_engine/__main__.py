@@ -381,6 +381,7 @@ def _make_config(jobs: Sequence[Job], aligned: bool) -> EngineConfig:
         token_buckets=(FLAGS.max_num_batched_tokens,),
         seq_buckets=(FLAGS.max_num_seqs,),
         return_logits=True,
+        async_scheduling=False,  # what is shown is counted in steps
     )
 
 

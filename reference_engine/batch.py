@@ -13,6 +13,8 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -93,6 +95,18 @@ def batch_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
     for size in _prefill_sizes(largest):
         shapes.append(_shape(size, min(size, config.max_num_seqs), config))
     return tuple(sorted(shapes, key=_size))
+
+
+def num_logit_rows(num_seqs: int) -> int:
+    """The rows of logits that a step with S = `num_seqs` yields; those past S mean nothing.
+
+    There are few sizes, because each has its own programs of the sampler, and those take longer to
+    compile than the model does.
+
+    >>> [num_logit_rows(num_seqs) for num_seqs in (1, 8, 9, 80, 256)]
+    [8, 8, 16, 128, 256]
+    """
+    return max(8, 1 << (num_seqs - 1).bit_length())
 
 
 def describe_shapes(config: EngineConfig) -> str:
@@ -177,6 +191,19 @@ def make_batch_of(shape: BatchShape, segments: Sequence[Segment], config: Engine
         num_slices=np.array([slices.shape[1]], np.int32),
         slots=_pad(writes.slots if shape.num_slots else nothing, shape.num_slots, -1),
     )
+
+
+def pad_tokens(tokens: jax.Array, size: int) -> jax.Array:
+    """A step's tokens in an array of one size for all shapes, i32[S] -> i32[size].
+
+    The model takes them in this form, so that it is not compiled for every pair of shapes.
+    """
+    return tokens if tokens.shape[0] == size else _pad_tokens(tokens, size)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _pad_tokens(tokens: jax.Array, size: int) -> jax.Array:
+    return jnp.pad(tokens, (0, size - tokens.shape[0]))
 
 
 Spec = tuple[tuple[tuple[int, ...], str], ...]  # shape and dtype of each packed array

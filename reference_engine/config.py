@@ -139,6 +139,9 @@ class EngineConfig:
         serves. A step takes the smallest shape that is ready then, so that which bits a row gets
         may depend on time. If False, a step compiles its shape unless `Engine.warm_up` has.
       return_logits: whether to return, with every token, the logits that it was chosen from.
+      async_scheduling: whether a step is scheduled, packed and dispatched while the device computes
+        the step before, so that the device does not wait for the host; `Engine.step` then returns
+        the tokens of the step before. False computes one step after the other.
 
     Raises:
       ValueError: a value cannot work; the message says why.
@@ -161,6 +164,7 @@ class EngineConfig:
     seq_buckets: tuple[int, ...] | None = None
     compile_in_background: bool = False
     return_logits: bool = False
+    async_scheduling: bool = True
 
     def __post_init__(self) -> None:
         for name in (
@@ -180,6 +184,7 @@ class EngineConfig:
             "enable_prefix_caching",
             "compile_in_background",
             "return_logits",
+            "async_scheduling",
         ):
             value = getattr(self, name)
             require(

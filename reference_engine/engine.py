@@ -3,60 +3,40 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import dataclasses
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_paged import layout
-from pallas_paged.checks import require
-from pallas_paged.scalars import read_int
 from reference_engine import compiles
-from reference_engine.batch import Batch, BatchShape, make_batch_of, pack
+from reference_engine.batch import (
+    Batch,
+    BatchShape,
+    batch_shapes,
+    make_batch_of,
+    num_logit_rows,
+    pack,
+)
 from reference_engine.config import EngineConfig, ModelConfig
+from reference_engine.in_flight import InFlight, choose_tokens, read_extras
 from reference_engine.model import make_pool, run_step
 from reference_engine.one_thread import OneThread
-from reference_engine.outputs import Extra, Output, make_outputs, read_extras
+from reference_engine.outputs import Extra, Output, finished_requests, make_outputs
 from reference_engine.page_pool import PagePool
 from reference_engine.programs import Programs, lowering
-from reference_engine.request import FinishReason, Request, check_request
-from reference_engine.sampler import next_tokens
+from reference_engine.request import FinishReason, Request, check_numbers, check_request
 from reference_engine.sampling_params import SamplingParams
-from reference_engine.scheduler import Scheduler, StepPlan
+from reference_engine.scheduler import Scheduler
+from reference_engine.stats import Stats
+from reference_engine.step_plan import StepPlan
 from reference_engine.weights import Params
-
-
-@dataclasses.dataclass
-class Stats:
-    """Counts over the life of an engine.
-
-    Attributes:
-      num_steps: the steps that computed something.
-      num_tokens: the tokens computed, including those that were computed again.
-      num_padding: the rows of the batches that held no token.
-      num_cached: the tokens that were found in the prefix cache.
-      num_deferrals: how often alignment made a request wait for a step.
-      num_preemptions: how often a request lost its pages.
-      seconds: the time spent in steps.
-      device_seconds: the part of it from the dispatch of a step's program to its tokens. In the
-        other part, the device waits for the host.
-      num_recompiles: the programs that XLA compiled in steps after `warm_up`; it should be 0.
-    """
-
-    num_steps: int = 0
-    num_tokens: int = 0
-    num_padding: int = 0
-    num_cached: int = 0
-    num_deferrals: int = 0
-    num_preemptions: int = 0
-    seconds: float = 0.0
-    device_seconds: float = 0.0
-    num_recompiles: int = 0
 
 
 class Engine:
@@ -70,7 +50,7 @@ class Engine:
       config: the limits and choices of the engine.
       model_config: the shape of the model.
       scheduler: the requests and their pages.
-      last_plan: the plan of the last step; None before the first step.
+      last_plan: the plan of the last step that was dispatched; None before the first step.
       stats: see Stats.
       alone: keeps other threads out.
 
@@ -105,7 +85,7 @@ class Engine:
             holds its pages, so that `read_kv` works. An error in it is raised by `step`, after all
             calls have been made.
         """
-        _check_numbers(seed, eos_token_ids)
+        check_numbers(seed, eos_token_ids)
         self.config = config
         self.model_config = model_config
         self.scheduler = Scheduler(config, PagePool(config.pool_pages))
@@ -123,7 +103,13 @@ class Engine:
         self._outputs: list[Output] = []  # not returned yet
         self._finished: list[Request] = []  # not released yet
         self._kv_pages = make_pool(model_config, config.pool_pages, config.page_size)
-        self._programs = Programs(config, lowering(params, self._kv_pages, model_config, config))
+        self._in_flight: collections.deque[InFlight] = collections.deque()  # the oldest first
+        self._has_failed_to_dispatch = False
+        num_rows = max(num_logit_rows(shape.num_seqs) for shape in batch_shapes(config))
+        self._no_tokens = jnp.zeros(num_rows, jnp.int32)  # stands in for a step before
+        self._programs = Programs(
+            config, lowering(params, self._kv_pages, self._no_tokens, model_config, config)
+        )
         weakref.finalize(self, self._programs.stop)
         if config.compile_in_background:
             self._programs.start()
@@ -190,6 +176,7 @@ class Engine:
             self._aborts[request_id] = reason
             if not (self._stepping.locked() and self._is_computing):
                 self._take_aborts()
+                self._drop_unwanted()
             return request
 
     def _take_aborts(self) -> None:
@@ -201,7 +188,7 @@ class Engine:
                 self._outputs = [o for o in self._outputs if o.request_id != request_id]
                 self._aborts.pop(request_id, None)
         except BaseException:
-            self.scheduler.restart()
+            self._recover()
             raise
 
     def warm_up(self, on_shape: Callable[[BatchShape], None] | None = None) -> None:
@@ -222,12 +209,20 @@ class Engine:
         self._programs.close()
 
     def step(self) -> list[Output]:
-        """Computes one batch, and returns the tokens that it yielded, in the order of the batch.
+        """Dispatches a batch, and returns the tokens of one, in the order of the batch.
 
-        If the model raises an error, no token is lost: the next step computes the same tokens
-        again. If the pool is lost with the step, all live requests are computed again from their
-        start. If a callback raises an error, the next step returns the tokens of this step before
-        its own. An interrupt at any point has one of these effects.
+        With `async_scheduling` the host works ahead of the device: the batch that is dispatched is
+        the one after the batch whose tokens are read and returned. A call that finds no batch in
+        flight returns no tokens. A call dispatches nothing if everything else depends on the tokens
+        in flight: because a request would have to lose its pages, because a request with bad words
+        runs, or because every request ends with them. Without `async_scheduling` a call returns the
+        tokens of the batch that it dispatches.
+
+        If the model raises an error, no token is lost: a later step computes the same tokens again.
+        The batch that was in flight before is read by the next step. If the pool is lost with the
+        error, all live requests are computed again from their start; it always is if the error
+        shows only when the tokens are read. If a callback raises an error, the next step returns
+        the tokens of this step before its own. An interrupt at any point has one of these effects.
 
         Raises:
           RuntimeError: a callback called it.
@@ -247,6 +242,7 @@ class Engine:
                 self._is_computing = False
                 self._take_aborts()
                 self._end_finished()
+                self._drop_unwanted()
             return self._hand_over()
 
     def _hand_over(self) -> list[Output]:
@@ -254,32 +250,81 @@ class Engine:
         return outputs
 
     def _compute(self) -> None:
-        """Plans, runs and commits a step; the results are in `_outputs` and `_finished`."""
+        """Dispatches a step, and reads and commits one: the step before, or the same.
+
+        The results are in `_outputs` and `_finished`.
+        """
         start = time.perf_counter()
+        steps = self._in_flight
+        has_dispatched = False
+        if not steps or not (
+            len(steps) > 1 or steps[0].is_read_first or self._has_failed_to_dispatch
+        ):
+            self._has_failed_to_dispatch = True  # an error leaves it so
+            has_dispatched = self._dispatch_next()
+        self._has_failed_to_dispatch = False
+        if steps and (len(steps) > 1 or not has_dispatched or steps[0].is_read_first):
+            self._collect(steps[0])
+        self.stats.seconds += time.perf_counter() - start
+
+    def _dispatch_next(self) -> bool:
+        """Schedules and dispatches a step; False if there is nothing to compute now."""
         plan = self._schedule()
         self.last_plan = plan
         if not plan.segments:
-            return
-        requests = [self._request(segment.request_id) for segment in plan.segments]
-        compiled = compiles.num_compiles()
+            return False
+        is_begun = False
         try:
-            shape = self._programs.choose(plan.num_tokens, len(plan.segments))
-            batch = make_batch_of(shape, plan.segments, self.config)
-            dispatched = time.perf_counter()
-            logits, kv_pages = self._run(batch)
-            device_tokens = next_tokens(logits, requests, self.config.max_model_len)
-            tokens = np.asarray(device_tokens)[: len(requests)].tolist()
-            self.stats.device_seconds += time.perf_counter() - dispatched
-            extras = read_extras(
-                requests, device_tokens, logits, return_logits=self.config.return_logits
-            )
-            self._kv_pages = kv_pages  # only after the step has ended without an error
+            step, kv_pages = self._dispatch(plan)
+            is_begun = True
+            self._kv_pages = kv_pages
+            self.scheduler.begin(plan)
+            self._in_flight.append(step)
         except BaseException:
-            self._recover()
+            # If the pool is there, the step before is in flight still, and nothing is lost.
+            if is_begun or self._kv_pages.is_deleted():
+                self._recover()
             raise
-        self._count(plan, batch, compiled)
-        self._commit(plan, tokens, extras)
-        self.stats.seconds += time.perf_counter() - start
+        return True
+
+    def _dispatch(self, plan: StepPlan) -> tuple[InFlight, jax.Array]:
+        """Packs a step and starts it on the device; returns it, and the pool after it."""
+        compiled = compiles.num_compiles()
+        requests = self.scheduler.requests_of(plan)
+        shape = self._programs.choose(plan.num_tokens, len(plan.segments))
+        batch = make_batch_of(shape, plan.segments, self.config)
+        before = self._in_flight[-1] if self._in_flight else None
+        last_tokens = self._no_tokens if before is None else before.last_tokens
+        logits, kv_pages = self._run(batch, last_tokens)
+        is_late = before is None or before.tokens.is_ready()  # type: ignore[attr-defined]
+        step = choose_tokens(
+            plan,
+            requests,
+            logits,
+            last_tokens,
+            config=self.config,
+            num_padding=len(batch.token_ids) - int(batch.cu_q_lens[-1]),
+        )
+        self.stats.num_late_steps += is_late
+        if self._compiles_after_warm_up is not None:
+            self.stats.num_recompiles += compiles.num_compiles() - compiled
+        return step, kv_pages
+
+    def _collect(self, step: InFlight) -> None:
+        """Waits for the oldest step in flight, and commits it.
+
+        An interrupt during the wait leaves the step in flight.
+        """
+        start = time.perf_counter()
+        try:
+            tokens = np.asarray(step.tokens)[: len(step.requests)].tolist()
+            self.stats.wait_seconds += time.perf_counter() - start
+            extras = read_extras(step)
+        except Exception:
+            # A later step runs on the pool of this one, so it is lost, too.
+            self._recover(is_pool_lost=True)
+            raise
+        self._commit(step, tokens, extras)
 
     def _end_finished(self) -> None:
         """Calls `on_finish` with the requests that have finished, and frees their pages."""
@@ -296,14 +341,16 @@ class Engine:
                     self.scheduler.release(request)
             self._finished = []
         except BaseException:
-            self.scheduler.restart()
+            self._recover()
             raise
 
     def _schedule(self) -> StepPlan:
         try:
-            return self.scheduler.schedule()
+            # Requests lose their pages only when all tokens are known, so that whoever has ended
+            # keeps its pages for `on_finish`, and nobody loses pages that an end would have freed.
+            return self.scheduler.schedule(may_preempt=not self._in_flight)
         except BaseException:
-            self.scheduler.restart()
+            self._recover()
             raise
 
     def run(self) -> dict[int, list[int]]:
@@ -329,18 +376,14 @@ class Engine:
         kv = kv.reshape(2, config.num_layers, -1, config.num_kv_heads, config.head_dim)
         return kv[:, :, : request.num_computed]
 
-    def _request(self, request_id: int) -> Request:
-        request = self.scheduler.get(request_id)
-        assert request is not None
-        return request
-
-    def _run(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def _run(self, batch: Batch, last_tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Dispatches the model's step; returns its logits and the new pool."""
         packed, spec = pack(batch)
         return run_step(
             self._params,
             self._kv_pages,
             packed,
+            last_tokens,
             spec=spec,
             model=self.model_config,
             kv_write=self.config.kv_write,
@@ -348,63 +391,45 @@ class Engine:
             attention_backend=self.config.attention_backend,
         )
 
-    def _commit(self, plan: StepPlan, tokens: list[int], extras: list[Extra]) -> None:
-        new_tokens = {
-            segment.request_id: token
-            for segment, token in zip(plan.segments, tokens, strict=True)
-            if segment.samples
-        }
+    def _commit(self, step: InFlight, tokens: list[int], extras: list[Extra] | None) -> None:
         before = None
         try:
-            aborted = frozenset(self._aborts)
+            self._in_flight.popleft()
             self._take_aborts()
             before = self._outputs
-            finished = self.scheduler.commit(plan, new_tokens)
-            outputs = make_outputs(plan, tokens, extras, finished, aborted)
-            self._finished = finished
+            kept = self.scheduler.commit(step.plan, tokens)
+            outputs = make_outputs(kept, tokens, extras)
+            self._finished = finished_requests(kept)
             self._outputs = before + outputs
         except BaseException:
             # Once the outputs are kept, the caller gets them, and the tokens must stay.
             is_kept = self._outputs is not before
             self._finished = self._finished if is_kept else []
-            self.scheduler.restart(None if is_kept else plan)
+            self._recover(None if is_kept else step.plan)
             raise
+        self.stats.count(step.plan, step.num_padding, self.scheduler)
 
-    def _count(self, plan: StepPlan, batch: Batch, compiled: int) -> None:
-        stats, num_tokens = self.stats, plan.num_tokens
-        stats.num_steps += 1
-        stats.num_tokens += num_tokens
-        stats.num_padding += len(batch.token_ids) - num_tokens
-        stats.num_deferrals += len(plan.deferrals)
-        stats.num_preemptions += len(plan.preempted)
-        stats.num_cached = self.scheduler.num_cached
-        if self._compiles_after_warm_up is not None:
-            stats.num_recompiles += compiles.num_compiles() - compiled
+    def _drop_unwanted(self) -> None:
+        """Drops the steps in flight if no request waits for them."""
+        while self._in_flight and not self.has_work:
+            step = self._in_flight.popleft()
+            self.scheduler.commit(step.plan, ())
+            self.stats.count(step.plan, step.num_padding, self.scheduler)
 
-    def _recover(self) -> None:
-        """Makes a new pool if a failed step has lost the donated one. Its plan is not committed."""
+    def _recover(self, plan: StepPlan | None = None, *, is_pool_lost: bool = False) -> None:
+        """Lets all live requests start again, after an error; no step stays in flight.
+
+        A pool that a failed step has taken is replaced.
+
+        Args:
+          plan: see Scheduler.restart.
+          is_pool_lost: whether the pool is the result of a step that has failed on the device.
+        """
+        self._in_flight.clear()
+        self.scheduler.restart(plan)  # first, because no page table may refer to the new pool
+        if is_pool_lost and not self._kv_pages.is_deleted():
+            self._kv_pages.delete()  # the device may have no room for both
         if self._kv_pages.is_deleted():
-            self.scheduler.restart()  # first, because no page table may refer to the new pool
             self._kv_pages = make_pool(
                 self.model_config, self.config.pool_pages, self.config.page_size
             )
-
-
-def _check_numbers(seed: int, eos_token_ids: Sequence[int]) -> None:
-    seed_number, eos = read_int(seed), [read_int(token) for token in eos_token_ids]
-    require(
-        seed_number is not None and seed_number >= 0,
-        "Engine",
-        "seed",
-        got=f"{seed!r}",
-        wanted="an int >= 0",
-        hint="requests without a seed of their own get theirs from it",
-    )
-    require(
-        all(token is not None and 0 <= token < 2**31 for token in eos),
-        "Engine",
-        "eos_token_ids",
-        got=f"{eos_token_ids!r}",
-        wanted="ids in [0, 2**31)",
-        hint="() for none",
-    )

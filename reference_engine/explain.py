@@ -22,7 +22,7 @@ def explain_step(step: int, engine: Engine, outputs: list[Output], jobs: Sequenc
 
     Args:
       step: the step's number.
-      engine: the engine after the step.
+      engine: the engine after the step, without `async_scheduling`.
       outputs: what the step returned.
       jobs: the requests by their ids.
     """

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 import pallas_paged
 from pallas_paged import dispatch, settings
 from reference_engine import rope
-from reference_engine.batch import Array, Batch, Spec, unpack
+from reference_engine.batch import Array, Batch, Spec, num_logit_rows, unpack
 from reference_engine.config import ModelConfig
 from reference_engine.weights import Params
 
@@ -62,7 +62,8 @@ def forward(
       attention_backend: the backend of the attention; with "fused", of the writes too.
 
     Returns:
-      The logits of each sequence's last new token, f32[S, vocab_size], and the pool.
+      The logits of each sequence's last new token, f32[rows, vocab_size] with
+      `batch.num_logit_rows(S)` rows, and the pool.
     """
     pages_per_layer = kv_pages.shape[0] // config.num_layers
     rotation = _rotation(batch.positions, config)
@@ -80,6 +81,8 @@ def forward(
             attention_backend=attention_backend,
         )
     last_rows = jnp.maximum(batch.cu_q_lens[1:] - 1, 0)  # [S]
+    num_seqs = last_rows.shape[0]
+    last_rows = jnp.pad(last_rows, (0, num_logit_rows(num_seqs) - num_seqs))
     x = _rms_norm(x[last_rows], params["norm"], config)
     unembedding = params["unembedding" if "unembedding" in params else "embedding"]  # [V, D]
     logits = _matmul(x, unembedding.T, preferred_element_type=jnp.float32)
@@ -121,6 +124,7 @@ def model_step(
     params: Params,
     kv_pages: jax.Array,
     packed: jax.Array,
+    last_tokens: jax.Array,
     *,
     spec: Spec,
     model: ModelConfig,
@@ -133,18 +137,23 @@ def model_step(
     Args:
       params: see weights.param_shapes.
       kv_pages: [L*P, page_size, R, C].
-      packed: a packed Batch, i32[n].
+      packed: a packed Batch, i32[n]. A token id of -1 - r stands for `last_tokens[r]`.
+      last_tokens: the tokens of the step before, which the host may not have read yet, i32[R].
       spec: the spec that `batch.pack` has returned with it.
       model: the shape of the parameters.
       kv_write, write_backend, attention_backend: see `forward`.
 
     Returns:
-      The logits of each sequence's last new token, f32[S, vocab_size], and the pool.
+      The logits of each sequence's last new token, f32[rows, vocab_size] with
+      `batch.num_logit_rows(S)` rows, and the pool.
     """
+    batch = Batch(*unpack(packed, spec))
+    ids = batch.token_ids
+    token_ids = jnp.where(ids < 0, last_tokens[jnp.maximum(-1 - ids, 0)], ids)
     return forward(
         params,
         kv_pages,
-        Batch(*unpack(packed, spec)),
+        batch._replace(token_ids=token_ids),
         config=model,
         kv_write=kv_write,
         write_backend=write_backend,
@@ -170,16 +179,17 @@ def jitted_step(platform: str) -> Any:
 
 @settings.defaults()
 def run_step(
-    params: Params, kv_pages: jax.Array, packed: Array, **options: Any
+    params: Params, kv_pages: jax.Array, packed: Array, last_tokens: Array, **options: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Runs `model_step` on the current device, and donates the pool."""
-    return jitted_step(dispatch.platform())(params, kv_pages, packed, **options)
+    return jitted_step(dispatch.platform())(params, kv_pages, packed, last_tokens, **options)
 
 
 @settings.defaults()
-def lower_step(params: Params, kv_pages: Any, packed: Any, **options: Any) -> Any:
+def lower_step(params: Params, kv_pages: Any, packed: Any, last_tokens: Any, **options: Any) -> Any:
     """`run_step` lowered and not yet compiled, from the shapes of its arrays."""
-    return jitted_step(dispatch.platform()).lower(params, kv_pages, packed, **options)
+    step = jitted_step(dispatch.platform())
+    return step.lower(params, kv_pages, packed, last_tokens, **options)
 
 
 def in_layer(batch: Batch, first_page: int | jax.Array, page_size: int) -> Batch:

@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from reference_engine.request import FinishReason, Request
-from reference_engine.sampler import log_probabilities
-from reference_engine.scheduler import StepPlan
 
 Extra = tuple[np.ndarray | None, dict[int, float] | None]  # Output's logits and logprobs
 
@@ -36,43 +33,25 @@ class Output(NamedTuple):
     logprobs: dict[int, float] | None = None
 
 
-def read_extras(
-    requests: Sequence[Request], tokens: jax.Array, logits: jax.Array, *, return_logits: bool
-) -> list[Extra]:
-    """What is returned beside the tokens of the first rows, as far as it is asked for.
+def make_outputs(
+    kept: Sequence[tuple[int, Request]], tokens: Sequence[int], extras: Sequence[Extra] | None
+) -> list[Output]:
+    """The outputs of the tokens that `Scheduler.commit` has appended.
 
     Args:
-      requests: the requests of the rows.
-      tokens: the new token of each row, i32[S].
-      logits: the logits of each row, f32[S, V].
-      return_logits: whether to return the logits.
+      kept: the rows of these tokens, and their requests.
+      tokens: the new token of each row.
+      extras: what is returned beside each of them, if anything is.
     """
-    rows = np.asarray(logits) if return_logits else [None] * len(requests)
-    if all(request.params.logprobs is None for request in requests):
-        return [(row, None) for row, _ in zip(rows, requests, strict=False)]
-    own, ids, values = map(np.asarray, log_probabilities(logits, tokens))
-    chosen = np.asarray(tokens)
-    extras = []
-    for i, request in enumerate(requests):
-        count, found = request.params.logprobs, None
-        if count is not None:
-            top = zip(ids[i, :count].tolist(), values[i, :count].tolist(), strict=True)
-            found = {int(chosen[i]): float(own[i])} | dict(top)
-        extras.append((rows[i], found))
-    return extras
+    if extras is None:
+        return [Output(r.request_id, tokens[row], r.finish_reason) for row, r in kept]
+    return [Output(r.request_id, tokens[row], r.finish_reason, *extras[row]) for row, r in kept]
 
 
-def make_outputs(
-    plan: StepPlan,
-    tokens: list[int],
-    extras: list[Extra],
-    finished: Sequence[Request],
-    aborted: Set[int],
-) -> list[Output]:
-    """The outputs of the requests that got a token and were not aborted."""
-    reasons = {request.request_id: request.finish_reason for request in finished}
-    return [
-        Output(segment.request_id, token, reasons.get(segment.request_id), *extra)
-        for segment, token, extra in zip(plan.segments, tokens, extras, strict=True)
-        if segment.samples and segment.request_id not in aborted
-    ]
+def finished_requests(kept: Sequence[tuple[int, Request]]) -> list[Request]:
+    """The requests that ended with the tokens that `Scheduler.commit` has appended.
+
+    It is a function because CPython does not guard the jumps of a comprehension that stands in a
+    `try` of the caller: an interrupt there would pass by the `except`.
+    """
+    return [request for _, request in kept if request.finish_reason is not None]

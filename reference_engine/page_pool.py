@@ -109,7 +109,8 @@ class PagePool:
         Raises:
           ValueError: the page is free.
         """
-        self._check_held([page_id])
+        if not (0 <= page_id < self.num_pages and self._references[page_id]):
+            self._check_held([page_id])  # says what is wrong
         if self._hash_of[page_id] != digest:
             self._forget(page_id)
             self._hash_of[page_id] = digest

@@ -21,7 +21,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from reference_engine.batch import BatchShape, batch_shapes, fitting_shapes, make_batch_of, pack
+from reference_engine.batch import (
+    BatchShape,
+    batch_shapes,
+    fitting_shapes,
+    make_batch_of,
+    num_logit_rows,
+    pack,
+    pad_tokens,
+)
 from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.model import lower_step
 from reference_engine.sampler import run_every_program
@@ -34,7 +42,11 @@ _MAX_THREADS = 8  # more of them would mostly wait for one another to lower
 
 
 def lowering(
-    params: Params, kv_pages: jax.Array, model: ModelConfig, config: EngineConfig
+    params: Params,
+    kv_pages: jax.Array,
+    last_tokens: jax.Array,
+    model: ModelConfig,
+    config: EngineConfig,
 ) -> Lower:
     """How the programs of a step are made: the model's, and the sampler's for its sequences.
 
@@ -43,13 +55,14 @@ def lowering(
     Args:
       params: the model's parameters, of which only the shapes and places are kept.
       kv_pages: the pool, as the parameters.
+      last_tokens: as long as the tokens that a step passes on to the next one.
       model: the shape of the model.
       config: the engine's.
     """
     params, pool = jax.tree.map(_struct, (params, kv_pages))
     device: Any = jax.config  # its flags are attributes, which not every jax declares
     device = device.jax_default_device
-    sampled: set[int] = set()  # the numbers of sequences for which the sampler is compiled
+    sampled: set[int] = set()  # the numbers of rows for which the sampler is compiled
 
     def lower(shape: BatchShape) -> Callable[[], None]:
         with _on(device):
@@ -58,21 +71,24 @@ def lowering(
                 params,
                 pool,
                 _struct(packed),
+                _struct(last_tokens),
                 spec=spec,
                 model=model,
                 kv_write=config.kv_write,
                 write_backend=config.write_backend,
                 attention_backend=config.attention_backend,
             )
-        is_first = shape.num_seqs not in sampled
-        sampled.add(shape.num_seqs)
+        num_rows = num_logit_rows(shape.num_seqs)
+        is_first = num_rows not in sampled
+        sampled.add(num_rows)
 
         def finish() -> None:
             with _on(device):
                 lowered.compile()
                 if is_first:
-                    logits = jnp.zeros((shape.num_seqs, model.vocab_size), jnp.float32)
-                    run_every_program(logits, config.max_model_len)
+                    logits = jnp.zeros((num_rows, model.vocab_size), jnp.float32)
+                    run_every_program(logits, config.max_model_len, last_tokens)
+                    pad_tokens(jnp.zeros(num_rows, jnp.int32), len(last_tokens))
 
         return finish
 

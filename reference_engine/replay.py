@@ -127,7 +127,8 @@ def replay(
 ) -> Result:
     """Runs the jobs to their end.
 
-    Time is counted in steps. When nothing is left to do, it jumps to the next arrival.
+    Time is counted in steps, and one step is computed after the other, without
+    `async_scheduling`. When nothing is left to do, it jumps to the next arrival.
 
     Args:
       jobs: the requests in the order of their arrival.
@@ -137,6 +138,8 @@ def replay(
       observe: called after every step with the step's number, the engine, and the step's outputs.
     """
     result = Result()
+    if config.async_scheduling:
+        config = dataclasses.replace(config, async_scheduling=False)
 
     def keep_digest(request: Request) -> None:
         kv = np.ascontiguousarray(engine.read_kv(request))

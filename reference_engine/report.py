@@ -10,8 +10,8 @@ import numpy as np
 
 from reference_engine.batch import describe_shapes
 from reference_engine.config import EngineConfig, ModelConfig
-from reference_engine.engine import Stats
 from reference_engine.replay import Comparison, Job, Result
+from reference_engine.stats import Stats
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -7,7 +7,7 @@ import array
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pallas_paged.checks import require
@@ -33,11 +33,12 @@ class Request:
       request_id: the engine's number for it, which rises with the arrival.
       prompt_ids: the token ids of the prompt.
       params: see SamplingParams.
-      output_ids: the tokens generated so far; `append` adds to them.
+      output_ids: the tokens generated so far, as far as the host has read them.
       stop_ids: the ids that end it: the model's own unless it ignores them, and those of its
         params, which are added here.
       seed: the seed of its random numbers.
-      num_computed: the number of its first tokens whose keys and values are in the pool.
+      num_computed: the number of its first tokens whose keys and values are in the pool, or are
+        written there by a step in flight.
       num_cached: how many of them the prefix cache held when the request was last admitted.
       page_ids: the request's pages in order; page i holds the positions from i * page_size on.
       page_hashes: the hashes of its first full pages, as far as they were needed.
@@ -46,8 +47,12 @@ class Request:
       num_preemptions: how often its pages were taken away.
       finish_reason: why it ended; None while it lives.
       num_prompt: the number of tokens of the prompt.
-      num_tokens: the number of tokens of the prompt and of the output so far.
+      num_tokens: the number of tokens of the prompt and of the output so far, including the
+        pending tokens: those that steps in flight yield.
+      pending_row: the row of the newest step in flight that yields the last token; -1 if the host
+        knows all tokens.
       max_tokens: the most tokens to generate.
+      max_length: the number of tokens, prompt included, with which it ends in any case.
       bad_words: for each bad word, its token ids before the last one, and the last one.
       asks: what it asks of the sampler, see sampling_rows.
       sampling_row: its row of the sampler's arrays, see sampling_rows.
@@ -70,7 +75,9 @@ class Request:
     # Stored, because the scheduler reads them multiple times per request and step.
     num_prompt: int = dataclasses.field(init=False)
     num_tokens: int = dataclasses.field(init=False)
+    pending_row: int = dataclasses.field(init=False, default=-1)
     max_tokens: float = dataclasses.field(init=False)
+    max_length: float = dataclasses.field(init=False, default=math.inf)  # `Scheduler.add` sets it
     bad_words: list[tuple[list[int], int]] = dataclasses.field(init=False)
     asks: int = dataclasses.field(init=False)
     sampling_row: bytes = dataclasses.field(init=False)
@@ -87,13 +94,18 @@ class Request:
         self.asks = asked_by(params, has_bias=bool(params.logit_bias or self.bad_words))
         self.sampling_row = make_row(params, self.seed)
 
-    def append(self, token_id: int) -> None:
-        """Adds a generated token."""
-        self.output_ids.append(token_id)
-        self.num_tokens += 1
+    @property
+    def num_known(self) -> int:
+        """The number of tokens of the prompt and of the output that the host has read."""
+        return self.num_prompt + len(self.output_ids)
+
+    def forget_pending(self) -> None:
+        """Takes back the tokens that steps in flight yield; they are computed again."""
+        self.num_tokens = self.num_known
+        self.pending_row = -1
 
     def token_ids(self, start: int, end: int) -> tuple[int, ...]:
-        """The tokens at the positions [start, end), as far as there are."""
+        """The known tokens at the positions [start, end), as far as there are."""
         if start >= self.num_prompt:
             return tuple(self.output_ids[start - self.num_prompt : end - self.num_prompt])
         return (*self.prompt_ids[start:end], *self.output_ids[: max(0, end - self.num_prompt)])
@@ -199,4 +211,25 @@ def _check_lengths(op: str, num_prompt: int, params: SamplingParams, config: Eng
         f" {num_pages} pages",
         wanted=f"at most the pool's {config.pool_pages} pages",
         hint="lower max_tokens, shorten the prompt, or raise num_pages",
+    )
+
+
+def check_numbers(seed: int, eos_token_ids: Sequence[int]) -> None:
+    """Refuses an engine's seed that is none, and ids that no vocabulary has."""
+    seed_number, eos = read_int(seed), [read_int(token) for token in eos_token_ids]
+    require(
+        seed_number is not None and seed_number >= 0,
+        "Engine",
+        "seed",
+        got=f"{seed!r}",
+        wanted="an int >= 0",
+        hint="requests without a seed of their own get theirs from it",
+    )
+    require(
+        all(token is not None and 0 <= token < 2**31 for token in eos),
+        "Engine",
+        "eos_token_ids",
+        got=f"{eos_token_ids!r}",
+        wanted="ids in [0, 2**31)",
+        hint="() for none",
     )

@@ -9,80 +9,13 @@ from __future__ import annotations
 
 import array
 import collections
-import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from reference_engine.config import EngineConfig, num_pages_for
 from reference_engine.page_pool import PagePool, page_hash
 from reference_engine.request import FinishReason, Request
-
-
-class Segment(NamedTuple):
-    """The new tokens of one request in one step.
-
-    Attributes:
-      request_id: the request.
-      start: the position of the first token; as many tokens are in the pool already.
-      token_ids: the tokens at positions [start, end).
-      page_ids: the request's pages in order, enough for `end` tokens. It is no copy: it may grow.
-      samples: whether the request has no token after `end`, so that the step yields a new one.
-      is_decode: whether it is a decode; every other segment is part of a prefill.
-    """
-
-    request_id: int
-    start: int
-    token_ids: tuple[int, ...]
-    page_ids: Sequence[int]
-    samples: bool
-    is_decode: bool
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.token_ids)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Deferral:
-    """A request that alignment makes wait: `budget` tokens do not reach the next page boundary."""
-
-    request_id: int
-    num_computed: int
-    budget: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Blocked:
-    """The first request of the queue, if it cannot be admitted.
-
-    It wants `num_pages` new pages, and `num_free` are free. Where those are enough, max_num_seqs
-    requests are running already.
-    """
-
-    request_id: int
-    num_pages: int
-    num_free: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step.
-
-    Attributes:
-      segments: what to compute.
-      deferrals: the requests that wait for a page boundary.
-      preempted: the ids of the requests that lost their pages, in the order in which they did.
-      blocked: the request that could not be admitted, if there is one.
-    """
-
-    segments: tuple[Segment, ...]
-    deferrals: tuple[Deferral, ...] = ()
-    preempted: tuple[int, ...] = ()
-    blocked: Blocked | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(segment.token_ids) for segment in self.segments)
+from reference_engine.step_plan import Blocked, Deferral, Draft, Segment, StepPlan
 
 
 class TokenCounts(Protocol):
@@ -127,6 +60,9 @@ def limit(
     Returns:
       A number of tokens within every limit; 0 if the request gets nothing in this step.
     """
+    if request.num_tokens - computed == 1 and computed < config.max_model_len:
+        # As in every decode. The rules below come to the same, in 0.7 in place of 0.1 us.
+        return 1 if budget > 0 else 0
     last = min(request.num_tokens, config.max_model_len)
     n = min(last - computed, budget)
     if contended and config.long_prefill_token_threshold:
@@ -154,6 +90,8 @@ class Scheduler:
         preempted becomes the first again.
       running: the requests with pages, in the order of their admission.
       num_cached: the number of tokens that admitted requests have found in the prefix cache.
+      num_discarded: the number of tokens that were computed for requests which had ended or lost
+        their pages by the time of the commit.
     """
 
     def __init__(self, config: EngineConfig, pool: PagePool) -> None:
@@ -161,11 +99,12 @@ class Scheduler:
         self.pool = pool
         self.waiting: collections.deque[Request] = collections.deque()
         self.running: list[Request] = []
-        self.num_cached = 0
+        self.num_cached = self.num_discarded = 0
         self._requests: dict[int, Request] = {}  # the waiting and the running ones, by id
 
     def add(self, request: Request) -> None:
         """Puts a new request at the end of the queue."""
+        request.max_length = min(request.num_prompt + request.max_tokens, self.config.max_model_len)
         self._requests[request.request_id] = request
         self.waiting.append(request)
 
@@ -173,95 +112,165 @@ class Scheduler:
         """The live request with this id, None if there is none."""
         return self._requests.get(request_id)
 
-    def schedule(self) -> StepPlan:
+    def requests_of(self, plan: StepPlan) -> list[Request]:
+        """The live requests of a plan's segments, in order."""
+        requests = self._requests
+        return [requests[segment.request_id] for segment in plan.segments]
+
+    def schedule(self, *, may_preempt: bool = True) -> StepPlan:
         """Plans one step.
 
-        The pages are taken here; `commit` counts the tokens when they have been computed. A plan
-        that is never committed does no harm: the next plan holds the same tokens again.
+        The pages are taken here; `begin` counts the tokens when the step has been dispatched. A
+        plan that is never begun does no harm: the next plan holds the same tokens again.
+
+        A request that ends with the token that a step in flight yields, whichever that is, gets
+        nothing more. It keeps its pages until that token has been committed.
+
+        Args:
+          may_preempt: whether requests may lose their pages. Where one would have to and may not,
+            the plan is empty.
         """
-        segments: list[Segment] = []
-        deferrals: list[Deferral] = []
-        preempted: list[int] = []
-        blocked: Blocked | None = None
+        draft = Draft(self.config.max_num_batched_tokens, len(self.running) + len(self.waiting) > 1)
+        if not self._plan_running(draft, may_preempt):
+            return StepPlan(())
+        # A preempted request needs the pages that an admission would take.
+        if not draft.preempted:
+            self._plan_waiting(draft)
+        return draft.finish()
+
+    def _plan_running(self, draft: Draft, may_preempt: bool) -> bool:
+        """Gives each running request its next chunk; False if one must not be preempted but has to.
+
+        A request that cannot use the rest of the budget does not stop the requests after it, above
+        all the decodes.
+        """
         config, page_size = self.config, self.config.page_size
-        budget = config.max_num_batched_tokens
-        contended = len(self.running) + len(self.waiting) > 1
-
-        def defer(request: Request, computed: int) -> None:
-            request.num_deferrals += 1
-            deferrals.append(Deferral(request.request_id, computed, budget))
-
-        index = 0
-        while index < len(self.running) and budget > 0:
-            request = self.running[index]
-            index += 1
+        budget, contended, segments = draft.budget, draft.contended, draft.segments
+        for request in self.running:  # whoever is preempted in the loop is the last of them
+            if budget <= 0:
+                break
+            if request.num_tokens >= request.max_length:
+                draft.num_ending += 1
+                continue
             computed = request.num_computed
             n = limit(request, computed, budget, contended, config)
             if n == 0:
-                # A request that cannot use the rest of the budget must not stop the requests after
-                # it, above all the decodes.
-                defer(request, computed)
+                draft.deferrals.append(Deferral(request.request_id, computed, budget))
                 continue
-            if computed + n > len(request.page_ids) * page_size and not self._grow(
-                request, computed + n, preempted
-            ):
-                continue
+            if computed + n > len(request.page_ids) * page_size:
+                missing = num_pages_for(computed + n, page_size) - len(request.page_ids)
+                if missing > self.pool.num_free and not may_preempt:
+                    return False
+                if not self._grow(request, missing, draft.preempted):
+                    continue
             segments.append(_segment(request, computed, computed + n))
             budget -= charge(n)
+        draft.budget = budget
+        return True
 
-        # A preempted request needs the pages that an admission would take.
-        while self.waiting and budget > 0 and not preempted:
+    def _plan_waiting(self, draft: Draft) -> None:
+        """Admits waiting requests, first come, first served, and gives each its first chunk."""
+        config, page_size = self.config, self.config.page_size
+        while self.waiting and draft.budget > 0:
             request = self.waiting[0]
             cached = self._find_cached(request)
             # A request gets pages for all of its tokens at once. Requests that had got only some
             # of their pages could wait for each other's pages for ever.
             num_new = num_pages_for(request.num_tokens, page_size) - len(cached)
-            if len(self.running) >= config.max_num_seqs or not self.pool.can_take(cached, num_new):
-                blocked = Blocked(request.request_id, num_new, self.pool.num_free)
+            is_full = len(self.running) - draft.num_ending >= config.max_num_seqs
+            if is_full or not self.pool.can_take(cached, num_new):
+                draft.blocked = Blocked(request.request_id, num_new, self.pool.num_free)
                 break
             computed = len(cached) * page_size
-            n = limit(request, computed, budget, contended, config)
+            n = limit(request, computed, draft.budget, draft.contended, config)
             if n == 0:
-                defer(request, computed)
-                break  # first come, first served
+                draft.deferrals.append(Deferral(request.request_id, computed, draft.budget))
+                break
             self._admit(request, cached, num_new)
-            segments.append(_segment(request, computed, computed + n))
-            budget -= charge(n)
+            draft.segments.append(_segment(request, computed, computed + n))
+            draft.budget -= charge(n)
 
-        return StepPlan(tuple(segments), tuple(deferrals), tuple(preempted), blocked)
+    def begin(self, plan: StepPlan) -> None:
+        """Counts the plan's tokens as computed, because the step has been dispatched.
 
-    def commit(self, plan: StepPlan, new_tokens: dict[int, int]) -> list[Request]:
-        """Counts the plan's tokens as computed, and appends the tokens that the step yielded.
+        Whoever samples has one token more from now on, which is pending until `commit`. Requests
+        that were aborted or lost their pages since the plan was made are skipped.
 
-        Requests that were aborted or lost their pages since the plan was made are skipped.
-
-        Pages that have become full are published to the prefix cache here, and not before: within
-        one step, no request may read a page that another request writes.
-
-        Args:
-          plan: what was computed.
-          new_tokens: request id -> new token, for every segment that samples.
-
-        Returns:
-          The requests that have finished. They hold their pages until `release`.
+        Pages that become full are published to the prefix cache here, and not before: within one
+        step, no request may read a page that another request writes. Later steps run later on the
+        device, so they find the page written. A page with a pending token has no hash yet; `commit`
+        publishes it.
         """
-        finished = []
         page_size, requests = self.config.page_size, self._requests
-        for request_id, start, token_ids, page_ids, samples, _ in plan.segments:
+        for row, (request_id, start, token_ids, page_ids, samples, _) in enumerate(plan.segments):
             request = requests.get(request_id)
             if request is None or request.page_ids is not page_ids or request.num_computed != start:
-                continue  # the pages that the step wrote are not this request's any more
+                continue
             request.num_computed = end = start + len(token_ids)
             request.num_deferrals = 0
             if end >= (request.num_published + 1) * page_size:
                 self._publish(request)
             if samples:
-                request.append(new_tokens[request_id])
-                reason = _finish_reason(request, self.config)
-                if reason is not None:
-                    request.finish_reason = reason
-                    finished.append(request)
-        return finished
+                request.num_tokens += 1
+                request.pending_row = row
+        for deferral in plan.deferrals:
+            waiter = requests.get(deferral.request_id)
+            if waiter is not None:
+                waiter.num_deferrals += 1
+
+    def commit(self, plan: StepPlan, tokens: Sequence[int]) -> list[tuple[int, Request]]:
+        """Appends the tokens that a step has yielded, and ends requests.
+
+        Requests that have ended or lost their pages since `begin` are skipped, and what the step
+        has computed for them is counted in `num_discarded`.
+
+        A request may end while the next step, which has begun, computes its last token. That is
+        undone: neither the token's keys and values nor the page that was taken for them alone are
+        the request's. The page is free at once, although the device may still write to it, because
+        whoever gets it writes in a later step, which runs later on the device.
+
+        Args:
+          plan: what was computed.
+          tokens: the new token of each segment, in order; those of segments that do not sample mean
+            nothing.
+
+        Returns:
+          For each token that was appended, the number of its segment and its request. Requests that
+          have finished hold their pages until `release`.
+        """
+        kept: list[tuple[int, Request]] = []
+        page_size, requests = self.config.page_size, self._requests
+        for row, (request_id, start, token_ids, page_ids, samples, _) in enumerate(plan.segments):
+            request = requests.get(request_id)
+            if request is None or request.page_ids is not page_ids:
+                self.num_discarded += len(token_ids)
+                continue  # the pages that the step wrote are not this request's any more
+            end = start + len(token_ids)
+            output_ids = request.output_ids
+            if not samples or request.num_prompt + len(output_ids) != end:
+                continue  # the second: the plan was committed before
+            output_ids.append(tokens[row])
+            kept.append((row, request))
+            if (reason := _finish_reason(request, end + 1)) is not None:
+                request.finish_reason = reason
+                self._undo_what_follows(request, end)
+                continue
+            if request.num_tokens == end + 1:
+                request.pending_row = -1
+            if request.num_computed >= (request.num_published + 1) * page_size:
+                self._publish(request)
+        return kept
+
+    def _undo_what_follows(self, request: Request, end: int) -> None:
+        """Takes back what a later step computes of a request that ends after `end` computed tokens.
+
+        At most one page was taken for it, because a request holds no page without a use.
+        """
+        request.forget_pending()
+        request.num_computed = end
+        num_pages = num_pages_for(end, self.config.page_size)
+        self.pool.release(request.page_ids[num_pages:])
+        del request.page_ids[num_pages:]
 
     def release(self, request: Request) -> None:
         """Forgets a running request and gives its pages back."""
@@ -272,8 +281,9 @@ class Scheduler:
     def abort(self, request_id: int, reason: FinishReason = FinishReason.ABORT) -> Request | None:
         """Ends a waiting or running request and returns it; returns None if there is none.
 
-        A plan may hold the request: `commit` skips it then. A request that has finished and waits
-        for its `release` is left as it is, and None is returned.
+        A plan may hold the request: `commit` skips it then, and the tokens that steps in flight
+        yield are none of it. A request that has finished and waits for its `release` is left as it
+        is, and None is returned.
         """
         request = self._requests.get(request_id)
         if request is None or request.finish_reason is not None:
@@ -287,7 +297,10 @@ class Scheduler:
         return request
 
     def preempt_all(self) -> None:
-        """Moves all running requests to the start of the queue, in order, to be recomputed."""
+        """Moves all running requests to the start of the queue, in order, to be recomputed.
+
+        The tokens that steps in flight yield for them are discarded, and computed again.
+        """
         while self.running:
             self._preempt_last()
 
@@ -295,7 +308,8 @@ class Scheduler:
         """Frees every page and lets all live requests wait again, in the order of their arrival.
 
         That is how the scheduler goes on after an error inside another method. The error may have
-        left its state half written, so only the requests and their tokens are read from it.
+        left its state half written, so only the requests and their tokens are read from it. Tokens
+        that steps in flight yield are discarded, and computed again.
 
         Args:
           plan: the argument of a `commit` that did not end. The tokens that it has appended are
@@ -310,7 +324,7 @@ class Scheduler:
         self.pool.reset()
         for request in alive:
             request.page_ids = array.array("i")
-            request.num_tokens = request.num_prompt + len(request.output_ids)
+            request.forget_pending()
             request.num_computed = request.num_published = request.num_deferrals = 0
             request.page_hashes = []
         self._requests = {request.request_id: request for request in alive}
@@ -329,8 +343,8 @@ class Scheduler:
         return self.pool.find(request.page_hashes[:num_full])
 
     def _publish(self, request: Request) -> None:
-        """Publishes the pages that have become full to the prefix cache."""
-        num_full = request.num_computed // self.config.page_size
+        """Publishes the pages that have become full, of known tokens, to the prefix cache."""
+        num_full = min(request.num_computed, request.num_known) // self.config.page_size
         if self.config.enable_prefix_caching:
             self._extend_hashes(request, num_full)
             for i in range(request.num_published, num_full):
@@ -353,13 +367,12 @@ class Scheduler:
         self.num_cached += request.num_cached
         self.running.append(request)
 
-    def _grow(self, request: Request, num_tokens: int, preempted: list[int]) -> bool:
-        """Gives `request` pages for `num_tokens` tokens; False if it lost all of its own instead.
+    def _grow(self, request: Request, missing: int, preempted: list[int]) -> bool:
+        """Gives `request` the missing pages; False if it lost all of its own instead.
 
         Where too few pages are free, the requests that were admitted last are preempted.
         """
-        missing = num_pages_for(num_tokens, self.config.page_size) - len(request.page_ids)
-        while (page_ids := self.pool.allocate(max(missing, 0))) is None:
+        while (page_ids := self.pool.allocate(missing)) is None:
             victim = self._preempt_last()
             preempted.append(victim.request_id)
             if victim is request:
@@ -376,25 +389,29 @@ class Scheduler:
         return victim
 
     def _free_pages(self, request: Request) -> None:
+        """Gives all pages back, and with them what steps in flight compute for the request.
+
+        The pages are free at once, although a step in flight may still write to them: whoever gets
+        them writes in a later step, which runs later on the device.
+        """
         self.pool.release(request.page_ids)
         request.page_ids = array.array("i")  # a plan may still refer to the old one
+        request.forget_pending()
 
 
 def _segment(request: Request, start: int, end: int) -> Segment:
-    return Segment(
-        request.request_id,
-        start,
-        request.token_ids(start, end),
-        request.page_ids,
-        samples=end == request.num_tokens,
-        is_decode=is_decode(request, start),
-    )
+    samples = end == request.num_tokens
+    if samples and end - start == 1 and start >= request.num_prompt:
+        # As most segments are. A pending token comes alone, because all before it are computed.
+        row = request.pending_row
+        newest = request.output_ids[-1] if row < 0 else -1 - row
+        return Segment(request.request_id, start, (newest,), request.page_ids, True, True)
+    token_ids, decodes = request.token_ids(start, end), is_decode(request, start)
+    return Segment(request.request_id, start, token_ids, request.page_ids, samples, decodes)
 
 
-def _finish_reason(request: Request, config: EngineConfig) -> FinishReason | None:
-    num_output, params = len(request.output_ids), request.params
-    if request.output_ids[-1] in request.stop_ids and num_output >= params.min_tokens:
+def _finish_reason(request: Request, num_known: int) -> FinishReason | None:
+    output_ids = request.output_ids
+    if output_ids[-1] in request.stop_ids and len(output_ids) >= request.params.min_tokens:
         return FinishReason.STOP
-    if num_output >= request.max_tokens or request.num_tokens >= config.max_model_len:
-        return FinishReason.LENGTH
-    return None
+    return FinishReason.LENGTH if num_known >= request.max_length else None

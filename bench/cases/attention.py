@@ -64,6 +64,11 @@ GPU_CASES: dict[str, Runs] = {
     "chunk": ((1, 2048, 4096),),
     "mixed_chunk": ((64, 1, 4096), (1, 2048, 4096)),
 }
+# What is measured on a CPU, beside the oracle.
+CPU_CASES: dict[str, Runs] = {
+    "decode_1024": ((64, 1, 1024),),
+    "prefill_256": ((8, 256, 256),),
+}
 
 
 @dataclasses.dataclass(frozen=True)

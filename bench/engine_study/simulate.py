@@ -140,11 +140,11 @@ def simulate(
         runnable = sum(is_decode(r, r.num_computed) for r in scheduler.running)
         outcome.skips += runnable - work.decodes
         _count(outcome, plan, work, cell)
-        sampled = {segment.request_id: 1 for segment in plan.segments if segment.samples}
-        for request_id in sampled:
-            token_times[request_id].append(now)
-        for request in scheduler.commit(plan, sampled):
-            scheduler.release(request)
+        scheduler.begin(plan)
+        for _, request in scheduler.commit(plan, [1] * len(plan.segments)):
+            token_times[request.request_id].append(now)
+            if request.finish_reason is not None:
+                scheduler.release(request)
     outcome.seconds = now - arrivals[0].seconds
     outcome.write_share = written / busy
     _latencies(outcome, arrivals, token_times, objectives)

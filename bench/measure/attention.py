@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""Measure the attention on an accelerator, alone and beside other libraries."""
+"""Measure the attention on this device, alone, beside the oracle and beside other libraries."""
 
 from __future__ import annotations
 
@@ -58,19 +58,21 @@ def _random_pool(key: jax.Array, call: Call, pool: jax.ShapeDtypeStruct) -> jax.
     return (jnp.rint(values) if pool.dtype == jnp.int8 else values).astype(pool.dtype)
 
 
-def measure(case: Case, backend: str) -> dict[str, Any]:
+def measure(case: Case, backend: str, *, by_wall_clock: bool = False) -> dict[str, Any]:
     """Times a backend on a case, from caches that hold nothing of the pool.
 
     On a GPU its kernels' times, each step after an eviction; on a TPU a loop over pools that
     rotate, where the next step's q is this step's output, so that nothing is hoisted or reordered.
+    On a CPU, and with `by_wall_clock`, single calls, one after the other.
     """
-    room = room_for([case.runs], case.call.page_size, is_exact=True)
-    case = dataclasses.replace(case, call=dataclasses.replace(case.call, **room))
+    case = _in_exact_room(case)
     attend = case.call.step(backend)
     pool, q, *metadata = random_inputs(case, seed=0)
-    if jax.default_backend() == "gpu":
-        inputs = (q, pool, *metadata)
-        timing = clock.time_kernels(step_on_gpu(attend), [jnp.zeros_like(q)], inputs)
+    once = (step_of_inputs(attend), [jnp.zeros_like(q)], (q, pool, *metadata))
+    if by_wall_clock or jax.default_backend() == "cpu":
+        timing = clock.time_calls(*once)
+    elif jax.default_backend() == "gpu":
+        timing = clock.time_kernels(*once)
     else:
         copies = max(2, min(16, ceil_div(_COLD_BYTES, pool.nbytes)))
         states = [(pool, q), *((pool.copy(), q.copy()) for _ in range(copies - 1))]
@@ -83,9 +85,33 @@ def measure(case: Case, backend: str) -> dict[str, Any]:
     return as_record(case, timing)
 
 
-def step_on_gpu(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """The step of a GPU's timing, its state the last output alone: q and the pool are inputs, so
-    that nothing can be copied, and q stays as it is, for zeros would cost less power and time."""
+def measure_beside_oracle(case: Case, backend: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Times a backend and the oracle by turns, by the wall clock; the oracle as a peer's row."""
+    case = _in_exact_room(case)
+    pool, q, *metadata = random_inputs(case, seed=0)
+    timings = clock.time_calls_in_turn(
+        [step_of_inputs(case.call.step(name)) for name in (backend, "oracle")],
+        [jnp.zeros_like(q)],
+        (q, pool, *metadata),
+    )
+    ours, oracle = (as_record(case, timing) for timing in timings)
+    return ours, oracle | {
+        "peer": "oracle",
+        "ours_us": ours["median_us"],
+        "ours_over": ours["median_us"] / oracle["median_us"],
+    }
+
+
+def _in_exact_room(case: Case) -> Case:
+    """The case with no more room in its call than its lengths need."""
+    room = room_for([case.runs], case.call.page_size, is_exact=True)
+    return dataclasses.replace(case, call=dataclasses.replace(case.call, **room))
+
+
+def step_of_inputs(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """The step of a timing that is no loop. Its state is the last output alone: q and the pool are
+    inputs, so that nothing can be copied, and q stays as it is, for zeros would cost less power and
+    time."""
 
     def step(last: jax.Array, *inputs: jax.Array) -> Any:
         del last
@@ -137,7 +163,7 @@ def _time_cells(row: dict[str, Any]) -> dict[str, str]:
         "p20": f"{row['p20_us']:.1f}",
         "p80": f"{row['p80_us']:.1f}",
         "GB/s": f"{row['gb_per_s']:,.0f}",
-        "TFLOP/s": f"{row['tflop_per_s']:.1f}",
+        "TFLOP/s": f"{row['tflop_per_s']:.2f}",
     }
 
 
@@ -183,7 +209,7 @@ def peers_text(rows: Sequence[dict[str, Any]]) -> str:
     cells = [
         {
             **_case_cells(row),
-            "library": row["peer"],
+            "other": row["peer"],
             **_time_cells(row),
             "ours us": f"{row['ours_us']:.1f}",
             "ours over it": f"{row['ours_over']:.2f}x",
@@ -194,7 +220,7 @@ def peers_text(rows: Sequence[dict[str, Any]]) -> str:
     refusals = {
         f"  {row['peer']}, {row['case']}: {row['refusal']}" for row in rows if "refusal" in row
     }
-    text = ["\nOther libraries, measured on this device; the same bytes and operations counted."]
+    text = ["\nOthers, measured on this device; the same bytes and operations counted."]
     text += [report.table(cells, indent=2)] if cells else []
     text += ["Not run by", *sorted(refusals)] if refusals else []
     return "\n".join(text)

@@ -92,7 +92,7 @@ def measured(
 
     Args:
       rows: of the cases, as `bench.measure.attention.as_record` makes them.
-      peers: of other libraries, as `bench.measure.attention.measure_peers` makes them.
+      peers: of others, as `measure_peers` and `measure_beside_oracle` there make them.
       device: its name.
     """
     by_case: dict[tuple, list[Mapping[str, Any]]] = {}
@@ -112,7 +112,7 @@ def measured(
             "gain": gain,
             "us": f"{best['median_us']:,.1f}",
             "GB/s": f"{best['gb_per_s']:,.0f}",
-            "TFLOP/s": f"{best['tflop_per_s']:.1f}",
+            "TFLOP/s": f"{best['tflop_per_s']:.2f}",
         }
         if peers:
             cells |= _fastest_peer(best, peers)
@@ -122,14 +122,14 @@ def measured(
         "'gain' is the time that the page size saves against the slowest one tried.",
     ]
     if peers:
-        notes.append("'ours over it' is our time over the fastest other library's.")
+        notes.append("'ours over it' is our time over that of the fastest other.")
     return report.Verdict(
         f"ragged paged attention on {device}, at the best page size", table, notes
     )
 
 
 def _fastest_peer(ours: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The other library that is fastest on a case and page size."""
+    """Which of the others is fastest on a case and page size."""
     fields = ("case", "page_size", "num_heads", "num_kv_heads", "head_dim")
     same = [
         peer

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pallas_paged import checks, scalars
+from pallas_paged import checks, forms, scalars
 from pallas_paged.validation import batch, writes
 from pallas_paged.validation.faults import OP
 
@@ -40,21 +40,23 @@ def validate(
     further. The function reads the values, so it waits for device arrays and cannot be traced.
 
     Args:
-      kv_pages: [P, page_size, R, C], the pool; only its shape is read.
+      kv_pages: [P, page_size, R, C], the pool, or [P, page_size, R / p, p, C]; only its shape is
+        read.
       num_tokens: T, the tokens of k and v; `slots` imply it. If it is None and there are no slots,
         it is not checked whether an entry's tokens end inside the batch.
       page_ids: integer[n], for `page_write`.
       token_starts: integer[n]; needs `page_ids`. None means `i * page_size`.
       slices: integer[3, max_slices], for `slice_write`; needs `num_slices`.
-      num_slices: integer[1]; needs `slices`.
+      num_slices: integer[1], integer[] or an int; needs `slices`.
       slots: integer[T], for `token_write`.
       src_ids, dst_ids: integer[n], for `copy_pages`; each needs the other.
-      page_indices: integer[S, M], the page table; needs `kv_lens` and `num_seqs`.
+      page_indices: integer[S, M] or integer[S * M], the page table; needs `kv_lens` and
+        `num_seqs`.
       kv_lens: integer[S], tokens of each sequence, the new ones included; needs `num_seqs`.
       cu_q_lens: integer[S + 1], prefix sums of the new tokens; needs `num_seqs`.
-      num_seqs: integer[1]; needs one of the three above. Rows from it on may hold anything. So may
-        the table's entries after the end of a sequence, and all those of a sequence without new
-        tokens.
+      num_seqs: integer[1], integer[] or an int; needs one of the three above. Rows from it on may
+        hold anything. So may the table's entries after the end of a sequence, and all those of a
+        sequence without new tokens.
 
     Raises:
       ValueError: one of the following, with the argument, the first index at which it holds, what
@@ -80,6 +82,7 @@ def validate(
     ValueError: validate: argument `page_ids` is 9 at index 1; wanted -1 or a page in [0, 4): \
 use -1 to skip an entry
     """
+    kv_pages = forms.pool_in_rows(OP, kv_pages)
     checks.require_pool(OP, kv_pages)
     num_pages, page_size = kv_pages.shape[:2]
     given = {
@@ -97,6 +100,7 @@ use -1 to skip an entry
     }
     arrays = {name: _to_numpy(name, x) for name, x in given.items() if x is not None}
     _require_partners(arrays)
+    arrays = _in_first_form(arrays)
     _require_forms(arrays)
     num_tokens = _num_tokens(num_tokens, arrays)
 
@@ -116,14 +120,15 @@ use -1 to skip an entry
 
 # ---- Forms
 
+# The shapes that an argument may have, first the one that the checks read.
 _SHAPES = {
-    "slices": "[3, max_slices]",
-    "num_slices": "[1]",
-    "slots": "[T]",
-    "page_indices": "[S, M]",
-    "kv_lens": "[S]",
-    "cu_q_lens": "[S + 1]",
-    "num_seqs": "[1]",
+    "slices": ("[3, max_slices]",),
+    "num_slices": ("[1]", "[]"),
+    "slots": ("[T]",),
+    "page_indices": ("[S, M]", "[S * M]"),
+    "kv_lens": ("[S]",),
+    "cu_q_lens": ("[S + 1]",),
+    "num_seqs": ("[1]", "[]"),
 }
 _NEEDS = (
     ("token_starts", "page_ids"),
@@ -139,7 +144,7 @@ _NEEDS = (
 
 
 def _to_numpy(argument: str, x: Any) -> np.ndarray:
-    """An integer array of the right dimensions as int64, so that no sum below overflows."""
+    """An integer, or integers in an array of the right dimensions, as an array."""
     checks.require(
         not isinstance(x, jax.core.Tracer),
         OP,
@@ -148,21 +153,29 @@ def _to_numpy(argument: str, x: Any) -> np.ndarray:
         wanted="values",
         hint="call validate outside jit; kernels stay in bounds for any values",
     )
-    shape = _SHAPES.get(argument, "[n]")
+    shapes = _SHAPES.get(argument, ("[n]",))
     try:
         array = np.asarray(x)
     except (TypeError, ValueError):  # a list of lists of different lengths, random keys
         array = np.empty((), object)
     is_integer = np.issubdtype(array.dtype, np.integer) or (isinstance(x, list) and not array.size)
     checks.require(
-        is_integer and array.ndim == len(shape.split(",")),
+        is_integer and array.ndim in [0 if s == "[]" else s.count(",") + 1 for s in shapes],
         OP,
         argument,
         got=checks.describe(x),
-        wanted=f"integers{shape}",
+        wanted=" or ".join(f"integers{shape}" for shape in shapes),
         hint="pass what the op gets",
     )
-    return array.astype(np.int64)
+    return array
+
+
+def _in_first_form(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Counts as [1], a page table as [S, M], and all as int64, so that no sum overflows."""
+    if "page_indices" in arrays:
+        table = forms.table_in_rows(OP, arrays["page_indices"], arrays["kv_lens"].shape[0])
+        arrays = arrays | {"page_indices": table}
+    return {name: np.atleast_1d(array.astype(np.int64)) for name, array in arrays.items()}
 
 
 def _require_partners(arrays: dict[str, np.ndarray]) -> None:

@@ -72,6 +72,22 @@ def test_absurd_metadata_ends(name):
         assert not np.any(out) and np.all(np.isneginf(lse))
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"sliding_window": 2}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_new_tokens_before_position_0_see_their_sinks_alone(dtype, options):
+    """A case for cuDNN too, where a GPU has it; the rows that no sequence has stay without work."""
+    lens = [(40, 3), (1, 9), (6, 0), (5, 5), (20, 1), (2, 1)]
+    case = make_case([(q_len, max(q_len, kv_len)) for q_len, kv_len in lens], head_dim=64)
+    case.q, case.kv_pages = (jnp.asarray(x, dtype) for x in (case.q, case.kv_pages))
+    case.kv_lens[: len(lens)] = [kv_len for _, kv_len in lens]
+    sinks = jnp.array([0.5, -jnp.inf, 2.0, 1.0])
+    options = options | {"num_kv_heads": 2, "sinks": sinks}
+    (out, lse), wanted = run(case, options), run_oracle(case, options)
+    assert mismatch(out, lse, *wanted) is None
+    if options.get("causal", True):
+        np.testing.assert_array_equal(lse[:37], np.broadcast_to(sinks, (37, 4)))
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1])
 def test_few_tokens(num_tokens):
     case = make_case([(num_tokens, 9)], num_tokens=num_tokens)
@@ -115,6 +131,8 @@ BUGS = {
     ),
     "block_sum_not_shifted": ("online_softmax", "b.total * of_b", "b.total"),
     "block_not_shifted": ("online_softmax", "b.out * of_b[..., None]", "b.out"),
+    "rows_without_work_have_sinks": ("launch", "(row >= starts - num_blind)", "(row >= 0)"),
+    "sink_of_a_blind_row_lost": ("launch", "of_sinks[0], lse)", "lse, lse)"),
     "sink_counted_twice": (
         "online_softmax",
         "jnp.isneginf(largest), 0.0, 1.0)",
@@ -132,7 +150,9 @@ def test_bugs_are_caught(name, monkeypatch):
     take_small_blocks(launch, monkeypatch)
     monkeypatch.setattr(api, "xla", launch)
     monkeypatch.setattr(api, "_attention", api._attention.__wrapped__)  # past what is compiled
-    case = make_case([(40, 70), (1, 17), (1, 100)], num_kv_heads=2, num_heads=4)
+    lens = [(40, 70), (1, 17), (1, 100), (9, 9)]
+    case = make_case(lens, num_kv_heads=2, num_heads=4, first_row=2)
+    case.kv_lens[3] = 4
     sinks = jnp.array([0.5, -jnp.inf, 2.0, 1.0])
     options = {"num_kv_heads": 2, "sliding_window": 33, "sinks": sinks}
     assert mismatch(*run(case, options), *run_oracle(case, options)) is not None

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from bench import attention, clock, tune_attention
 from bench.cases import attention as attention_cases
-from bench.cases.attention import CASES, PRESETS, SCALES, Call, Case, room_for
+from bench.cases.attention import CASES, CPU_CASES, PRESETS, SCALES, Call, Case, room_for
+from bench.measure import attention as measure
 from bench.peers import child as peers
 from bench.tpu_model import attention as model
 from bench.tpu_model import attention_roles as roles
@@ -482,6 +484,8 @@ def test_the_gate_stops_a_wrong_op(monkeypatch):
         ({"lens": "9:4"}, "--lens has '9:4'; wanted .COUNTx.NEW:ALL with 1 <= NEW <= ALL"),
         ({"num_heads": "12"}, "--num_heads is 12; wanted a multiple of the 8 KV heads"),
         ({"kv_heads": "-1"}, "--kv_heads is -1; wanted > 0"),
+        ({"backend": "mosaic_gpu"}, "--backend is mosaic_gpu, which does not run here: jax's"),
+        ({"wall_clock": "true"}, "--wall_clock is for what is measured"),
         ({"peers": "cuda"}, "--peers has 'cuda'; wanted some of torch, flashinfer"),
         pytest.param({"peers": "torch"}, "--peers are measured on a GPU", id="peers_elsewhere"),
         ({"lens": "400x1:16,1:9000"}, "a page table of 225763 entries does not fit SMEM"),
@@ -575,6 +579,44 @@ def test_a_gpu_is_measured_beside_its_peers(as_on_a_gpu, capsys):
     assert verdict["page"] == "16" and verdict["us"] == "2.0" and verdict["ours over it"] == "0.50x"
     assert err.startswith("VERDICT: ragged paged attention on ")
     assert len(record["peers"]) == 4
+
+
+def test_a_gpu_is_timed_by_the_wall_clock_if_asked(as_on_a_gpu, capsys):
+    given = {"lens": "3x1:64", "kv_heads": "1", "num_heads": "2", "wall_clock": "true"}
+    with _flags(**given, json="true"):
+        attention.main(["attention"])
+    [row] = json.loads(capsys.readouterr().out)["measured"]
+    assert row["method"] == "wall clock" and row["repeats"] == 20
+    with _flags(**given, peers="torch"):
+        with pytest.raises(app.UsageError, match="leave --wall_clock out"):
+            attention.main(["attention"])
+
+
+def test_a_cpu_is_measured_beside_the_oracle(monkeypatch, capsys):
+    step, timed = Call.step, []
+
+    def time_in_turn(steps, states, inputs):
+        timings = clock.time_calls_in_turn(steps, states, inputs, repeats=1)
+        outputs = [run(jnp.zeros_like(inputs[0]), *inputs) for run in steps]
+        assert jnp.allclose(*outputs, atol=0.03) and bool(jnp.any(outputs[0] != 0))
+        return [
+            dataclasses.replace(t, median_us=us) for t, us in zip(timings, (2.0, 8.0), strict=True)
+        ]
+
+    monkeypatch.setattr(Call, "step", lambda call, name: timed.append(name) or step(call, name))
+    monkeypatch.setattr(measure, "clock", types.SimpleNamespace(time_calls_in_turn=time_in_turn))
+    with _flags(backend="xla", lens="3x1:64", num_heads="2", kv_heads="1", json="true", all="true"):
+        attention.main(["attention"])
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    [ours], [oracle] = record["measured"], record["peers"]
+    assert timed[-2:] == ["xla", "oracle"] and ours["method"] == "wall clock"
+    assert (ours["median_us"], oracle["median_us"], oracle["ours_over"]) == (2.0, 8.0, 0.25)
+    [verdict] = record["verdict"]["rows"]
+    assert verdict["fastest other"] == "oracle" and verdict["ours over it"] == "0.25x"
+    assert "predicted" not in err.lower()
+    with _flags(backend="xla"):
+        assert list(attention._runs()) == list(CPU_CASES)
 
 
 def test_what_the_gpu_kernels_cannot_run_is_a_sentence(as_on_a_gpu):

@@ -275,6 +275,8 @@ def test_the_real_part_times_the_engines_own_step():
     assert [row["write_us"] is None for row in rows] == [False, True, False, True]
     host = real.host_work(setup, num_steps=3)
     assert 0 < host["host_us"] < host["step_us"] and host["recompiles"] == 0
+    assert 0 <= host["late_percent"] <= 100
+    assert host["gap_us"] == pytest.approx(host["host_us"] * host["late_percent"] / 100)
 
 
 def test_the_writes_part_is_that_of_the_kernels_that_write(monkeypatch):

@@ -164,6 +164,23 @@ def test_states_are_donated_and_take_turns():
     assert all(state.is_deleted() for state in states)
 
 
+def test_steps_take_turns(monkeypatch):
+    # A warm-up call of each step, then 1 and 10, 2 and 20, 3 and 30 milliseconds.
+    monkeypatch.setattr(clock, "time", _Clock([9, 9, 1e-3, 1e-2, 2e-3, 2e-2, 3e-3, 3e-2]))
+    seen = []
+
+    def double(state, delta):
+        jax.debug.callback(lambda value: seen.append(float(value)), state)
+        return state * 2
+
+    timings = clock.time_calls_in_turn(
+        [lambda s, x: s + x, double], [jnp.float32(1)], [jnp.float32(1)], repeats=3, warmup=1
+    )
+    jax.effects_barrier()
+    assert [t.median_us for t in timings] == pytest.approx([2000, 20000])
+    assert seen == [2, 5, 11, 23]  # 1 + 1, doubled + 1, ...
+
+
 def test_the_loop_divides_the_difference(monkeypatch):
     # Two compiling runs, then n and 2n rounds: 5 ms of dispatch and 8 rounds x 2 states x 100 us.
     short, long = 5e-3 + 1.6e-3, 5e-3 + 3.2e-3

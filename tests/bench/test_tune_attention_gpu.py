@@ -103,7 +103,7 @@ def as_on_a_gpu(monkeypatch, tmp_path):
 
     monkeypatch.setattr(report, "start_backends", lambda: "gpu")
     monkeypatch.setattr(tune.Call, "step", of_backend)
-    monkeypatch.setattr(tune, "step_on_gpu", functools.cache(tune.step_on_gpu))
+    monkeypatch.setattr(tune, "step_of_inputs", functools.cache(tune.step_of_inputs))
     monkeypatch.setattr(dispatch, "why_no_mosaic_gpu", lambda: None)
     monkeypatch.setattr(clock, "time_kernels", time_kernels)
     monkeypatch.setattr(tuned, "__file__", str(tmp_path / "__init__.py"))

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import random
 
 import jax
@@ -484,7 +485,7 @@ def test_a_planted_token_is_seen_by_the_fused_form(monkeypatch):
     real = pallas_paged.write_and_attend
 
     def planted(q, k, v, *args, **kwargs):
-        return real(q, jnp.roll(k, 1, axis=0), v, *args, **kwargs)
+        return real(jnp.roll(q, 1, axis=0), k, v, *args, **kwargs)
 
     monkeypatch.setattr(pallas_paged, "write_and_attend", planted)
     assert_plant_is_seen(run_anew(kv_write="fused"))
@@ -564,24 +565,55 @@ _real_run_step = engine_lib.run_step
         (sampler_lib, "greedy", _raise_before),
     ],
 )
-def test_a_step_that_raises_loses_nothing(monkeypatch, module, name, failing):
-    engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, num_pages=32))
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_step_that_raises_loses_nothing(monkeypatch, module, name, failing, ahead):
+    config = dataclasses.replace(CONFIG, num_pages=32, async_scheduling=ahead)
+    engine = Engine(params(), MODEL, config)
     for job in jobs():
         engine.add_request(job.prompt_ids, SamplingParams(job.max_tokens))
     tokens = {request_id: [] for request_id in range(len(jobs()))}
-    step = 0
+    step = num_errors = 0
     while engine.has_work:
         step += 1
         if step % 5 == 2:
             with monkeypatch.context() as patch:
                 patch.setattr(module, name, failing)
-                with pytest.raises(ModelError):
-                    engine.step()
+                try:
+                    for output in engine.step():  # a step ahead that dispatches nothing
+                        tokens[output.request_id].append(output.token_id)
+                except ModelError:
+                    num_errors += 1
             assert_books_balance(engine)
         for output in engine.step():
             tokens[output.request_id].append(output.token_id)
-    assert tokens == undisturbed().outputs
+    assert tokens == undisturbed().outputs and num_errors > 5
     assert engine.scheduler.pool.num_free == 32
+
+
+@pytest.mark.parametrize("kv_write", KV_WRITES)
+@pytest.mark.parametrize("num_pages", [16, 96])
+def test_one_step_ahead_every_form_writes_the_same_bits(kv_write, num_pages):
+    config = dataclasses.replace(CONFIG, kv_write=kv_write, num_pages=num_pages)
+    digests, tokens, logits, now = {}, {}, {}, 0
+
+    def keep_digest(request):
+        kv = np.ascontiguousarray(engine.read_kv(request))
+        digests[request.request_id] = hashlib.sha256(kv.tobytes()).hexdigest()
+
+    engine = Engine(params(), MODEL, config, on_finish=keep_digest)
+    arriving = list(jobs())
+    while arriving or engine.has_work:
+        while arriving and arriving[0].arrival_step <= now:
+            job = arriving.pop(0)
+            engine.add_request(job.prompt_ids, SamplingParams(job.max_tokens))
+        for output in engine.step():
+            tokens.setdefault(output.request_id, []).append(output.token_id)
+            logits.setdefault(output.request_id, []).append(output.logits.tobytes())
+        now += 1
+    want = undisturbed()
+    assert tokens == want.outputs and digests == want.kv_digests
+    assert logits == {i: [row.tobytes() for row in rows] for i, rows in want.logits.items()}
+    assert (engine.stats.num_preemptions > 0) == (num_pages == 16)
 
 
 def assert_books_balance(engine):
@@ -591,10 +623,11 @@ def assert_books_balance(engine):
     assert len(held) + engine.scheduler.pool.num_free == engine.config.num_pages
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(4))
 def test_aborts_at_any_time_leave_the_others_alone(seed):
     rng = random.Random(seed)
-    engine = Engine(params(), MODEL, dataclasses.replace(CONFIG, num_pages=20))
+    config = dataclasses.replace(CONFIG, num_pages=20, async_scheduling=seed % 2 == 1)
+    engine = Engine(params(), MODEL, config)
     for job in jobs():
         engine.add_request(job.prompt_ids, SamplingParams(job.max_tokens))
     alive = set(range(len(jobs())))
@@ -626,6 +659,7 @@ def test_an_on_finish_that_raises_leaks_no_page():
 
     engine = Engine(params(), MODEL, CONFIG, on_finish=raise_always)
     engine.add_request([1, 2, 3], SamplingParams(1))
+    assert engine.step() == []  # a step ahead
     with pytest.raises(ModelError):
         engine.step()
     assert not engine.has_work

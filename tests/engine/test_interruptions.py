@@ -48,6 +48,16 @@ CONFIG = EngineConfig(
 )
 
 
+@pytest.fixture(scope="module", autouse=True, params=[False, True], ids=["in_turn", "ahead"])
+def _both_loops(request):
+    """Each test runs in both loops: one step after the other, and one step ahead."""
+    global CONFIG
+    before = CONFIG
+    CONFIG = dataclasses.replace(CONFIG, async_scheduling=request.param)
+    yield
+    CONFIG = before
+
+
 class Interrupt(BaseException):
     """As KeyboardInterrupt, which pytest would take for its own."""
 
@@ -73,18 +83,21 @@ def wanted_tokens(prompt, num_tokens) -> list[int]:
 class ToyEngine(Engine):
     """An engine whose pool holds tokens, and whose model reads them through the page tables."""
 
-    def __init__(self, config=CONFIG, **options):
+    def __init__(self, config=None, **options):
+        config = config or CONFIG
         super().__init__({}, MODEL, config, **options)
         self.rows = np.full((config.num_pages, config.page_size), -1)
         self.in_model = lambda: None  # called in the middle of a step
 
-    def _run(self, batch):
+    def _run(self, batch, last_tokens):
         self.in_model()
+        last_tokens = np.asarray(last_tokens)
         page_size = self.config.page_size
         logits = np.zeros((len(batch.kv_lens), VOCAB), np.float32)
         ends = batch.cu_q_lens
         for i in range(int(batch.num_seqs[0])):
             new = batch.token_ids[ends[i] : ends[i + 1]].tolist()
+            new = [int(last_tokens[-1 - token]) if token < 0 else token for token in new]
             length = int(batch.kv_lens[i])
             table = batch.page_indices[i]
             for position, token in zip(range(length - len(new), length), new, strict=True):
@@ -195,7 +208,10 @@ def test_a_finished_request_keeps_its_reason():
 
     engine = ToyEngine(on_finish=on_finish)
     engine.add_request([1, 2, 3], SamplingParams(1))
-    assert [output.finish_reason for output in engine.step()] == [FinishReason.LENGTH]
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert [output.finish_reason for output in outputs] == [FinishReason.LENGTH]
     assert seen[0].finish_reason is FinishReason.LENGTH
 
 
@@ -255,7 +271,8 @@ def test_a_step_inside_a_step_is_refused(name):
     engine = ToyEngine(on_finish=on_finish)
     jobs = {engine.add_request([1, 2], SamplingParams(2)): ([1, 2], 2)}
     jobs[engine.add_request([5, 2], SamplingParams(6))] = ([5, 2], 6)
-    engine.step()
+    while not engine.step():
+        pass
     with pytest.raises(RuntimeError, match="Engine.step: called inside of itself, by a callback"):
         engine.step()
     engine._on_finish = None
@@ -313,18 +330,28 @@ def scheduler_with(*prompts):
     return scheduler
 
 
-def test_commit_passes_over_whoever_has_lost_its_pages():
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_commit_passes_over_whoever_has_lost_its_pages(is_begun):
     for lose in (lambda s: s.abort(1), lambda s: s.preempt_all(), lambda s: s.restart()):
         scheduler = scheduler_with([1, 2], [3, 4], [5, 6])
         plan = scheduler.schedule()
+        if is_begun:
+            scheduler.begin(plan)
         lose(scheduler)
-        assert scheduler.commit(plan, {i: 9 for i in range(3)}) == []
+        if not is_begun:
+            scheduler.begin(plan)
+        kept = scheduler.commit(plan, [9, 9, 9])
         alive = [scheduler.get(i) for i in range(3) if scheduler.get(i) is not None]
+        assert [request for _, request in kept] == [r for r in alive if r in scheduler.running]
         assert [bool(r.output_ids) for r in alive] == [r in scheduler.running for r in alive]
+        assert all(r.num_tokens == r.num_known and r.pending_row == -1 for r in alive)
+        assert scheduler.num_discarded == 2 * (3 - len(kept))
         while scheduler.running or scheduler.waiting:
             plan = scheduler.schedule()
-            for request in scheduler.commit(plan, {s.request_id: 9 for s in plan.segments}):
-                scheduler.release(request)
+            scheduler.begin(plan)
+            for _, request in scheduler.commit(plan, [9] * len(plan.segments)):
+                if request.finish_reason is not None:
+                    scheduler.release(request)
         assert scheduler.pool.num_free == CONFIG.num_pages
         assert all(request.output_ids == [9, 9] for request in alive)
 
@@ -332,8 +359,9 @@ def test_commit_passes_over_whoever_has_lost_its_pages():
 def test_a_plan_is_committed_once():
     scheduler = scheduler_with([1, 2])
     plan = scheduler.schedule()
-    scheduler.commit(plan, {0: 9})
-    assert scheduler.commit(plan, {0: 9}) == []
+    scheduler.begin(plan)
+    assert len(scheduler.commit(plan, [9])) == 1
+    assert scheduler.commit(plan, [9]) == []
     assert scheduler.get(0).output_ids == [9]
 
 
@@ -406,7 +434,7 @@ def test_whatever_befalls_a_step_pages_balance_and_tokens_are_right(happenings, 
 _EXEMPT = {"restart", "reset", "forget_all", "_recover", "_hand_over"}
 _FILES = {
     sys.modules[f"reference_engine.{name}"].__file__
-    for name in ("engine", "outputs", "scheduler", "page_pool")
+    for name in ("engine", "in_flight", "outputs", "scheduler", "page_pool")
 }
 
 

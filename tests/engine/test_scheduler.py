@@ -20,6 +20,7 @@ from reference_engine.page_pool import PagePool
 from reference_engine.request import FinishReason, Request
 from reference_engine.sampling_params import SamplingParams
 from reference_engine.scheduler import Scheduler, limit
+from reference_engine.step_plan import StepPlan
 from reference_engine.write_plan import plan_writes
 
 STOP_TOKEN = 0
@@ -47,6 +48,7 @@ class Scenario:
     jobs: tuple[Job, ...]
     seed: int = 0
     can_stop: bool = False  # whether one token in a hundred is the stop token
+    runs_ahead: bool = False  # whether a step is planned before the tokens of the last are known
 
 
 def make_config(**fields) -> EngineConfig:
@@ -69,6 +71,8 @@ class Run:
     num_cached: int = 0
     num_aborts_in_a_step: int = 0
     num_late_aborts: int = 0
+    num_discarded: int = 0
+    num_empty_plans: int = 0
 
 
 class Simulation:
@@ -82,6 +86,8 @@ class Simulation:
         self.config = scenario.config
         self.jobs = scenario.jobs
         self.rng = random.Random(scenario.seed)
+        self.runs_ahead = scenario.runs_ahead
+        self.in_flight: tuple[StepPlan, list[int], int] | None = None  # plan, tokens, step
         self.lowest_token = STOP_TOKEN if scenario.can_stop else STOP_TOKEN + 1
         self.pool = PagePool(self.config.num_pages)
         self.scheduler = Scheduler(self.config, self.pool)
@@ -98,6 +104,7 @@ class Simulation:
     def run(self) -> Run:
         work = sum(job.num_prompt + job.max_tokens for job in self.jobs)
         bound = work + max((job.arrival for job in self.jobs), default=0) + 1
+        bound *= 1 + self.runs_ahead
         step = 0
         while self.requests or any(job.arrival >= step for job in self.jobs):
             # The first in line gets at least one token each step and is never preempted.
@@ -106,7 +113,9 @@ class Simulation:
             self._step(step)
             self._abort(step, "ended")
             step += 1
+        self._commit()
         self.result.num_steps = step
+        self.result.num_discarded = self.scheduler.num_discarded
         assert self.pool.num_free == self.config.num_pages, "pages leaked"
         assert not self.scheduler.waiting and not self.scheduler.running
         return self.result
@@ -147,8 +156,13 @@ class Simulation:
     def _step(self, step):
         running = [r.request_id for r in self.scheduler.running]
         waiting = [r.request_id for r in self.scheduler.waiting]
-        plan = self.scheduler.schedule()
-        assert bool(plan.segments) == bool(self.requests), "a step without progress"
+        plan = self.scheduler.schedule(may_preempt=self.in_flight is None)
+        if self.in_flight is None or not self.requests:
+            assert bool(plan.segments) == bool(self.requests), "a step without progress"
+        elif not plan.segments:
+            self.result.num_empty_plans += 1
+            self._commit()
+            return
         for request_id in plan.preempted:
             self.computed[request_id] = 0
         self._check_order(plan, running, waiting)
@@ -160,31 +174,61 @@ class Simulation:
         self.result.num_deferrals += len(plan.deferrals)
         self.result.num_preemptions += len(plan.preempted)
         self._abort(step, "planned")
-        new_tokens = {}
+        new_tokens = []
         for segment in plan.segments:
             request_id = segment.request_id
+            new_tokens.append(1)  # the model knows nothing of aborts
             if request_id not in self.requests:
-                new_tokens[request_id] = 1  # the model knows nothing of aborts
                 self.result.num_aborts_in_a_step += 1
                 continue
             self.computed[request_id] = segment.end
             self.result.chunks.setdefault(request_id, []).append((segment.start, segment.end))
             if segment.end == len(self.tokens[request_id]):
-                token = self.rng.randrange(self.lowest_token, 100)
-                new_tokens[request_id] = token
-                self._know(request_id, token)
+                new_tokens[-1] = self.rng.randrange(self.lowest_token, 100)
+                self._know(request_id, new_tokens[-1])
                 self.result.first_token_step.setdefault(request_id, step)
-        finished = self.scheduler.commit(plan, new_tokens)
+        self.scheduler.begin(plan)
+        if self.runs_ahead:
+            self._commit()
+        self.in_flight = plan, new_tokens, step
+        if not self.runs_ahead:
+            self._commit()
+
+    def _commit(self):
+        """Commits the step in flight, if there is one."""
+        if self.in_flight is None:
+            return
+        plan, tokens, step = self.in_flight
+        self.in_flight = None
+        alive = [s.request_id for s in plan.segments if s.samples and s.request_id in self.requests]
+        kept = self.scheduler.commit(plan, tokens)
+        assert [request.request_id for _, request in kept] == alive, "a token was lost"
+        finished = [request for _, request in kept if request.finish_reason is not None]
         self._abort(step, "committed", {request.request_id for request in finished})
+        ends = {segment.request_id: segment.end for segment in plan.segments}
         for request in finished:
+            end = ends[request.request_id]
+            assert [*request.prompt_ids, *request.output_ids] == self.tokens[request.request_id][
+                : end + 1
+            ]
+            assert (request.num_computed, request.num_tokens) == (end, end + 1), "not undone"
+            assert len(request.page_ids) == -(-end // self.config.page_size), "a page too many"
+            assert request.num_published == (end // self.config.page_size), (
+                "published too much or too little"
+            )
             self.scheduler.release(request)
             self._end(request)
         for request_id, request in self.requests.items():
-            assert [*request.prompt_ids, *request.output_ids] == self.tokens[request_id]
+            num_pending = request.num_tokens - request.num_known
+            assert 0 <= num_pending <= self.runs_ahead
+            assert [*request.prompt_ids, *request.output_ids] == self.tokens[request_id][
+                : len(self.tokens[request_id]) - num_pending
+            ]
 
     def _check_order(self, plan, running, waiting):
         """First come, first served; pages are taken from the last admitted only."""
-        assert len(self.scheduler.running) <= self.config.max_num_seqs
+        assert len(plan.segments) <= self.config.max_num_seqs
+        assert self.runs_ahead or len(self.scheduler.running) <= self.config.max_num_seqs
         now_running = [r.request_id for r in self.scheduler.running]
         kept = [r for r in running if r not in plan.preempted]
         assert list(plan.preempted) == running[len(kept) :][::-1]
@@ -215,7 +259,7 @@ class Simulation:
             length = segment.end - segment.start
             assert length >= 1, "an empty segment"
             assert segment.start == self.computed[segment.request_id], "a gap or an overlap"
-            assert list(segment.token_ids) == tokens[segment.start : segment.end]
+            assert self._known(segment.token_ids) == tokens[segment.start : segment.end]
             assert segment.end <= len(tokens) <= config.max_model_len
             assert segment.samples == (segment.end == len(tokens)), "a token too many or too few"
             assert segment.is_decode == self._is_decode(segment.request_id), "a wrong kind"
@@ -227,6 +271,10 @@ class Simulation:
                 assert on_boundary or (
                     self.deferrals[segment.request_id] == config.max_deferrals
                 ), "a chunk ends inside a page"
+
+    def _known(self, token_ids):
+        """The ids with the pending one, if there is one, looked up in the step in flight."""
+        return [self.in_flight[1][-1 - i] if i < 0 else i for i in token_ids]
 
     def _check_deferrals(self, plan):
         deferred = {deferral.request_id for deferral in plan.deferrals}
@@ -247,7 +295,12 @@ class Simulation:
         ran = {segment.request_id for segment in plan.segments}
         if plan.num_tokens < self.config.max_num_batched_tokens:
             for request_id in running:
-                if self._is_decode(request_id) and request_id not in plan.preempted:
+                job, num_tokens = self.jobs[request_id], len(self.tokens[request_id])
+                is_ending = num_tokens >= min(
+                    job.num_prompt + job.max_tokens, self.config.max_model_len
+                )
+                assert not is_ending or request_id not in ran, "a token too many"
+                if self._is_decode(request_id) and not (request_id in plan.preempted or is_ending):
                     assert request_id in ran, "a decode was held back"
 
     def _is_decode(self, request_id):
@@ -315,7 +368,13 @@ def random_scenario(rng) -> Scenario:
         enable_prefix_caching=rng.randint(0, 3) > 0,
     )
     jobs = tuple(job for job in jobs if job.num_prompt < config.max_model_len)
-    return Scenario(config, jobs, seed=rng.randint(0, 1000), can_stop=True)
+    return Scenario(
+        config,
+        jobs,
+        seed=rng.randint(0, 1000),
+        can_stop=True,
+        runs_ahead=rng.randint(0, 1) == 1,
+    )
 
 
 def some_scenarios() -> list[Scenario]:
@@ -369,6 +428,8 @@ def test_the_random_scenarios_reach_preemption_deferral_and_every_end():
     assert sum(run.num_cached for run in runs) > 1000
     assert sum(run.num_aborts_in_a_step for run in runs) > 10
     assert sum(run.num_late_aborts for run in runs) > 0
+    assert sum(run.num_discarded for run in runs) > 10
+    assert sum(run.num_empty_plans for run in runs) > 100
     assert {reason for run in runs for reason in run.finish.values()} == set(FinishReason)
 
 
@@ -622,7 +683,14 @@ def test_one_function_limits_running_and_waiting_requests_alike(monkeypatch):
     for chunk in ((0, 2), (2, 4), (4, 5)):  # admitted, then twice running
         plan = scheduler.schedule()
         assert [(s.start, s.end) for s in plan.segments] == [chunk] * 3
-        scheduler.commit(plan, {i: 9 for i in range(3)})
+        run_plan(scheduler, plan)
+
+
+def run_plan(scheduler, plan):
+    """Begins and commits a plan whose new tokens are all 9; the requests that have finished."""
+    scheduler.begin(plan)
+    kept = scheduler.commit(plan, [9] * len(plan.segments))
+    return [request for _, request in kept if request.finish_reason is not None]
 
 
 def run_one(scheduler, request):
@@ -632,8 +700,7 @@ def run_one(scheduler, request):
     while request.finish_reason is None:
         plan = scheduler.schedule()
         chunks += [(segment.start, segment.end) for segment in plan.segments]
-        new_tokens = {segment.request_id: 9 for segment in plan.segments if segment.samples}
-        for finished in scheduler.commit(plan, new_tokens):
+        for finished in run_plan(scheduler, plan):
             scheduler.release(finished)
     return chunks
 
@@ -770,8 +837,7 @@ def test_preemption_takes_the_last_admitted_and_recomputes_it():
     while scheduler.running or scheduler.waiting:
         plan = scheduler.schedule()
         preempted += plan.preempted
-        new_tokens = {segment.request_id: 9 for segment in plan.segments if segment.samples}
-        for request in scheduler.commit(plan, new_tokens):
+        for request in run_plan(scheduler, plan):
             scheduler.release(request)
         num_steps += 1
     assert preempted == [1]
@@ -793,7 +859,8 @@ def test_a_plan_that_is_not_committed_is_planned_again(caching):
     scheduler.add(Request(0, tuple(range(1, 14)), SamplingParams(2)))
     first = scheduler.schedule()
     assert scheduler.schedule() == first
-    scheduler.commit(first, {})
+    scheduler.begin(first)
+    scheduler.commit(first, [9])
     scheduler.preempt_all()
     assert scheduler.pool.num_free == 20
     assert scheduler.schedule().segments[0].start == (8 if caching else 0)
@@ -820,8 +887,7 @@ def test_ten_thousand_requests_with_aborts_end_with_the_pool_full_again():
             alive.remove(victim)
         plan = scheduler.schedule()
         preempted += len(plan.preempted)
-        new_tokens = {segment.request_id: 9 for segment in plan.segments if segment.samples}
-        for request in scheduler.commit(plan, new_tokens):
+        for request in run_plan(scheduler, plan):
             scheduler.release(request)
             ended[request.finish_reason] += 1
             cached += request.num_cached

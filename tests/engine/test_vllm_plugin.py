@@ -47,15 +47,15 @@ def end_step(scheduler, *request_ids):
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-@pytest.mark.parametrize("method", [vllm_stand_in.four, vllm_stand_in.five])
-def test_the_class_that_fits_starts_and_is_asked(monkeypatch, method, is_async):
+@pytest.mark.parametrize("method, more", vllm_stand_in.METHODS)
+def test_the_class_that_fits_starts_and_is_asked(monkeypatch, method, more, is_async):
     plugin = vllm_stand_in.install(monkeypatch, method=method)
     scheduler = start(plugin, is_async=is_async)
     assert scheduler.need_mamba_block_aligned_split is True
-    more = (7,) if method is vllm_stand_in.five else ()
+    ask = scheduler._mamba_block_aligned_split
     # 40 local and 8 external tokens of a prompt of 300, and a budget of 100: the end is 144.
-    assert scheduler._mamba_block_aligned_split(vllm_request(300), 100, 40, 8, *more) == 96
-    assert scheduler._mamba_block_aligned_split(vllm_request(300, num_computed=5), 100) == 91
+    assert ask(vllm_request(300), 100, 40, 8, *more) == 96
+    assert ask(vllm_request(300, num_computed=5), 100) == 91
 
 
 def check_numbers(plugin):
@@ -118,6 +118,7 @@ def test_drafts_and_placeholders_are_left_alone(monkeypatch):
 def check_waiting(plugin):
     """Eight steps at most; from the start again once it got tokens, and nothing kept when gone."""
     scheduler = start(plugin)
+    ask = scheduler._mamba_block_aligned_split
     scheduler.requests = {"a": None, "b": None}
     most = EngineConfig().max_deferrals
     for request_id in "ab":
@@ -125,15 +126,15 @@ def check_waiting(plugin):
             asked = vllm_request(100, num_computed=computed, request_id=request_id)
             lengths = []
             while not lengths or not lengths[-1]:
-                lengths.append(scheduler._mamba_block_aligned_split(asked, inside))
+                lengths.append(ask(asked, inside))
                 end_step(scheduler, *request_id * (lengths[-1] > 0))
             assert lengths == [0] * most + [inside]
     asked = vllm_request(100, request_id="b")
-    assert [scheduler._mamba_block_aligned_split(asked, 5) for _ in range(most)] == [0] * most
+    assert [ask(asked, 5) for _ in range(most)] == [0] * most
     # It may run now, but vLLM finds no blocks for it, so that only the other one is scheduled.
-    assert scheduler._mamba_block_aligned_split(asked, 5) == 5
+    assert ask(asked, 5) == 5
     end_step(scheduler, "a")
-    assert scheduler._mamba_block_aligned_split(asked, 5) == 5
+    assert ask(asked, 5) == 5
     del scheduler.requests["b"]  # aborted
     end_step(scheduler)
     assert not scheduler._page_deferrals
@@ -143,24 +144,22 @@ def test_waiting_is_bounded(monkeypatch):
     check_waiting(vllm_stand_in.install(monkeypatch))
 
 
-def check_mamba(plugin, method=vllm_stand_in.four, by_hand=False):
+def check_mamba(plugin, more=(), by_hand=False):
     """Where vLLM aligns the model itself, its answer to all of its arguments is given back."""
     scheduler = start(plugin, model_aligns=not by_hand)
     if by_hand:  # as vLLM's own tests do
         scheduler.need_mamba_block_aligned_split = True
-    more = (7,) if method is vllm_stand_in.five else ()
-    request = vllm_request(300)
-    answer = scheduler._mamba_block_aligned_split(request, 100, 3, 4, *more)
-    assert answer == ("vllm", request, 100, 3, 4, *more)
+    ask, request = scheduler._mamba_block_aligned_split, vllm_request(300)
+    assert ask(request, 100, 3, 4, *more) == ("vllm", request, 100, 3, 4, *more)
     scheduler.need_mamba_block_aligned_split = False
     assert scheduler.need_mamba_block_aligned_split is True
-    assert scheduler._mamba_block_aligned_split(request, 100, 3, 4, *more) == 89
+    assert ask(request, 100, 3, 4, *more) == 89
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-@pytest.mark.parametrize("method", [vllm_stand_in.four, vllm_stand_in.five])
-def test_a_model_that_vllm_aligns_is_left_to_it(monkeypatch, method, by_hand):
-    check_mamba(vllm_stand_in.install(monkeypatch, method=method), method, by_hand)
+@pytest.mark.parametrize("method, more", vllm_stand_in.METHODS)
+def test_a_model_that_vllm_aligns_is_left_to_it(monkeypatch, method, more, by_hand):
+    check_mamba(vllm_stand_in.install(monkeypatch, method=method), more, by_hand)
 
 
 @pytest.mark.parametrize(

@@ -104,15 +104,13 @@ class OurRun:
 
     def step(self) -> Step:
         self.plan = plan = self.scheduler.schedule()
-        new_tokens = {
-            s.request_id: token_of(self.live[s.request_id].prompt_ids, s.end)
-            for s in plan.segments
-            if s.samples
-        }
+        new_tokens = [token_of(self.live[s.request_id].prompt_ids, s.end) for s in plan.segments]
         num_free = self.pool.num_free
-        for request in self.scheduler.commit(plan, new_tokens):
-            self.scheduler.release(request)
-            del self.live[request.request_id]
+        self.scheduler.begin(plan)
+        for _, request in self.scheduler.commit(plan, new_tokens):
+            if request.finish_reason is not None:
+                self.scheduler.release(request)
+                del self.live[request.request_id]
         return Step(
             [(s.request_id, s.start, s.end) for s in plan.segments],
             set(plan.preempted),

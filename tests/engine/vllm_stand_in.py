@@ -35,7 +35,11 @@ def five(
     num_uncached_common_prefix_tokens=0,
 ):
     cached = num_new_local_computed_tokens, num_external_computed_tokens
-    return ("vllm", request, num_new_tokens, *cached, num_uncached_common_prefix_tokens)
+    return (*four(self, request, num_new_tokens, *cached), num_uncached_common_prefix_tokens)
+
+
+# Each form of the method, and what vLLM gives to it behind the first four arguments.
+METHODS = ((four, ()), (five, (7,)))
 
 
 def other(self, request, num_computed_tokens, num_new_tokens):

@@ -12,7 +12,9 @@ import pallas_paged
 from bench.tpu_model.compile import aot_compile
 from pallas_paged import layout
 from tests.attention.cases import make_case
+from tests.kv_write.test_compiled import large_results
 
+STRUCT = jax.ShapeDtypeStruct
 PER_WORD = {"float32": 1, "bfloat16": 2, "float8_e4m3fn": 4}
 
 
@@ -81,6 +83,40 @@ def test_attention_takes_every_form(head_dim):
         assert all(map(np.array_equal, indices[0], other))
 
 
+def test_every_other_function_takes_every_form():
+    """validate, explain_backend and the way back to separate caches."""
+    pool, k, _ = make_write("bfloat16")
+    metadata = {"page_indices": [5, 2, 0, 3], "kv_lens": [8, 3], "cu_q_lens": [0, 4, 5]}
+    metadata = {name: np.array(x, np.int32) for name, x in metadata.items()}
+    slices = np.array([[4], [0], [2]], np.int32)
+    for kv_pages in (pool, five(pool)):
+        for count in (1, np.int32(1), jnp.int32(1), [1]):
+            pallas_paged.validate(kv_pages, slices=slices, num_slices=count)
+        for count in (2, jnp.int32(2), np.array([2])):
+            pallas_paged.validate(kv_pages, **metadata, num_seqs=count)
+        kv_lens = np.array([8, 5], np.int32)  # of which the second page is page 3
+        with pytest.raises(
+            ValueError, match=r"page_indices` is 6 at index \(1, 1\); wanted a page"
+        ):
+            table = np.array([5, 2, 0, 6], np.int32)
+            pallas_paged.validate(
+                kv_pages, **metadata | {"kv_lens": kv_lens, "page_indices": table}, num_seqs=2
+            )
+        q = jax.ShapeDtypeStruct((5, 2, 128), jnp.bfloat16)
+        choice = pallas_paged.explain_backend(
+            pallas_paged.ragged_paged_attention, q, kv_pages, *metadata_of(metadata), 2
+        )
+        assert choice.backend is not None
+        apart = pallas_paged.to_separate_caches(kv_pages, 2, 128)
+        assert all(map(np.array_equal, apart, pallas_paged.split_kv(pool, 2, 128)))
+
+
+def metadata_of(metadata):
+    """In the order of the attention's arguments, as shapes."""
+    arrays = (metadata[name] for name in ("kv_lens", "page_indices", "cu_q_lens"))
+    return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+
+
 def test_the_model_scale_is_that_of_none():
     case = make_case([(3, 30)])
     found, wanted = (
@@ -116,22 +152,58 @@ def test_a_table_that_is_no_whole_number_of_rows_is_refused():
         )
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
-def test_a_tpu_copies_no_pool_of_five_dimensions(dtype):
-    """The reshape is a bitcast there: temporaries stay far below a pool, which is donated."""
-    shape = layout.pool_shape(2**13, 16, 8, 128, dtype)
+def five_of_a_tpu(dtype):
+    """A pool of 8 heads of 128 that is larger than a VMEM, where XLA could hide a copy of it."""
+    *page, num_rows, num_lanes = layout.pool_shape(2**13, 16, 8, 128, dtype)
     per_word = PER_WORD[dtype]
-    *page, num_rows, num_lanes = shape
-    struct = jax.ShapeDtypeStruct
-    pool = struct((*page, num_rows // per_word, per_word, num_lanes), jnp.dtype(dtype))
-    new = struct((256, 8 * 128), jnp.bfloat16)
+    return STRUCT((*page, num_rows // per_word, per_word, num_lanes), jnp.dtype(dtype))
+
+
+def compile_for_a_tpu(call, pool, *args):
+    """The program, which donates the pool, and what in it writes as much as a pool."""
+    compiled = aot_compile(call, (pool, *args), "v6e", jit_kwargs={"donate_argnums": (0,)})
+    hlo = compiled.as_text()
+    assert "tpu_custom_call" in hlo, "the kernel is not in the program"
+    return compiled, large_results(hlo, np.prod(pool.shape) * pool.dtype.itemsize)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_a_tpu_writes_into_a_pool_of_five_dimensions_in_place(dtype):
+    """Both reshapes are bitcasts there, and the pool that comes is the one that goes."""
+    pool, new = five_of_a_tpu(dtype), STRUCT((256, 8 * 128), jnp.bfloat16)
 
     def write(pool, k, v, slots):
         return pallas_paged.token_write(pool, k, v, slots, num_kv_heads=8, backend="mosaic_tpu")
 
-    args = (pool, new, new, struct((256,), jnp.int32))
-    compiled = aot_compile(write, args, "v6e", jit_kwargs={"donate_argnums": (0,)})
+    compiled, moved = compile_for_a_tpu(write, pool, new, new, STRUCT((256,), jnp.int32))
+    assert not moved, moved[0][1][:300]
     memory = compiled.memory_analysis()
-    num_bytes = np.prod(pool.shape) * pool.dtype.itemsize
-    assert memory.temp_size_in_bytes < num_bytes / 8
-    assert memory.alias_size_in_bytes == num_bytes
+    assert memory.alias_size_in_bytes == np.prod(pool.shape) * pool.dtype.itemsize
+
+
+@pytest.mark.parametrize("op", ["ragged_paged_attention", "write_and_attend"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_a_tpu_attends_to_a_pool_of_five_dimensions_where_it_is(dtype, op):
+    q, new = STRUCT((64, 8, 128), jnp.bfloat16), STRUCT((64, 8, 128), jnp.bfloat16)
+    batch = [STRUCT(shape, jnp.int32) for shape in ((4,), (4 * 8,), (5,), ())]
+    options = {"config": pallas_paged.TpuAttentionConfig(128, 128, 2), "backend": "mosaic_tpu"}
+
+    def attend(pool, q, k, v, *batch):
+        if op == "write_and_attend":
+            return pallas_paged.write_and_attend(q, k, v, pool, *batch, **options)
+        return pallas_paged.ragged_paged_attention(q, pool, *batch, num_kv_heads=8, **options), pool
+
+    _, moved = compile_for_a_tpu(attend, five_of_a_tpu(dtype), q, new, new, *batch)
+    assert not moved, moved[0][1][:300]
+
+
+def test_a_copy_of_such_a_pool_would_be_seen():
+    """A pool that is used again after the write is copied first."""
+    pool, new = five_of_a_tpu("bfloat16"), STRUCT((256, 8 * 128), jnp.bfloat16)
+
+    def write(pool, k, v, slots):
+        written = pallas_paged.token_write(pool, k, v, slots, num_kv_heads=8, backend="mosaic_tpu")
+        return written, pool
+
+    _, moved = compile_for_a_tpu(write, pool, new, new, STRUCT((256,), jnp.int32))
+    assert {opcode for opcode, _ in moved} & {"copy", "copy-start"}

@@ -336,7 +336,11 @@ REFUSALS = [
     ({"page_ids": np.zeros(2)}, "`page_ids` is float64[2]; wanted integers[n]:"),
     ({"page_ids": [[1], [2, 3]]}, "`page_ids` is [[1], [2, 3]] of type list; wanted integers[n]:"),
     ({"slots": ints(1)[None]}, "`slots` is int32[1,1]; wanted integers[T]:"),
-    (batch(num_seqs=2), "`num_seqs` is 2 of type int; wanted integers[1]:"),
+    (batch(num_seqs=2.0), "`num_seqs` is 2.0 of type float; wanted integers[1] or integers[]:"),
+    (
+        batch(page_indices=ints(6, 2, 5, 7)),
+        "`page_indices` is int32[4]; wanted int32[S, M], neither 0, or int32[S * M] with the S",
+    ),
     (batch(num_seqs=ints(1, 2)), "`num_seqs` is of shape [2]; wanted [1]:"),
     (batch(kv_lens=ints(9, 6)), "`kv_lens` is of shape [2]; wanted [3]:"),
     (batch(cu_q_lens=ints(0, 6, 8)), "`cu_q_lens` is of shape [3]; wanted [4]:"),
@@ -441,7 +445,7 @@ def first_conflict(table, kv_lens, q_lens, page_size):
 @hypothesis.given(st.data())
 def test_the_first_shared_page_that_is_written_is_named(data):
     page_size, width, num_pages = 4, 3, data.draw(st.integers(4, 40))
-    kv_lens = data.draw(st.lists(st.integers(0, width * page_size), max_size=4))
+    kv_lens = data.draw(st.lists(st.integers(0, width * page_size), min_size=1, max_size=4))
     q_lens = [data.draw(st.integers(0, kv_len)) for kv_len in kv_lens]
     entries = st.lists(st.integers(0, num_pages - 1), min_size=width, max_size=width)
     table = [data.draw(entries) for _ in kv_lens]

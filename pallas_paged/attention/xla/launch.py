@@ -119,14 +119,21 @@ def attend(
     kv_lens = jnp.clip(batch.kv_lens, 0, extent)
     is_seq = jnp.arange(max_seqs) < batch.num_seqs[0]
     q_lens = jnp.where(is_seq & (kv_lens > 0), jnp.maximum(jnp.diff(starts), 0), 0)
-    if spec.has_cudnn and spec.options.causal:
-        # New tokens before position 0 are absurd and see nothing. They are left out, so that a
-        # tile's rows and its own keys begin at the same position.
-        starts = starts[1:] - jnp.minimum(q_lens, kv_lens)
-        q_lens = jnp.minimum(q_lens, kv_lens)
+    lse = jnp.full_like(q[..., 0], -jnp.inf, jnp.float32)
+    if spec.options.causal:
+        # New tokens before position 0 are absurd and see no key. They are in no tile, so that for
+        # cuDNN a tile's rows and its own keys begin at the same position.
+        num_blind = jnp.maximum(q_lens - kv_lens, 0)
+        q_lens -= num_blind
+        starts = starts[1:] - q_lens
+        if factors.sinks is not None:
+            row = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
+            is_blind = jnp.any((row >= starts - num_blind) & (row < starts), axis=1)
+            _, of_sinks = online_softmax.finish(spec, factors, online_softmax.nothing(q[None]))
+            lse = jnp.where(is_blind[:, None], of_sinks[0], lse)
     batch = Batch(kv_lens, batch.page_indices, starts, batch.num_seqs)
-    outputs = (jnp.zeros_like(q), jnp.full_like(q[..., 0], -jnp.inf, jnp.float32))
     run = functools.partial(_for_each_group, spec, q, kv_pages, batch, factors)
+    outputs = (jnp.zeros_like(q), lse)
     outputs = run(jnp.where(q_lens == 1, 1, 0), 1, min(spec.num_decodes, num_tokens), outputs)
     if num_tokens > 1:
         rows = jnp.where(q_lens == 1, 0, q_lens)
