@@ -41,12 +41,12 @@ from reference_engine.weights import Params, random_params
 
 FLAGS = flags.FLAGS
 
-# The fields of EngineConfig that are flags. Their types and defaults are those of the fields; with
-# generate, the defaults are those of LLM.
+# The fields of EngineConfig that are flags, of its types and defaults; generate has LLM's defaults.
 _ENGINE_FLAGS = {
     "page_size": "Tokens in a page.",
     "max_num_batched_tokens": "The most new tokens in a step.",
     "max_num_seqs": "The most requests that run at a time.",
+    "gpu_memory_utilization": "generate: what share of the memory parameters, pool and steps take.",
     "page_aligned_scheduling": "End the chunks of prefills on page boundaries. replay runs with and"
     " without it; explain prints the run that this flag asks for.",
     "long_prefill_token_threshold": "The most new tokens of one request in a step while other"
@@ -103,11 +103,6 @@ flags.DEFINE_integer(
     0,
     "Pages in the pool; 0 for as many as the memory has room for (generate; on a CPU, for 16,384"
     " tokens), or a quarter of what max_num_seqs of the longest request fill (replay, explain).",
-)
-flags.DEFINE_float(
-    "gpu_memory_utilization",
-    EngineConfig.gpu_memory_utilization,
-    "generate: the share of the device's memory that parameters, pool and steps take.",
 )
 flags.DEFINE_integer(
     "seed", 0, "Fixes the weights, the prompts and the drawn requests; for generate, the sampling."
@@ -256,19 +251,16 @@ def _print_as_it_comes(llm: LLM, prompt: Any, params: SamplingParams) -> None:
 
 def _load() -> LLM:
     """The model with the flags that were given; what the others are is LLM's affair."""
-    names = ("max_model_len", "num_pages", "gpu_memory_utilization", *_ENGINE_FLAGS)
-    fields: dict[str, Any] = {
-        name: FLAGS[name].value for name in names if not FLAGS[name].using_default_value
-    }
-    for name in ("max_model_len", "num_pages"):  # 0 stands for the default
-        fields[name] = fields.get(name) or None
+    given = [name for name in _ENGINE_FLAGS if not FLAGS[name].using_default_value]
     return LLM(
         FLAGS.model,
         dtype=FLAGS.dtype,
         seed=FLAGS.seed,
         warm_up=FLAGS.warm_up,
         compilation_cache=False if FLAGS.compilation_cache == "" else None,
-        **fields,
+        max_model_len=FLAGS.max_model_len or None,
+        num_pages=FLAGS.num_pages or None,
+        **_given(given),
     )
 
 

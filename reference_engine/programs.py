@@ -35,8 +35,8 @@ from reference_engine.model import StepOptions, lower_step
 from reference_engine.sampler import run_every_program
 from reference_engine.weights import Params
 
-# Lowers the programs of a shape, and returns what compiles them.
-Lower = Callable[[BatchShape], Callable[[], None]]
+# Lowers the model's program of a shape; returns what compiles it, and then what compiles others.
+Lower = Callable[[BatchShape], Sequence[Callable[[], None]]]
 
 _MAX_THREADS = 8  # more of them would mostly wait for one another to lower
 
@@ -64,7 +64,7 @@ def lowering(
     device = device.jax_default_device
     sampled: set[int] = set()  # the numbers of rows for which the sampler is compiled
 
-    def lower(shape: BatchShape) -> Callable[[], None]:
+    def lower(shape: BatchShape) -> Sequence[Callable[[], None]]:
         with _on(device):
             packed, spec = pack(make_batch_of(shape, (), config))
             lowered = lower_step(
@@ -80,15 +80,17 @@ def lowering(
         is_first = num_rows not in sampled
         sampled.add(num_rows)
 
-        def finish() -> None:
+        def compile_model() -> None:
             with _on(device):
                 lowered.compile()
-                if is_first:
-                    logits = jnp.zeros((num_rows, model.vocab_size), jnp.float32)
-                    run_every_program(logits, config.max_model_len, last_tokens)
-                    pad_tokens(jnp.zeros(num_rows, jnp.int32), len(last_tokens))
 
-        return finish
+        def compile_sampler() -> None:
+            with _on(device):
+                logits = jnp.zeros((num_rows, model.vocab_size), jnp.float32)
+                run_every_program(logits, config.max_model_len, last_tokens)
+                pad_tokens(jnp.zeros(num_rows, jnp.int32), len(last_tokens))
+
+        return [compile_model, compile_sampler] if is_first else [compile_model]
 
     return lower
 
@@ -96,8 +98,9 @@ def lowering(
 class Programs:
     """The programs of an engine's shapes.
 
-    A shape is ready once its programs are compiled. Without threads nothing is prepared: a step
-    takes the smallest shape that holds it, and compiles it if need be.
+    A shape is ready once its programs are compiled; the first one already with the model's, because
+    the first token waits for it, and may need only one of the sampler's. Without threads nothing is
+    prepared: a step takes the smallest shape that holds it, and compiles it if need be.
     """
 
     def __init__(self, config: EngineConfig, lower: Lower) -> None:
@@ -170,7 +173,7 @@ class Programs:
                 shapes.append(shape)
         executor = concurrent.futures.ThreadPoolExecutor(_num_threads(len(shapes)))
         try:
-            futures = {executor.submit(self._lower(shape)): shape for shape in shapes}
+            futures = {executor.submit(_call_all, self._lower(shape)): shape for shape in shapes}
             for future in concurrent.futures.as_completed(futures):
                 future.result()
                 on_shape(futures[future])
@@ -191,7 +194,7 @@ class Programs:
 
     def _work(self) -> None:
         while True:
-            finish, is_ready = None, False
+            stages, is_ready = None, False
             with self._lowering:
                 with self._changed:
                     if not self._queue:
@@ -199,15 +202,28 @@ class Programs:
                     shape = self._queue.popleft()
                     self._begun.add(shape)
                 with contextlib.suppress(BaseException):  # the step that needs the shape raises it
-                    finish = self._lower(shape)
-            if finish is not None:
+                    stages = self._lower(shape)
+            if stages is not None:
                 with contextlib.suppress(BaseException):
-                    finish()
+                    stages[0]()
+                    if not self._ready:
+                        self._add(self._ready, shape)
+                    _call_all(stages[1:])
                     is_ready = True
+            self._add(self._ready if is_ready else self._failed, shape)
             with self._changed:
                 self._begun.remove(shape)
-                (self._ready if is_ready else self._failed).add(shape)
                 self._changed.notify_all()
+
+    def _add(self, shapes: set[BatchShape], shape: BatchShape) -> None:
+        with self._changed:
+            shapes.add(shape)
+            self._changed.notify_all()
+
+
+def _call_all(stages: Sequence[Callable[[], None]]) -> None:
+    for stage in stages:
+        stage()
 
 
 def most_useful_first(shapes: Sequence[BatchShape]) -> list[BatchShape]:

@@ -45,6 +45,9 @@ class Compiler:
     def __init__(self, failing=(), error=RuntimeError, in_lowering=False):
         self.may_end = {shape: threading.Event() for shape in batch_shapes(CONFIG)}
         self.begun = []
+        self.at_others = []  # the shapes whose model is compiled
+        self.others_may_end = threading.Event()
+        self.others_may_end.set()
         self.failing = failing
         self.error = error
         self.in_lowering = in_lowering
@@ -59,7 +62,11 @@ class Compiler:
             if shape in self.failing:
                 raise self.error("planted")
 
-        return finish
+        def finish_others():
+            self.at_others.append(shape)
+            assert self.others_may_end.wait(TIMEOUT)
+
+        return [finish, finish_others]
 
 
 @pytest.fixture
@@ -78,7 +85,7 @@ def make(monkeypatch):
     yield start
     for programs, compiler in made:
         programs.stop()
-        for event in compiler.may_end.values():
+        for event in (*compiler.may_end.values(), compiler.others_may_end):
             event.set()
         programs.close()
 
@@ -120,6 +127,22 @@ def test_a_step_takes_the_smallest_shape_that_is_ready(make):
     compiler.may_end[SMALL].set()
     wait_until(lambda: programs.choose(5, 1) is SMALL)
     assert programs.choose(17, 1) is LARGE
+
+
+def test_the_first_shape_is_ready_before_the_samplers_programs(make):
+    programs, compiler = make()
+    compiler.others_may_end.clear()
+    compiler.may_end[LARGE].set()
+    assert programs.choose(1, 1) is LARGE
+    assert compiler.at_others in ([], [LARGE])
+    compiler.others_may_end.set()
+    wait_until(lambda: len(compiler.begun) == 2)
+    compiler.others_may_end.clear()
+    compiler.may_end[compiler.begun[1]].set()
+    wait_until(lambda: len(compiler.at_others) == 2)
+    assert programs.choose(1, 1) is LARGE  # the second shape waits for all of its programs
+    compiler.others_may_end.set()
+    wait_until(lambda: programs.choose(1, 1) is compiler.begun[1])
 
 
 def test_the_shape_that_is_missed_comes_next(make):
@@ -165,7 +188,7 @@ def test_warm_up_takes_over_from_the_threads(make):
         event.set()
     shapes = []
     programs.compile_all(shapes.append)
-    assert set(compiler.begun) == set(batch_shapes(CONFIG))
+    assert set(compiler.begun) == set(compiler.at_others) == set(batch_shapes(CONFIG))
     assert len(compiler.begun) == len(shapes) == 4 and set(shapes) == set(compiler.begun)
     assert programs.choose(1, 1) is DECODE_1
 

@@ -134,7 +134,7 @@ def test_serve_a_model(tmp_path, monkeypatch, capsys):
     checkpoints.write_checkpoint(folder, tokenizer=checkpoints.byte_tokenizer())
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(blocks("README.md", max_model_len=128, num_pages=32)[2], names)
+    exec(blocks("README.md")[2], names)
     printed = capsys.readouterr().out
     (output,) = names["llm"].generate(
         ["The capital of France is"], names["SamplingParams"](max_tokens=32)
