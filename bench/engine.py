@@ -25,6 +25,7 @@ from absl import app, flags
 from bench import report
 from bench.engine_study import cost as engine_cost
 from bench.engine_study import real as engine_real
+from bench.engine_study import serve as engine_serve
 from bench.engine_study import share as engine_share
 from bench.engine_study import simulate as study
 from bench.engine_study import tables
@@ -34,7 +35,7 @@ from bench.verdicts import engine as verdicts
 from reference_engine import traffic
 from reference_engine.config import BACKENDS, KV_WRITES
 
-PARTS = ("study", "share", "real")
+PARTS = ("study", "share", "real", "serve")
 
 # `allow_override`: other commands have flags of these names, and a process may import several.
 _PARTS = flags.DEFINE_list("parts", None, f"Some of {', '.join(PARTS)}.", allow_override=True)
@@ -142,6 +143,8 @@ def main(argv: Sequence[str]) -> None:
         found["share"] = _share()
     if "real" in parts:
         found["real"] = _real(on_cpu)
+    if "serve" in parts:
+        found["serve"] = _serve(on_cpu)
     verdict = report.Verdict(
         "what page-aligned scheduling and page-granular writes are worth to an engine",
         [row for part in found.values() for row in part.rows],
@@ -412,6 +415,32 @@ def _real(on_cpu: bool) -> _Part:
     record = {"model": name, "shrink": setup.shrink, "rows": rows, "host": host, "fit": fit}
     note = f"real: {how[0].lower()}{how[1:]}."
     return _Part(record, verdicts.real_rows(rows), note, f"{details}\n\n{how}\n{table}")
+
+
+# --- the engine as a server -------------------------------------------------------------------
+
+
+def _serve(on_cpu: bool) -> _Part:
+    model = engine_real.TINY if on_cpu else engine_serve.QWEN3_0_6B
+    workloads = list(engine_serve.at_once(16 if on_cpu else 1).values())
+    config = engine_serve.make_config(model, jax.default_backend(), workloads, {})
+    objectives = study.Objectives(_TTFT_MS.value, _TPOT_MS.value)
+    engine, ready = engine_serve.make_engine(model, config)
+    print(f"ready after {ready:.1f} s; {config}", file=sys.stderr, flush=True)
+    rows = []
+    for workload in workloads:
+        for temperature in (0.6, 0.0):
+            row = engine_serve.serve(
+                engine,
+                workload,
+                temperature=temperature,
+                objectives=objectives,
+                seed=len(rows),
+            )
+            rows.append(row)
+            print(tables.serve_row(row), file=sys.stderr, flush=True)
+    table = report.table([tables.serve_row(row) for row in rows], indent=2)
+    return _Part(rows, verdicts.serve_rows(rows), "serve: measured.", table)
 
 
 if __name__ == "__main__":

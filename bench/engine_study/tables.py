@@ -128,3 +128,28 @@ def real_row(row: dict[str, Any]) -> dict[str, str]:
         "writes ms": "-" if write is None else f"{write / 1e3:.3f}",
         "share %": "-" if write is None else f"{100 * write / row['step_us']:.2f}",
     }
+
+
+def serve_row(row: dict[str, Any]) -> dict[str, str]:
+    """A served workload."""
+    return {
+        "workload": row["workload"],
+        "T": f"{row['temperature']:g}",
+        "output tokens/s": f"{row['output_tokens_per_s']:,.0f}",
+        "TTFT mean ms": f"{row['ttft_mean_ms']:,.0f}",
+        "p50": f"{row['ttft_ms'][0]:,.0f}",
+        "p99": f"{row['ttft_ms'][1]:,.0f}",
+        "TPOT p50": f"{row['tpot_ms'][0]:.2f}",
+        "p99 ": f"{row['tpot_ms'][1]:.2f}",
+        "ITL p50": f"{row['itl_ms'][0]:.2f}",
+        "p99  ": f"{row['itl_ms'][1]:.2f}",
+        "goodput": f"{row['goodput']:.2f}",
+        "padding %": f"{row['padding_percent']:.1f}",
+        "steps": f"{row['num_steps']:,}",
+        "late": f"{row['num_late_steps']:,}",
+        "discarded": f"{row['num_discarded']:,}",
+        "preempted": f"{row['num_preemptions']:,}",
+        "recompiles": f"{row['num_recompiles']:,}",
+        "seconds": f"{row['seconds']:.2f}",
+        "host s": f"{row['host_seconds']:.2f}",
+    }

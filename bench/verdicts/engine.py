@@ -105,3 +105,18 @@ def real_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             finding += f"; writes take {100 * best['write_us'] / best['step_us']:.2f}%"
         found.append(_row("real", batch, finding))
     return found
+
+
+def serve_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Per workload and temperature: tokens a second, and what the first token waits for."""
+    return [
+        _row(
+            "serve",
+            f"{row['workload']}, T = {row['temperature']:g}",
+            f"{row['output_tokens_per_s']:,.0f} output tokens/s, first token after"
+            f" {row['ttft_mean_ms']:,.0f} ms (mean), padding {row['padding_percent']:.1f}%,"
+            f" {row['num_late_steps']:,} of {row['num_steps']:,} steps late,"
+            f" {row['num_recompiles']} recompiles",
+        )
+        for row in rows
+    ]
