@@ -9,17 +9,21 @@ a run starts with the arrival of its first request, before the engine has seen i
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from bench.engine_study import traces
 from bench.engine_study.latency import Objectives, latencies
+from bench.engine_study.traces import Traffic
 from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.defaults import default_fields, device_memory, resolve
 from reference_engine.engine import Engine
+from reference_engine.llm import LLM
 from reference_engine.sampling_params import SamplingParams
 from reference_engine.traffic import Arrival
 from reference_engine.weights import random_params
@@ -39,119 +43,112 @@ QWEN3_0_6B = ModelConfig(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """Requests, by their lengths and the times of their arrival."""
-
-    name: str
-    arrivals: Sequence[Arrival]
-
-
-def at_once(shrink: int = 1) -> dict[str, Workload]:
-    """A, B and C: many requests that are there from the start.
+def workloads(shrink: int = 1) -> dict[str, Traffic]:
+    """A, B and C: requests that are all there from the start.
 
     Args:
       shrink: divides lengths and numbers of requests, for machines without an accelerator.
     """
     rng = np.random.default_rng(0)
+    low, high = 100 // shrink, 1024 // shrink
+    drawn = rng.integers(max(1, low), high + 1, (256 // shrink, 2)).tolist()
 
-    def between(low: int, high: int) -> int:
-        return int(rng.integers(max(1, low // shrink), high // shrink + 1))
+    def same(prompt: int, output: int) -> list[Arrival]:
+        return [Arrival(0.0, prompt // shrink, max(2, output // shrink))] * (64 // shrink)
 
-    def same(number: int, prompt: int, output: int) -> list[Arrival]:
-        lengths = max(1, prompt // shrink), max(2, output // shrink)
-        return [Arrival(0.0, *lengths)] * max(2, number // shrink)
-
-    mixed = [
-        Arrival(0.0, between(100, 1024), between(100, 1024)) for _ in range(max(2, 256 // shrink))
-    ]
     return {
-        "A": Workload("A", mixed),
-        "B": Workload("B", same(64, 1024, 256)),
-        "C": Workload("C", same(64, 4096, 16)),
+        "A": Traffic("A", [Arrival(0.0, *lengths) for lengths in drawn]),
+        "B": Traffic("B", same(1024, 256)),
+        "C": Traffic("C", same(4096, 16)),
     }
 
 
-def make_config(
-    model: ModelConfig, platform: str, workloads: Sequence[Workload], fields: dict[str, Any]
-) -> EngineConfig:
-    """What LLM takes on this platform, with some fields replaced, and room for the longest request.
+def make_engine(
+    model: ModelConfig | pathlib.Path, fields: Mapping[str, Any], *, warm_up: bool
+) -> Engine:
+    """The engine that LLM makes on this platform where nobody says more than `fields`.
 
-    It is called before the parameters are made.
+    Args:
+      model: a shape, which gets random parameters; or a model's folder.
+      fields: of EngineConfig.
+      warm_up: whether to compile every shape. If not, a step compiles its shape when it comes.
     """
-    longest = max(a.num_prompt + a.num_output for w in workloads for a in w.arrivals)
-    config = default_fields(model, platform) | fields
-    config["max_model_len"] = max(config["max_model_len"], longest)
-    memory = None if platform == "cpu" else device_memory()
-    return resolve(EngineConfig(**config), model, platform, memory)
-
-
-def make_engine(model: ModelConfig, config: EngineConfig) -> tuple[Engine, float]:
-    """An engine with random parameters and every program compiled; and the seconds for that."""
-    params = jax.block_until_ready(random_params(model, seed=0))
-    began = time.perf_counter()
-    engine = Engine(params, model, config)
-    engine.warm_up()
-    return engine, time.perf_counter() - began
+    fields = {"compile_in_background": False, **fields}
+    if isinstance(model, pathlib.Path):
+        llm = LLM(model, warm_up=warm_up, compilation_cache=False, use_tqdm=False, **fields)
+        return llm.engine
+    platform = jax.default_backend()
+    config = EngineConfig(**{**default_fields(model, platform), **fields})
+    memory = None if platform == "cpu" or config.num_pages is not None else device_memory()
+    config = resolve(config, model, platform, memory)
+    engine = Engine(random_params(model, seed=0), model, config)
+    if warm_up:
+        engine.warm_up()
+    return engine
 
 
 def serve(
-    engine: Engine,
-    workload: Workload,
-    *,
-    temperature: float,
-    objectives: Objectives,
-    seed: int,
+    engine: Engine, traffic: Traffic, *, temperature: float, objectives: Objectives, seed: int
 ) -> dict[str, Any]:
-    """Runs a workload to its end; returns a row.
+    """Serves requests to their end; returns a row.
 
     Args:
-      engine: idle.
-      workload: see Workload. No request ends before it has all of its tokens.
+      engine: one that is idle.
+      traffic: the requests. None ends before it has all of its tokens.
       temperature: of every request.
-      objectives: of a good request.
-      seed: fixes the prompts. Another one than in the run before, so that nothing is cached.
+      objectives: what a good request keeps.
+      seed: fixes the prompts. With another seed than in the runs before, nothing of them is found
+        in the prefix cache.
     """
-    rng = np.random.default_rng(seed)
-    arrivals = workload.arrivals
-    prompts = [rng.integers(engine.model_config.vocab_size, size=a.num_prompt) for a in arrivals]
-    prompts = [prompt.tolist() for prompt in prompts]
+    ids = traces.prompts(traffic, engine.model_config.vocab_size, seed)
     before = dataclasses.replace(engine.stats)
+    token_times = _token_times(engine, traffic.arrivals, ids, temperature)
+    counts = {name: value - getattr(before, name) for name, value in vars(engine.stats).items()}
+    seconds = max(times[-1] for times in token_times)
+    num_outputs = sum(map(len, token_times))
+    rows = counts["num_tokens"] + counts["num_discarded"] + counts["num_padding"]
+    return {
+        "traffic": traffic.name,
+        "temperature": temperature,
+        "num_requests": len(token_times),
+        "num_prompt_tokens": sum(a.num_prompt for a in traffic.arrivals),
+        "num_output_tokens": num_outputs,
+        "duration_s": seconds,
+        "output_tokens_per_s": num_outputs / seconds,
+        "padding_percent": 100 * counts["num_padding"] / rows,
+        "host_s": counts["seconds"] - counts["wait_seconds"],
+        **counts,
+        **latencies([a.seconds for a in traffic.arrivals], token_times, seconds, objectives),
+    }
+
+
+def warm(engine: Engine, temperatures: Sequence[float]) -> None:
+    """Serves a few short requests, so that no run is the first to touch anything."""
+    traffic = Traffic("warm", [Arrival(0.0, 20, 5)] * 4)
+    for seed, temperature in enumerate(temperatures):
+        serve(engine, traffic, temperature=temperature, objectives=Objectives(), seed=2**31 + seed)
+
+
+def _token_times(
+    engine: Engine, arrivals: Sequence[Arrival], ids: Sequence[list[int]], temperature: float
+) -> list[list[float]]:
+    """When each request got each of its tokens, in seconds after the start."""
     token_times: list[list[float]] = [[] for _ in arrivals]
-    index: dict[int, int] = {}  # request id -> place in the workload
+    places: dict[int, int] = {}  # request id -> index of the arrival
     arrived = 0
     began = time.perf_counter()
     while arrived < len(arrivals) or engine.has_work:
         now = time.perf_counter() - began
-        if not engine.has_work and arrivals[arrived].seconds > now:
-            time.sleep(arrivals[arrived].seconds - now)
+        if not engine.has_work and (left := arrivals[arrived].seconds - now) > 0:
+            time.sleep(left)
             now = arrivals[arrived].seconds
         while arrived < len(arrivals) and arrivals[arrived].seconds <= now:
-            params = SamplingParams(
-                temperature=temperature,
-                max_tokens=arrivals[arrived].num_output,
-                ignore_eos=True,
-            )
-            index[engine.add_request(prompts[arrived], params)] = arrived
+            most = arrivals[arrived].num_output
+            params = SamplingParams(temperature=temperature, max_tokens=most, ignore_eos=True)
+            places[engine.add_request(ids[arrived], params)] = arrived
             arrived += 1
         outputs = engine.step()
         now = time.perf_counter() - began
         for output in outputs:
-            token_times[index[output.request_id]].append(now)
-    counts = {name: value - getattr(before, name) for name, value in vars(engine.stats).items()}
-    seconds = max(times[-1] for times in token_times)
-    num_output = sum(map(len, token_times))
-    rows = counts["num_tokens"] + counts["num_discarded"] + counts["num_padding"]
-    return {
-        "workload": workload.name,
-        "temperature": temperature,
-        "requests": len(arrivals),
-        "prompt_tokens": sum(a.num_prompt for a in arrivals),
-        "output_tokens": num_output,
-        "seconds": seconds,
-        "output_tokens_per_s": num_output / seconds,
-        "padding_percent": 100 * counts["num_padding"] / rows,
-        "host_seconds": counts["seconds"] - counts["wait_seconds"],
-        **counts,
-        **latencies([a.seconds for a in arrivals], token_times, seconds, objectives),
-    }
+            token_times[places[output.request_id]].append(now)
+    return token_times
