@@ -340,7 +340,7 @@ def _real(on_cpu: bool) -> Part:
         f"The engine on {host['batch']}: {host['step_us'] / 1e3:.2f} ms a step, of which the host"
         f" works {host['host_us'] / 1e3:.3f} ms ({host['host_percent']:.1f}%), beside the device"
         f" unless it is late, as in {host['late_percent']:.0f}% of the steps;"
-        f" {host['recompiles']} programs compiled after warm-up"
+        f" {host['recompiles']} programs compiled meanwhile"
     )
     rows = []
     for row in engine_real.measure(setup, batches, forms, page_sizes):

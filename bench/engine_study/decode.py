@@ -88,12 +88,20 @@ def start_decodes(
     return ids
 
 
+def longest_decode(batch_size: int, context: int, num_steps: int, budget: int) -> int:
+    """At most how many tokens a request has after `start_decodes` and some steps.
+
+    The first request decodes while the prompts of the others are computed, in what it and its like
+    leave of the budget; alignment leaves at least half of that to prompts.
+    """
+    num_prefills = 2 * -(-batch_size * context // max(1, budget - batch_size))
+    return context + num_prefills + 2 * _SETTLING + num_steps
+
+
 def has_room(engine: Engine, batch_size: int, context: int, num_steps: int) -> bool:
-    """Whether so many requests can decode at a time, and take so many steps and a few more."""
+    """Whether so many requests can decode at a time, and take so many steps."""
     config = engine.config
-    # The first request decodes while the prompts of the others are computed.
-    room = max(1, config.max_num_batched_tokens - batch_size)
-    longest = context + 2 * (batch_size * context // room) + 2 * _SETTLING + num_steps
+    longest = longest_decode(batch_size, context, num_steps, config.max_num_batched_tokens)
     return (
         batch_size <= config.max_num_seqs
         and longest <= config.max_model_len

@@ -101,7 +101,7 @@ def start() -> list[dict[str, Any]]:
     if not _STARTUP.value:
         return []
     with Child() as run:
-        on_cpu = run(jax.default_backend) == "cpu"
+        on_cpu = run(report.start_backends) == "cpu"
     model, name = _model(_name(on_cpu))
     if isinstance(model, pathlib.Path):
         return startup.measure(model, fields)

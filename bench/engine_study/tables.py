@@ -283,12 +283,11 @@ def startup_tables(rows: Sequence[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     return [
-        "\nLLM(folder) in a new process, seconds after the imports; files in the system's memory",
+        "\nLLM(folder) in a new process, seconds; the folder's files are in the system's memory",
         report.table(
             [
                 {
                     "cache of programs": row["cache"],
-                    "imports": f"{row['import_s']:.1f}",
                     "LLM ready": f"{row['ready_s']:.1f}",
                     "first token": f"{row['first_token_s']:.1f}",
                     "all shapes compiled": f"{row['all_compiled_s']:.1f}",
