@@ -216,11 +216,13 @@ class Event:
       name: as the driver has it; names of XLA's kernels do not tell one program's from another's.
       microseconds: how long it ran.
       module: the XLA program that launched it; None where that was not recorded.
+      start_us: how many microseconds after the first one of the recording it started.
     """
 
     name: str
     microseconds: float
     module: str | None = None
+    start_us: float = 0.0
 
 
 def time_kernels(
@@ -362,7 +364,10 @@ def gpu_events(profile: jax.profiler.ProfileData) -> list[Event]:
                 stats = {name: value for name, value in event.stats if name == "hlo_module"}
                 module = str(stats["hlo_module"]) if stats else None
                 found.append((event.start_ns, Event(event.name, event.duration_ns / 1e3, module)))
-    return [event for _, event in sorted(found, key=lambda pair: pair[0])]
+    found.sort(key=lambda pair: pair[0])
+    return [
+        dataclasses.replace(event, start_us=(start - found[0][0]) / 1e3) for start, event in found
+    ]
 
 
 def _check_positive(**values: int) -> None:

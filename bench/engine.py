@@ -3,12 +3,15 @@
 
     python -m bench.engine --traces=code.csv,conv.csv [--plot=study.png] [--all] [--json]
     python -m bench.engine --parts=real --json > costs.json      # on a machine with an accelerator
+    python -m bench.engine --parts=serve --startup --all         # there, too
 
-Three parts. `study` replays traces and generated traffic through the engine's scheduler in
+Four parts. `study` replays traces and generated traffic through the engine's scheduler in
 simulated time, with alignment on and off, in every form of write, at several page sizes and
 budgets. `share` predicts how much of a step of Llama 3 8B the KV write is on TPU generations.
-`real` runs the model itself on this device and times its steps. Without an accelerator the first
-two are run, with one the third. It prints a verdict, with --all also every row.
+`real` runs the model itself on this device and times its steps. `serve` serves requests with the
+engine itself, and tells tokens per second, latencies and the device's idle time. Without an
+accelerator the first two are run, with one the third. It prints a verdict, with --all also every
+row.
 """
 
 from __future__ import annotations
@@ -25,24 +28,26 @@ from absl import app, flags
 from bench import report
 from bench.engine_study import cost as engine_cost
 from bench.engine_study import real as engine_real
+from bench.engine_study import serve_part, tables
 from bench.engine_study import share as engine_share
 from bench.engine_study import simulate as study
-from bench.engine_study import tables
+from bench.engine_study.latency import Objectives
+from bench.engine_study.part import Part
 from bench.tpu_model import kv_write as write_model
 from bench.tpu_model import schedule as ts
 from bench.verdicts import engine as verdicts
 from reference_engine import traffic
 from reference_engine.config import BACKENDS, KV_WRITES
 
-PARTS = ("study", "share", "real")
+PARTS = ("study", "share", "real", "serve")
 
 # `allow_override`: other commands have flags of these names, and a process may import several.
 _PARTS = flags.DEFINE_list("parts", None, f"Some of {', '.join(PARTS)}.", allow_override=True)
 _TRACES = flags.DEFINE_list(
     "traces",
     [],
-    "Trace files with the columns of the Azure LLM inference traces; a generator's"
-    " requests are studied beside them.",
+    "Trace files with the columns of the Azure LLM inference traces, or in the format of the"
+    " Mooncake traces; a generator's requests are studied beside them.",
 )
 _NUM_REQUESTS = flags.DEFINE_integer(
     "requests", 500, "Requests of each trace, from its top.", lower_bound=1
@@ -106,35 +111,19 @@ _JSON = flags.DEFINE_bool(
 _PLOT = flags.DEFINE_string("plot", None, "Write a PNG to this file.", allow_override=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """What a part found.
-
-    Attributes:
-      record: its rows, for the JSON.
-      rows: of the verdict.
-      note: a sentence for the verdict: how the numbers came about.
-      details: its rows, as tables.
-    """
-
-    record: Any
-    rows: Sequence[dict[str, str]]
-    note: str
-    details: str
-
-
 def main(argv: Sequence[str]) -> None:
     """Runs the parts, prints."""
     say = report.start(argv, as_json=_JSON.value, plot=_PLOT.value)
     traces = _traces()
+    report.require_choices("parts", PARTS, _PARTS.value or [])
+    started = serve_part.start() if "serve" in (_PARTS.value or []) else []
     on_cpu = report.start_backends() == "cpu"
     parts = _PARTS.value or (["study", "share"] if on_cpu else ["real"])
-    report.require_choices("parts", PARTS, parts)
     if _PLOT.value and "study" not in parts:
         raise app.UsageError("--plot draws the study; wanted study among --parts")
     report.require_choices("kv_writes", KV_WRITES, _KV_WRITES.value)
     report.require_choices("generations", tuple(ts.GENERATIONS), _GENERATIONS.value)
-    found: dict[str, _Part] = {}
+    found: dict[str, Part] = {}
     panels: dict[str, dict[str, list]] = {}
     if "study" in parts:
         found["study"], panels = _study(traces)
@@ -142,8 +131,19 @@ def main(argv: Sequence[str]) -> None:
         found["share"] = _share()
     if "real" in parts:
         found["real"] = _real(on_cpu)
+    if "serve" in parts:
+        found["serve"] = serve_part.run(
+            on_cpu,
+            _TRACES.value,
+            _NUM_REQUESTS.value,
+            seed=_SEED.value,
+            objectives=Objectives(_TTFT_MS.value, _TPOT_MS.value),
+            started=started,
+        )
     verdict = report.Verdict(
-        "what page-aligned scheduling and page-granular writes are worth to an engine",
+        "how fast the engine serves, as its users see it"
+        if set(found) == {"serve"}
+        else "what page-aligned scheduling and page-granular writes are worth to an engine",
         [row for part in found.values() for row in part.rows],
         [part.note for part in found.values()],
     )
@@ -173,28 +173,21 @@ def _traces() -> dict[str, list[traffic.Arrival]]:
     """Name -> requests: the files', and the generator's."""
     if not 0 < _LOAD.value < 100:
         raise app.UsageError(f"--load is {_LOAD.value}; wanted a number above 0 and below 100")
-    found = {}
-    for path in _TRACES.value:
-        try:
-            name = os.path.splitext(os.path.basename(path))[0]
-            found[name] = traffic.read_azure_trace(path, _NUM_REQUESTS.value)
-        except OSError as error:
-            raise app.UsageError(f"cannot read {path}: {error.strerror}") from None
-        except ValueError as error:
-            raise app.UsageError(str(error)) from None
+    read = [serve_part.read_trace(path, _NUM_REQUESTS.value) for path in _TRACES.value]
+    found = {trace.name: list(trace.arrivals) for trace in read}
     return found | {"generated": traffic.generate(_NUM_REQUESTS.value, seed=_SEED.value)}
 
 
 # --- the study --------------------------------------------------------------------------------
 
 
-def _study(traces: dict[str, list[traffic.Arrival]]) -> tuple[_Part, dict[str, dict[str, list]]]:
+def _study(traces: dict[str, list[traffic.Arrival]]) -> tuple[Part, dict[str, dict[str, list]]]:
     page_sizes = report.require_sizes("page_sizes", _PAGE_SIZES.value, engine_cost.PAGE_SIZES)
     budgets = report.require_sizes("budgets", _BUDGETS.value)
     cost = _cost()
     options: dict[str, Any] = {
         "pool_tokens": _POOL_TOKENS.value,
-        "objectives": study.Objectives(_TTFT_MS.value, _TPOT_MS.value),
+        "objectives": Objectives(_TTFT_MS.value, _TPOT_MS.value),
     }
     loaded = {
         name: study.at_load(arrivals, _LOAD.value, name, cost, **options)
@@ -227,8 +220,12 @@ def _study(traces: dict[str, list[traffic.Arrival]]) -> tuple[_Part, dict[str, d
         )
     by_cell = dict(zip(cells, outcomes, strict=True))
     by_full_cell = dict(zip(full, capacity, strict=True))
-    panels = _panels(by_full_cell)
-    details = _study_text(by_cell, loaded, cost)
+    panels = tables.panels(by_full_cell)
+    details = (
+        f"Scheduling of Llama 3 8B in simulated time, load {_LOAD.value:g},"
+        f" {_POOL_TOKENS.value:,} tokens in the pool.\n"
+    )
+    details += tables.study_text(by_cell, loaded, cost, _told_form(), options["objectives"])
     details += (
         "\n\nChange of throughput with alignment, percent, all requests there from the start\n"
         + report.table(tables.capacity_rows(panels), indent=2)
@@ -247,7 +244,7 @@ def _study(traces: dict[str, list[traffic.Arrival]]) -> tuple[_Part, dict[str, d
         f" {cost.source}."
     )
     rows = verdicts.study_rows(by_cell, by_full_cell, _told_form())
-    return _Part(record, rows, note, details), panels
+    return Part(record, rows, note, details), panels
 
 
 def _told_form() -> str:
@@ -277,57 +274,10 @@ def _cost() -> engine_cost.Cost:
         )
 
 
-def _study_text(
-    by_cell: dict[study.Cell, study.Outcome],
-    loaded: dict[str, list[traffic.Arrival]],
-    cost: engine_cost.Cost,
-) -> str:
-    text = [
-        f"Scheduling of Llama 3 8B in simulated time. Costs {cost.source}, microseconds a step:",
-        report.table(tables.cost_rows(cost), indent=2),
-        f"At most {study.MAX_NUM_SEQS} requests at a time, {_POOL_TOKENS.value:,} tokens in the"
-        f" pool, batches padded to the engine's buckets, load {_LOAD.value:g}; good requests have"
-        f" their first token in {_TTFT_MS.value:g} ms and the others every {_TPOT_MS.value:g} ms.",
-    ]
-    form = _told_form()
-    for trace, arrivals in loaded.items():
-        span = arrivals[-1].seconds
-        text += [
-            f"\n{trace}: {len(arrivals):,} requests in {span:,.0f} s,"
-            f" {sum(a.num_prompt for a in arrivals):,} prompt tokens,"
-            f" {sum(a.num_output for a in arrivals):,} generated; written by {form};"
-            " alignment off / on"
-        ]
-        rows = []
-        for cell, off in by_cell.items():
-            if cell.trace == trace and cell.kv_write == form and not cell.aligned:
-                rows.append(
-                    tables.pair_row(cell, off, by_cell[dataclasses.replace(cell, aligned=True)])
-                )
-        text += [report.table(rows, indent=2)]
-    text += [
-        "\nForms of write, page 16, budget 2,048 (or the nearest that was run); descriptors a"
-        " step, the writes' share of the time, requests a second; alignment off / on",
-        report.table(tables.form_rows(by_cell), indent=2),
-    ]
-    return "\n".join(text)
-
-
-def _panels(capacity: dict[study.Cell, study.Outcome]) -> dict[str, dict[str, list]]:
-    """trace -> page size -> (budget, percent by which alignment changes the throughput)."""
-    panels: dict[str, dict[str, list]] = {}
-    for cell, off in capacity.items():
-        if not cell.aligned:
-            on = capacity[dataclasses.replace(cell, aligned=True)]
-            line = panels.setdefault(cell.trace, {}).setdefault(f"page {cell.page_size}", [])
-            line.append((cell.budget, 100 * (on.throughput / off.throughput - 1)))
-    return panels
-
-
 # --- the share --------------------------------------------------------------------------------
 
 
-def _share() -> _Part:
+def _share() -> Part:
     with report.Progress(12 * len(_GENERATIONS.value), "compiling") as progress:
         costs = [
             engine_cost.predicted(
@@ -365,13 +315,13 @@ def _share() -> _Part:
         f" on a TPU. Both bounds count: the core's issue alone, and {write_model.DESCRIPTOR_NS:.0f}"
         " ns per descriptor."
     )
-    return _Part(record, verdicts.share_rows(shares), note, details)
+    return Part(record, verdicts.share_rows(shares), note, details)
 
 
 # --- the real thing ---------------------------------------------------------------------------
 
 
-def _real(on_cpu: bool) -> _Part:
+def _real(on_cpu: bool) -> Part:
     name = _MODEL.value or ("tiny" if on_cpu else "llama3-8b")
     setup = engine_real.Setup(
         engine_real.MODELS[name],
@@ -390,7 +340,7 @@ def _real(on_cpu: bool) -> _Part:
         f"The engine on {host['batch']}: {host['step_us'] / 1e3:.2f} ms a step, of which the host"
         f" works {host['host_us'] / 1e3:.3f} ms ({host['host_percent']:.1f}%), beside the device"
         f" unless it is late, as in {host['late_percent']:.0f}% of the steps;"
-        f" {host['recompiles']} programs compiled after warm-up"
+        f" {host['recompiles']} programs compiled meanwhile"
     )
     rows = []
     for row in engine_real.measure(setup, batches, forms, page_sizes):
@@ -411,7 +361,7 @@ def _real(on_cpu: bool) -> _Part:
     fit = engine_real.fit(rows, host["gap_us"], device) if setup.shrink == 1 else None
     record = {"model": name, "shrink": setup.shrink, "rows": rows, "host": host, "fit": fit}
     note = f"real: {how[0].lower()}{how[1:]}."
-    return _Part(record, verdicts.real_rows(rows), note, f"{details}\n\n{how}\n{table}")
+    return Part(record, verdicts.real_rows(rows), note, f"{details}\n\n{how}\n{table}")
 
 
 if __name__ == "__main__":

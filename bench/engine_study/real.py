@@ -24,7 +24,9 @@ from jax import lax
 
 from bench import clock
 from bench.engine_study.cost import LLAMA3_8B, PAGE_SIZES, visible_pairs
+from bench.engine_study.decode import longest_decode, start_decodes
 from bench.engine_study.share import BATCHES, Batch
+from reference_engine import compiles
 from reference_engine import model as model_lib
 from reference_engine.batch import Batch as Arrays
 from reference_engine.batch import make_batch, pack, unpack
@@ -130,30 +132,22 @@ def host_work(setup: Setup, num_steps: int = 30) -> dict[str, Any]:
     mean time between two steps.
     """
     batch_size, context = 64, max(4, 1024 // setup.shrink)
-    longest = context + 2 * num_steps
+    budget = max(2048 // setup.shrink, batch_size + 16)
+    longest = longest_decode(batch_size, context, num_steps, budget)
     config = EngineConfig(
         page_size=16,
         num_pages=batch_size * num_pages_for(longest, 16) + 1,
         max_model_len=longest,
-        max_num_batched_tokens=max(2048 // setup.shrink, batch_size + 16),
+        max_num_batched_tokens=budget,
         max_num_seqs=batch_size,
         attention_backend=setup.attention_backend,
         write_backend=setup.write_backend,
-        token_buckets=(batch_size, max(2048 // setup.shrink, batch_size + 16)),
-        seq_buckets=(batch_size,),
     )
+    # Not warmed up: of its shapes only few are needed, and steps compile those as they come.
     engine = Engine(random_params(setup.model, seed=0), setup.model, config)
-    engine.warm_up()
-    rng = np.random.default_rng(0)
-    for _ in range(batch_size):
-        prompt = rng.integers(setup.model.vocab_size, size=context).tolist()
-        engine.add_request(prompt, SamplingParams(max_tokens=2 * num_steps))
-    while any(r.num_computed < r.num_prompt for r in engine.scheduler.running) or (
-        engine.scheduler.waiting
-    ):
-        engine.step()
+    start_decodes(engine, batch_size, context, SamplingParams(), seed=0)
     samples = []
-    num_late = engine.stats.num_late_steps
+    num_late, num_compiles = engine.stats.num_late_steps, compiles.num_compiles()
     for _ in range(num_steps):
         before = dataclasses.replace(engine.stats)
         engine.step()
@@ -169,7 +163,7 @@ def host_work(setup: Setup, num_steps: int = 30) -> dict[str, Any]:
         "host_percent": 100 * host_us / step_us,
         "late_percent": 100 * late,
         "gap_us": late * host_us,
-        "recompiles": engine.stats.num_recompiles,
+        "recompiles": compiles.num_compiles() - num_compiles,
     }
 
 
@@ -280,8 +274,6 @@ def _batch(
         page_aligned_scheduling=False,
         attention_backend=setup.attention_backend,
         write_backend="auto" if kv_write == "fused" else setup.write_backend,
-        token_buckets=(tokens,),
-        seq_buckets=(len(sequences),),
     )
     return config, make_batch(segments, config)
 

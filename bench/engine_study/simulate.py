@@ -12,13 +12,12 @@ import concurrent.futures
 import dataclasses
 import multiprocessing
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import numpy as np
 
 from bench.cases.rounding import ceil_div
 from bench.engine_study.cost import Cost, Work, visible_pairs
+from bench.engine_study.latency import Objectives, latencies
 from reference_engine.batch import choose_shape
 from reference_engine.config import EngineConfig
 from reference_engine.page_pool import PagePool
@@ -81,14 +80,6 @@ class Outcome:
     itl_ms: tuple[float, float] = (0.0, 0.0)
     goodput: float = 0.0
     throughput: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Objectives:
-    """Milliseconds that a request must keep to count as served well."""
-
-    ttft_ms: float = 1000.0
-    tpot_ms: float = 50.0
 
 
 def make_config(cell: Cell, pool_tokens: int, longest: int) -> EngineConfig:
@@ -187,22 +178,10 @@ def _latencies(
     token_times: Sequence[Sequence[float]],
     objectives: Objectives,
 ) -> None:
-    ttft = np.array([t[0] - a.seconds for a, t in zip(arrivals, token_times, strict=True)]) * 1e3
-    tpot = np.array([(t[-1] - t[0]) / max(1, len(t) - 1) for t in token_times]) * 1e3
-    gaps = np.concatenate([np.diff(times) for times in token_times]) * 1e3
-
-    def percentiles(values: Iterable[float]) -> tuple[float, float]:
-        values = np.asarray(values)
-        if not values.size:
-            return (0.0, 0.0)
-        return float(np.percentile(values, 50)), float(np.percentile(values, 99))
-
-    several = np.array([len(times) > 1 for times in token_times])
-    outcome.ttft_ms, outcome.itl_ms = percentiles(ttft), percentiles(gaps)
-    outcome.tpot_ms = percentiles(tpot[several])
-    met = int(np.count_nonzero((ttft <= objectives.ttft_ms) & (tpot <= objectives.tpot_ms)))
-    outcome.goodput = met / outcome.seconds
-    outcome.throughput = len(arrivals) / outcome.seconds
+    found = latencies([a.seconds for a in arrivals], token_times, outcome.seconds, objectives)
+    outcome.ttft_ms, outcome.tpot_ms = found["ttft_ms"], found["tpot_ms"]
+    outcome.itl_ms = found["itl_ms"]
+    outcome.goodput, outcome.throughput = found["goodput"], found["throughput"]
 
 
 def at_load(

@@ -1,5 +1,5 @@
 # Copyright 2026 The pallas_paged Authors. Licensed under the Apache License, Version 2.0.
-"""The verdict of `bench.engine`: what alignment and the form of write are worth to a step."""
+"""The verdict of `bench.engine`: what alignment and forms of write are worth, how it serves."""
 
 from __future__ import annotations
 
@@ -105,3 +105,49 @@ def real_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             finding += f"; writes take {100 * best['write_us'] / best['step_us']:.2f}%"
         found.append(_row("real", batch, finding))
     return found
+
+
+def serve_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Per run: tokens a second, what a user waits for, and what the engine did in vain."""
+    found = []
+    for row in rows:
+        finding = (
+            f"{row['output_tokens_per_s']:,.0f} output tokens/s; first token after"
+            f" {row['ttft_mean_ms']:,.0f} ms (mean), {row['ttft_ms'][1]:,.0f} (p99); then one every"
+            f" {row['tpot_ms'][0]:.1f} ms; padding {row['padding_percent']:.1f}%"
+        )
+        if row["goodput"] < row["throughput"]:
+            finding += f"; {100 * row['goodput'] / row['throughput']:.0f}% served well"
+        if row["num_recompiles"]:
+            finding += f"; {row['num_recompiles']} recompiles"
+        found.append(_row("serve", f"{row['traffic']}, T = {row['temperature']:g}", finding))
+    return found
+
+
+def step_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Per batch of decodes and kind of sampling: its step, and how long the device idles."""
+    found = []
+    for row in rows:
+        finding = f"{row['step_us'] / 1e3:.3f} ms a step"
+        if (launches := row["launches"]) is not None:
+            finding += (
+                f", of kernels {row['busy_us'] / 1e3:.3f}: GPU idle {row['idle_percent']:.1f}%;"
+                f" {launches:.0f} launches, {launches / row['num_layers']:.1f} a layer"
+            )
+        if row["num_recompiles"]:
+            finding += f"; {row['num_recompiles']} recompiles"
+        found.append(_row("step", f"{row['model']}, {row['batch']}, {row['sampling']}", finding))
+    return found
+
+
+def startup_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Per state of the cache of compiled programs: what a user of LLM(folder) waits for."""
+    return [
+        _row(
+            "start",
+            f"LLM(folder), {row['cache']} cache",
+            f"ready after {row['ready_s']:.1f} s, first token after {row['first_token_s']:.1f} s,"
+            f" every shape compiled after {row['all_compiled_s']:.1f} s",
+        )
+        for row in rows
+    ]

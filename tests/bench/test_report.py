@@ -289,9 +289,9 @@ def _profile_events():
 def test_a_profile_is_read_in_order_with_its_programs():
     assert _profile_events() == [
         clock.Event("wrapped_reduce", 80.0, "jit__evict_l2"),
-        clock.Event("wrapped_reduce", 1.5, "jit_step"),
-        clock.Event("decode_64_3_0", 2.5, "jit_step"),
-        clock.Event("decode_64_3_0", 1.0, None),
+        clock.Event("wrapped_reduce", 1.5, "jit_step", start_us=92.0),
+        clock.Event("decode_64_3_0", 2.5, "jit_step", start_us=94.0),
+        clock.Event("decode_64_3_0", 1.0, None, start_us=98.0),
     ]
 
 
