@@ -309,10 +309,22 @@ def _matmul(
     )
 
 
-def _rms_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
+# From this number of tokens on, the heads' sums of squares are a kernel of their own on a GPU. One
+# kernel that sums and scales rows of 128 takes 116 us for 8,192 tokens of 32 heads on an H100, which
+# is three times what reading and writing them takes.
+_MANY_ROWS = 1024
+
+
+def _rms_norm(
+    x: jax.Array, scale: jax.Array, config: ModelConfig, *, is_apart: bool = False
+) -> jax.Array:
+    """The norm over the last axis; `is_apart` keeps XLA from fusing its two passes into one."""
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-    return (x32 * lax.rsqrt(mean_square + config.rms_norm_eps)).astype(x.dtype) * scale
+    factor = lax.rsqrt(mean_square + config.rms_norm_eps)
+    if is_apart:
+        factor = lax.optimization_barrier(factor)
+    return (x32 * factor).astype(x.dtype) * scale
 
 
 def _rotation(positions: Array, config: ModelConfig) -> Rotation:
@@ -346,9 +358,9 @@ def _rotate_packed(
     """Rotates the two halves of the heads of a packed QKV [T, N + 2K, H], but those of values.
 
     If there is a norm, [N + 2K, H], each of these heads is normalised first. On a GPU all of that
-    is one kernel, where heads of three arrays would take five.
+    is one kernel or two, where heads of three arrays would take five.
     """
-    x = qkv if norm is None else _rms_norm(qkv, norm, config)
+    x = qkv if norm is None else _rms_norm(qkv, norm, config, is_apart=len(qkv) > _MANY_ROWS)
     cos, sin = (table[:, None] for table in rotation)  # [T, 1, H/2]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=2)
     x = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=2)
