@@ -14,8 +14,8 @@ from reference_engine.config import EngineConfig, ModelConfig, num_pages_for
 from reference_engine.model import make_pool
 from reference_engine.weights import param_shapes
 
-# The fields of EngineConfig on a GPU or a TPU. On a CPU they are EngineConfig's own. The call of the
-# attention writes fastest on both: one kernel of a TPU, and on a GPU one launch beside it.
+# The fields of EngineConfig on a GPU or a TPU. On a CPU they are EngineConfig's own. The fused form
+# of the writes is the fastest on both: one kernel of a TPU, and on a GPU one launch beside it.
 _SERVER: dict[str, Any] = {
     "max_model_len": 8192,
     "max_num_batched_tokens": 8192,
