@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import gc
 import math
 import os
 import pathlib
@@ -156,13 +157,14 @@ def run(
     _tell(how[0])
     rows = _serve(engine, runs, temperatures, objectives)
     steps = list(_decodes(engine, name, [max(1, b // shrink) for b in batches], shrink))
-    engine.close()
-    del engine
     for other in others:
-        engine = serve.make_engine(MODELS[other], _fields(), warm_up=False)
+        del engine  # the device may have no room for both
+        gc.collect()
+        try:
+            engine = serve.make_engine(MODELS[other], _fields(), warm_up=False)
+        except ValueError as error:
+            raise app.UsageError(f"--decode_models has {other!r}: {error}") from None
         steps += _decodes(engine, other, [max(1, batches[0] // shrink)], shrink)
-        engine.close()
-        del engine
     details = [*how, *tables.serve_tables(rows), *tables.decode_tables(steps)]
     details += tables.startup_tables(started)
     return Part(
@@ -193,9 +195,12 @@ def _serve(
                 " tokens; raise it by --engine_config=max_model_len=N"
             )
         for temperature in temperatures:
-            row = serve.serve(
-                engine, kept, temperature=temperature, objectives=objectives, seed=len(rows)
-            )
+            try:
+                row = serve.serve(
+                    engine, kept, temperature=temperature, objectives=objectives, seed=len(rows)
+                )
+            except ValueError as error:  # a request that the pool could never hold
+                raise app.UsageError(f"{one.name}: {error}") from None
             rows.append({**row, "num_left_out": num_left_out})
             # Told at once: a run of minutes may be cut short.
             _tell(" ".join(verdicts.serve_rows(rows[-1:])[0].values()))
