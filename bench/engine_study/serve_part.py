@@ -212,7 +212,7 @@ def _decodes(
 ) -> Iterator[dict[str, Any]]:
     """Steps of decodes of an engine, with each kind of sampling."""
     context = 1024 // shrink
-    num_steps, num_recorded = (50, 30) if shrink == 1 else (10, 0)
+    num_steps, num_recorded = (50, 50) if shrink == 1 else (10, 0)
     for batch_size in batches:
         if not decode.has_room(engine, batch_size, context, num_steps + num_recorded):
             _tell(f"{name}: no room for {batch_size} decodes at {context}: not timed")

@@ -248,7 +248,8 @@ def decode_tables(rows: Sequence[dict[str, Any]]) -> list[str]:
         return []
     return [
         "\nSteps of decodes in the engine: ms by the wall clock without a profiler; kernels and"
-        "\nlaunches by the profiler, and the recorded step, in which every launch takes longer",
+        "\nlaunches by the profiler, and the recorded step, in which every launch takes longer; all"
+        "\nlaunches of a step over its layers",
         report.table([_decode(row) for row in rows], indent=2),
     ]
 

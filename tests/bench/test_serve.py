@@ -284,9 +284,11 @@ def test_a_recording_is_told_beside_the_wall_clock(engine, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(decode, "_record", lambda engine, n: recorded.append(n) or recording)
     row = {"model": "m", **decode.time_decodes(engine, 2, 20, sampling="greedy", num_steps=4)}
-    assert recorded == [30] and row["launches"] == 56.0
-    (verdict,) = verdicts.step_rows([row])
-    assert "56 launches, 28.0 a layer" in verdict["finding"]
+    assert recorded == [50] and row["launches"] == 56.0
+    sampled = row | {"sampling": "T = 0.6", "step_us": row["step_us"] + 150.0}
+    greedy, sampling = (v["finding"] for v in verdicts.step_rows([row, sampled]))
+    assert "56 launches, 28.0 a layer" in greedy and "to greedy" not in greedy
+    assert "+0.150 to greedy" in sampling
     assert " 28.0" in tables.decode_tables([row])[1]
 
 
