@@ -326,6 +326,10 @@ def test_a_random_folder_is_a_models(tmp_path, model):
     down = np.asarray(first["down"], np.float32)
     assert down.std() == pytest.approx(len(down) ** -0.5, rel=0.1)
     assert not np.array_equal(down, np.asarray(last["down"], np.float32))
+    engine = serve.make_engine(tmp_path, SMALL, warm_up=False)
+    assert engine.model_config == read
+    assert {name: getattr(engine.config, name) for name in SMALL} == SMALL
+    assert not engine.config.compile_in_background
 
 
 def test_a_start_with_a_full_cache_compiles_nothing(tmp_path):
@@ -354,6 +358,8 @@ def test_the_command_serves_and_prints(capsys, monkeypatch, tmp_path, engine):
 
     def make_engine(model, fields, *, warm_up):
         made.append((model, fields, warm_up))
+        if model is serve.QWEN3_0_6B:
+            raise ValueError("no room")
         return engine  # compiled already
 
     monkeypatch.setattr(serve, "make_engine", make_engine)
@@ -367,17 +373,23 @@ def test_the_command_serves_and_prints(capsys, monkeypatch, tmp_path, engine):
         "engine_config": CONFIG,
         "temperatures": ["0.6", "0"],
         "decodes": ["32"],
+        "decode_models": ["qwen3-0.6b", "tiny"],
     }
     main(all=True, json=True, **values)
     out, err = capsys.readouterr()
     record = json.loads(out)
-    assert made == [(TINY, SMALL, True)]
+    assert made == [
+        (TINY, SMALL, True),
+        (serve.QWEN3_0_6B, SMALL, False),
+        (TINY, SMALL, False),
+    ]
+    assert "qwen3-0.6b: its decodes are not timed: no room" in err
     served = record["serve"]["served"]
     assert [(row["traffic"], row["temperature"]) for row in served] == [
         (name, t) for name in ("B", "mooncake at 40/s, Poisson") for t in (0.6, 0.0)
     ]
     assert [row["num_left_out"] for row in served] == [0, 0, 1, 1]
-    assert [row["batch"] for row in record["serve"]["steps"]] == ["2 decodes at 64"] * 3
+    assert [row["batch"] for row in record["serve"]["steps"]] == ["2 decodes at 64"] * 6
     assert "VERDICT: how fast the engine serves" in err and "measured on cpu: tiny" in err
     assert "host's ms a step" in err and "TTFT mean" in err and "EngineConfig(page_size=16" in err
     assert len(err[err.index("VERDICT") : err.index("--json.")].splitlines()) <= (
