@@ -126,9 +126,15 @@ def serve_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 def step_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Per batch of decodes and kind of sampling: its step, and how long the device idles."""
+    greedy = {
+        (row["model"], row["batch"]): row["step_us"] for row in rows if row["sampling"] == "greedy"
+    }
     found = []
     for row in rows:
         finding = f"{row['step_us'] / 1e3:.3f} ms a step"
+        more_us = row["step_us"] - greedy.get((row["model"], row["batch"]), row["step_us"])
+        if row["sampling"] != "greedy" and more_us:
+            finding += f", {more_us / 1e3:+.3f} to greedy"
         if (launches := row["launches"]) is not None:
             finding += (
                 f", of kernels {row['busy_us'] / 1e3:.3f}: GPU idle {row['idle_percent']:.1f}%;"
