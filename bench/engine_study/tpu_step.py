@@ -114,16 +114,16 @@ def _count(text: str) -> collections.Counter[str]:
     return collections.Counter(match.group(2) for match in matches if match)
 
 
-def as_row(generation: str, shape: str, found: Mapping[str, Any]) -> dict[str, str]:
-    """A row of a table."""
+def as_row(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row of a table, of what `launches` returns with its "generation" and "model"."""
     return {
-        "chip": generation,
-        "model": shape,
-        "fusions a layer": f"{found['fusion'] + found['convolution']}",
-        "kernels": f"{found['custom-call']}",
-        "copies": f"{found['copy'] + found['transpose']}",
-        "copies of the pool": f"{found['pool_copies']}",
-        "temporaries, MB": f"{found['temp_bytes'] / 1e6:.1f}",
+        "chip": row["generation"],
+        "model": row["model"],
+        "fusions": f"{row['fusion'] + row['convolution']}",
+        "kernels": f"{row['custom-call']}",
+        "copies": f"{row['copy'] + row['transpose']}",
+        "copies of the pool": f"{row['pool_copies']}",
+        "temporaries, MB": f"{row['temp_bytes'] / 1e6:.1f}",
     }
 
 

@@ -86,6 +86,22 @@ def share_rows(shares: Sequence[Share]) -> list[dict[str, str]]:
     return rows
 
 
+def launch_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Per generation and model: what a layer launches, and whether anything is copied."""
+    found = []
+    for row in rows:
+        copies = row["copy"] + row["transpose"] + row["pool_copies"]
+        found.append(
+            _row(
+                "launches",
+                f"{row['generation']}, {row['model']}",
+                f"{row['fusion'] + row['convolution']} fusions and {row['custom-call']} kernels a"
+                f" layer, {copies or 'no'} copies",
+            )
+        )
+    return found
+
+
 def real_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Per batch: the form and page size of the shortest step, against the longest."""
     found = []
