@@ -13,10 +13,9 @@ from absl.testing import flagsaver
 from bench import clock, report
 from bench import engine as cli
 from bench.engine_study import cost as cost_lib
-from bench.engine_study import real
+from bench.engine_study import real, tpu_step
 from bench.engine_study import share as share_lib
 from bench.engine_study import simulate as study
-from bench.engine_study import tpu_step
 from bench.engine_study.cost import PAGE_SIZES, Cost, Work, visible_pairs
 from reference_engine.traffic import Arrival, generate
 
