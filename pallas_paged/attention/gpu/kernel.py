@@ -235,9 +235,8 @@ def finish_kernel(
     and it is lowered in a tenth of the time. The rows of a sequence that is longer than the caller
     has promised are NaN.
     """
-    warpgroup = lax.axis_index("warpgroup")
-    num_thread_blocks = lax.axis_size("block")
-    first = lax.axis_index("block") + warpgroup * num_thread_blocks
+    warpgroup, num_thread_blocks = lax.axis_index("warpgroup"), lax.axis_size("block")
+    first = warpgroup * num_thread_blocks + lax.axis_index("block")
     combine_splits(partial, outputs, first, num_thread_blocks * spec.prefill_consumers, spec)
 
     def fill(tile: prefill.QTile, step: Scalar) -> Scalar:
