@@ -243,7 +243,7 @@ def finish_kernel(
         row = tile.row + warpgroup * WARPGROUP_ROWS
         value = jnp.where(tile.length > 0, jnp.nan, 0.0)
         mean = zero_result(spec.head_dim) + value
-        prefill.store(tile, row, mean, full_column(-jnp.inf), outputs, spec)
+        prefill.store(tile, row, mean, full_column(float("-inf")), outputs, spec)
         return step
 
     prefill.for_each_tile(inputs, spec, fill)
