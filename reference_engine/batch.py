@@ -89,10 +89,9 @@ def batch_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
     """
     if config.token_buckets or config.seq_buckets:
         return _bucket_shapes(config)
-    largest = min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len)
-    decodes = _decode_sizes(min(config.max_num_seqs, config.max_num_batched_tokens))
+    decodes = _decode_sizes(min(config.max_num_seqs, config.max_step_tokens))
     shapes = [_shape(size, size, config, is_decode=True) for size in decodes]
-    for size in _prefill_sizes(largest):
+    for size in _step_sizes(config):
         shapes.append(_shape(size, min(size, config.max_num_seqs), config))
     return tuple(sorted(shapes, key=_size))
 
@@ -261,7 +260,7 @@ def _shape(
 
 def _bucket_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
     """The products of the buckets, without those that no step needs: a sequence has a token."""
-    tokens = config.token_buckets or _powers_of_two(16, config.max_num_batched_tokens)
+    tokens = config.token_buckets or _powers_of_two(16, config.max_step_tokens)
     seqs = config.seq_buckets or _powers_of_two(1, config.max_num_seqs)
     return tuple(
         _shape(t, s, config)
@@ -293,6 +292,26 @@ def _prefill_sizes(largest: int) -> list[int]:
         parts = 1 if power < _FINEST_PREFILLS else 4
         sizes += [power + power * part // parts for part in range(parts)]
     return [*(size for size in sizes if size < largest), largest]
+
+
+def _step_sizes(config: EngineConfig) -> list[int]:
+    """The token counts of the shapes that are no decodes'.
+
+    Aligned steps are up to a page shorter or longer than the budget, so there the sizes go up by a
+    128th of the budget, or by a sixteenth of a page if that is more.
+
+    >>> _step_sizes(EngineConfig(max_num_batched_tokens=1024, page_size=16))[-5:]
+    [1008, 1016, 1024, 1032, 1040]
+    """
+    budget, most = config.max_num_batched_tokens, config.max_step_tokens
+    sizes = set(_prefill_sizes(budget))
+    if most > budget:
+        sizes.add(most)
+        if budget >= _FINEST_PREFILLS:
+            step = max(budget // 128, config.page_size // 16, 8)
+            sizes.update(range(budget, most, step), range(budget, budget - config.page_size, -step))
+    largest = min(most, config.max_num_seqs * config.max_model_len)
+    return [*sorted(size for size in sizes if size < largest), largest]
 
 
 def _listed(sizes: Iterable[int]) -> str:

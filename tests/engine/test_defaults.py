@@ -16,7 +16,7 @@ from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.defaults import DeviceMemory, default_fields, resolve, step_bytes
 from reference_engine.engine import Engine
 from reference_engine.llm import LLM
-from reference_engine.model import make_pool, model_step
+from reference_engine.model import StepOptions, make_pool, model_step
 from reference_engine.weights import param_shapes, random_params
 from tests.engine.checkpoints import write_checkpoint
 
@@ -123,9 +123,7 @@ def test_a_step_needs_no_more_than_the_bound(shape):
             *arrays,
             spec=spec,
             model=model,
-            kv_write="tokens",
-            write_backend="oracle",
-            attention_backend="xla",
+            options=StepOptions("tokens", "oracle", "xla"),
         ),
         donate_argnums=1,
     )
