@@ -287,9 +287,9 @@ class EngineConfig:
             warnings.warn(
                 f"EngineConfig: max_num_batched_tokens={budget} is below max_num_seqs + page_size ="
                 f" {self.max_num_seqs} + {page_size}: while all sequences decode, less than a page"
-                " of each step is left for a prefill, which then waits for the next page boundary,"
-                f" or takes a chunk that ends inside a page after max_deferrals={self.max_deferrals}"
-                " steps",
+                " of each step is left for a prefill, which then waits up to"
+                f" max_deferrals={self.max_deferrals} steps for the next page boundary; if that is"
+                " still out of reach, it gets a chunk that ends inside a page",
                 stacklevel=3,
             )
 

@@ -269,12 +269,13 @@ class Scheduler:
             output_ids = request.output_ids
             if not samples or request.num_prompt + len(output_ids) != end:
                 continue  # the second: the plan was committed before
-            output_ids.append(tokens[row])
+            output_ids.append(token := tokens[row])
             kept.append((row, request))
-            if (reason := _finish_reason(request, end + 1)) is not None:
-                request.finish_reason = reason
-                self._undo_what_follows(request, end)
-                continue
+            if token in request.stop_ids or end + 1 >= request.max_length:
+                request.finish_reason = _finish_reason(request, end + 1)
+                if request.finish_reason is not None:
+                    self._undo_what_follows(request, end)
+                    continue
             if request.num_tokens == end + 1:
                 request.pending_row = -1
             if request.num_computed >= (request.num_published + 1) * page_size:
@@ -426,7 +427,8 @@ def _segment(request: Request, start: int, end: int) -> Segment:
         # As most segments are. A pending token comes alone, because all before it are computed.
         row = request.pending_row
         newest = request.output_ids[-1] if row < 0 else -1 - row
-        return Segment(request.request_id, start, (newest,), request.page_ids, True, True)
+        fields = request.request_id, start, (newest,), request.page_ids, True, True
+        return tuple.__new__(Segment, fields)  # in half the time of Segment(*fields)
     token_ids, decodes = request.token_ids(start, end), is_decode(request, start)
     return Segment(request.request_id, start, token_ids, request.page_ids, samples, decodes)
 

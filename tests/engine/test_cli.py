@@ -201,8 +201,8 @@ def test_generate_streams_one_prompt_and_reports(capsys, folder):
     out, err = capsys.readouterr()
     want = LLM(folder).generate("the quick", SamplingParams(max_tokens=8))[0].outputs[0].text
     assert out == want + "\n"
-    assert "1,024 pages of 16 tokens; at most 32 tokens and 2 requests per step, 256 tok" in err
-    assert "4 shapes: decodes of {1, 2} sequences, other steps of {16, 32} tokens\n" in err
+    assert "1,024 pages of 16 tokens; at most 48 tokens and 2 requests per step, 256 tok" in err
+    assert "5 shapes: decodes of {1, 2} sequences, other steps of {16, 32, 48} tokens\n" in err
     assert re.search(r"8 steps in .* tokens computed, .* no warm-up\n", err)
 
 
