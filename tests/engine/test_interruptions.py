@@ -99,7 +99,7 @@ class ToyEngine(Engine):
             new = batch.token_ids[ends[i] : ends[i + 1]].tolist()
             new = [int(last_tokens[-1 - token]) if token < 0 else token for token in new]
             length = int(batch.kv_lens[i])
-            table = batch.page_indices[i]
+            table = batch.page_indices[batch.table_rows[i]]
             for position, token in zip(range(length - len(new), length), new, strict=True):
                 self.rows[table[position // page_size], position % page_size] = token
             tokens = self.rows[table[: -(-length // page_size)]].ravel()[:length]
