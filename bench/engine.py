@@ -5,13 +5,13 @@
     python -m bench.engine --parts=real --json > costs.json      # on a machine with an accelerator
     python -m bench.engine --parts=serve --startup --all         # there, too
 
-Four parts. `study` replays traces and generated traffic through the engine's scheduler in
-simulated time, with alignment on and off, in every form of write, at several page sizes and
-budgets. `share` predicts how much of a step of Llama 3 8B the KV write is on TPU generations.
-`real` runs the model itself on this device and times its steps. `serve` serves requests with the
-engine itself, and tells tokens per second, latencies and the device's idle time. Without an
-accelerator the first two are run, with one the third. It prints a verdict, with --all also every
-row.
+Five parts. `study` replays traces and generated traffic through the engine's scheduler in simulated
+time, with alignment on and off, in every form of write, at several page sizes and budgets. `share`
+predicts how much of a step of Llama 3 8B the KV write is on TPU generations. `launches` counts what
+a layer of a step launches there, in programs compiled ahead of time. `real` runs the model itself
+on this device and times its steps. `serve` serves requests with the engine itself, and tells tokens
+per second, latencies and the device's idle time. Without an accelerator `study` and `share` are
+run, with one `real`. It prints a verdict, with --all also every row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from absl import app, flags
 from bench import report
 from bench.engine_study import cost as engine_cost
 from bench.engine_study import real as engine_real
-from bench.engine_study import serve_part, tables
+from bench.engine_study import serve_part, tables, tpu_step
 from bench.engine_study import share as engine_share
 from bench.engine_study import simulate as study
 from bench.engine_study.latency import Objectives
@@ -39,7 +39,7 @@ from bench.verdicts import engine as verdicts
 from reference_engine import traffic
 from reference_engine.config import BACKENDS, KV_WRITES
 
-PARTS = ("study", "share", "real", "serve")
+PARTS = ("study", "share", "launches", "real", "serve")
 
 # `allow_override`: other commands have flags of these names, and a process may import several.
 _PARTS = flags.DEFINE_list("parts", None, f"Some of {', '.join(PARTS)}.", allow_override=True)
@@ -129,6 +129,8 @@ def main(argv: Sequence[str]) -> None:
         found["study"], panels = _study(traces)
     if "share" in parts:
         found["share"] = _share()
+    if "launches" in parts:
+        found["launches"] = _launches()
     if "real" in parts:
         found["real"] = _real(on_cpu)
     if "serve" in parts:
@@ -316,6 +318,25 @@ def _share() -> Part:
         " ns per descriptor."
     )
     return Part(record, verdicts.share_rows(shares), note, details)
+
+
+# --- what a step launches on a TPU ------------------------------------------------------------
+
+
+def _launches() -> Part:
+    cases = [(name, shape) for name in _GENERATIONS.value for shape in tpu_step.SHAPES]
+    record = []
+    with report.Progress(len(cases), "compiling") as progress:
+        for generation, shape in cases:
+            found = tpu_step.launches(generation, shape)
+            record.append({"generation": generation, "model": shape, **found})
+            progress.step(f"{shape} for {generation}")
+    details = "What a layer of a step of 64 decodes launches, written by the attention's call\n"
+    details += report.table([tpu_step.as_row(row) for row in record], indent=2)
+    note = (
+        "launches: counted in the programs that XLA compiles for TPUs; nothing here ran on a TPU."
+    )
+    return Part(record, verdicts.launch_rows(record), note, details)
 
 
 # --- the real thing ---------------------------------------------------------------------------

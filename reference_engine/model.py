@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -388,9 +389,21 @@ def _rotate_lanes(
     Through a view [T, heads, H], XLA would copy k twice on a TPU.
     """
     cos, sin = rotation
+    num_heads = x.shape[1] // config.head_dim
+    heads = jnp.split(x, num_heads, axis=1)
+    if norm is not None:
+        # One product sums the squares of all heads; sums and roots by themselves would be a launch
+        # for each head.
+        wide = x.astype(jnp.float32)
+        is_of_head = np.repeat(np.eye(num_heads, dtype=np.float32), config.head_dim, axis=0)
+        sums = _matmul(wide * wide, jnp.asarray(is_of_head))  # [T, heads]
+        factors = lax.rsqrt(sums / config.head_dim + config.rms_norm_eps)  # [T, heads]
+        heads = [
+            (head.astype(jnp.float32) * factors[:, i : i + 1]).astype(x.dtype) * norm[i]
+            for i, head in enumerate(heads)
+        ]
     rotated = []
-    for index, head in enumerate(jnp.split(x, x.shape[1] // config.head_dim, axis=1)):
-        head = head if norm is None else _rms_norm(head, norm[index], config)
+    for head in heads:
         first, second = jnp.split(head.astype(jnp.float32), 2, axis=1)
         rotated += [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=1).astype(x.dtype)

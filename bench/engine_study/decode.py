@@ -116,7 +116,7 @@ def time_decodes(
     *,
     sampling: str,
     num_steps: int = 50,
-    num_recorded: int = 30,
+    num_recorded: int = 50,
 ) -> dict[str, Any]:
     """Times steps of decodes, and on a GPU records some; returns a row.
 

@@ -248,7 +248,8 @@ def decode_tables(rows: Sequence[dict[str, Any]]) -> list[str]:
         return []
     return [
         "\nSteps of decodes in the engine: ms by the wall clock without a profiler; kernels and"
-        "\nlaunches by the profiler, and the recorded step, in which every launch takes longer",
+        "\nlaunches by the profiler, and the recorded step, in which every launch takes longer."
+        "\n`a layer` is all launches of a step over the number of layers",
         report.table([_decode(row) for row in rows], indent=2),
     ]
 

@@ -86,6 +86,22 @@ def share_rows(shares: Sequence[Share]) -> list[dict[str, str]]:
     return rows
 
 
+def launch_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Per generation and model: what a layer launches, and whether anything is copied."""
+    found = []
+    for row in rows:
+        copies = row["copy"] + row["transpose"] + row["pool_copies"]
+        found.append(
+            _row(
+                "launches",
+                f"{row['generation']}, {row['model']}",
+                f"{row['fusion'] + row['convolution']} fusions and {row['custom-call']} kernels a"
+                f" layer, {copies or 'no'} copies",
+            )
+        )
+    return found
+
+
 def real_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Per batch: the form and page size of the shortest step, against the longest."""
     found = []
@@ -126,9 +142,15 @@ def serve_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 def step_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Per batch of decodes and kind of sampling: its step, and how long the device idles."""
+    greedy = {
+        (row["model"], row["batch"]): row["step_us"] for row in rows if row["sampling"] == "greedy"
+    }
     found = []
     for row in rows:
         finding = f"{row['step_us'] / 1e3:.3f} ms a step"
+        more_us = row["step_us"] - greedy.get((row["model"], row["batch"]), row["step_us"])
+        if row["sampling"] != "greedy" and more_us:
+            finding += f", {more_us / 1e3:+.3f} to greedy"
         if (launches := row["launches"]) is not None:
             finding += (
                 f", of kernels {row['busy_us'] / 1e3:.3f}: GPU idle {row['idle_percent']:.1f}%;"

@@ -13,7 +13,7 @@ from absl.testing import flagsaver
 from bench import clock, report
 from bench import engine as cli
 from bench.engine_study import cost as cost_lib
-from bench.engine_study import real
+from bench.engine_study import real, tpu_step
 from bench.engine_study import share as share_lib
 from bench.engine_study import simulate as study
 from bench.engine_study.cost import PAGE_SIZES, Cost, Work, visible_pairs
@@ -333,7 +333,7 @@ def test_the_study_prints_and_draws(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"parts": ["studies"]}, "--parts has 'studies'; wanted some of study, share, real"),
+        ({"parts": ["studies"]}, "--parts has 'studies'; wanted some of study, share, launches"),
         ({"kv_writes": ["rows"]}, "--kv_writes has 'rows'"),
         ({"generations": ["v9"]}, "--generations has 'v9'"),
         ({"page_sizes": ["48"]}, "--page_sizes has '48'; wanted some of 16, 32, 64, 128, 256"),
@@ -350,3 +350,30 @@ def test_mistakes_are_refused(values, message):
         main(**{"parts": ["study"], "requests": 5} | values)
     with pytest.raises(app.UsageError, match="unexpected argument 'more'"):
         main("more")
+
+
+def test_what_a_layer_launches_on_a_tpu_is_counted(monkeypatch, capsys):
+    """The counting on a text; the command on what a child process would return."""
+    text = """HloModule step
+
+%fused (p: f32[4]) -> f32[4] {
+  ROOT %add.1 = f32[4]{0} add(%p, %p)
+}
+
+ENTRY %main (a: f32[4]) -> (f32[4], f32[8]) {
+  %a = f32[4]{0:T(128)} parameter(0)
+  %fusion.1 = f32[4]{0:T(128)} fusion(%a), kind=kLoop, calls=%fused
+  %fusion.2 = (f32[4]{0}, f32[8]{0:T(8)(2,1)}) fusion(%fusion.1), kind=kLoop, calls=%fused
+  %kernel = bf16[2,2]{1,0} custom-call(%fusion.1), custom_call_target="tpu_custom_call"
+  ROOT %copy.3 = f32[4]{0} copy(%fusion.1)
+}
+"""
+    counts = tpu_step._count(text)
+    assert (counts["fusion"], counts["custom-call"], counts["copy"], counts["add"]) == (2, 1, 1, 0)
+
+    found = dict.fromkeys(("fusion", "custom-call", "convolution"), 3)
+    found |= dict.fromkeys(("copy", "transpose", "pool_copies"), 0) | {"temp_bytes": 2_000_000}
+    monkeypatch.setattr(tpu_step, "launches", lambda generation, shape: found)
+    main(parts=["launches"], generations=["v6e"], all=True)
+    out = capsys.readouterr().out
+    assert "6 fusions and 3 kernels a layer, no copies" in out

@@ -401,6 +401,21 @@ def dense_logits(token_ids, model, weights):
     return norm(x, p["norm"]) @ unembedding.T
 
 
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_heads_on_lanes_are_those_of_a_packed_qkv(monkeypatch, qk_norm):
+    """What a TPU computes, on a CPU."""
+    model = dataclasses.replace(MODEL, num_heads=6, num_kv_heads=2, head_dim=16, qk_norm=qk_norm)
+    keys = jax.random.split(jax.random.key(0), 2)
+    qkv = jax.random.normal(keys[0], (5, 10 * 16))
+    weights = {"head_norm": jax.random.normal(keys[1], (10, 16))} if qk_norm else {}
+    rotation = model_lib._rotation(jnp.arange(5) * 3, model)
+    packed, *_ = model_lib._heads(qkv, weights, rotation, model)
+    monkeypatch.setattr(model_lib.dispatch, "platform", lambda: "tpu")
+    q, k, v = model_lib._heads(qkv, weights, rotation, model)
+    got = jnp.concatenate([q.reshape(5, -1), k, v], axis=1)
+    np.testing.assert_allclose(got, packed.reshape(5, -1), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kv_write", ["pages", "fused"])
 def test_the_pool_is_not_copied(kv_write):
     """The flat pool goes through the layers in place: no temporary of its size."""
