@@ -59,7 +59,7 @@ def test_host_work_of_64_decodes(benchmark: Any, monkeypatch: Any) -> None:
     engine = Engine(random_params(model, 0), model, config)
     logits = jnp.zeros((64, model.vocab_size))
     monkeypatch.setattr(
-        engine_lib, "run_step", lambda params, kv_pages, *_, **__: (logits, kv_pages)
+        engine_lib, "run_step", lambda params, pool, table, *_, **__: (logits, pool, table)
     )
     for i in range(64):
         engine.add_request([i] * 1000, SamplingParams(max_tokens=900))

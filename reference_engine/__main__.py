@@ -44,7 +44,7 @@ FLAGS = flags.FLAGS
 # The fields of EngineConfig that are flags, of its types and defaults; generate has LLM's defaults.
 _ENGINE_FLAGS = {
     "page_size": "Tokens in a page.",
-    "max_num_batched_tokens": "The most new tokens in a step.",
+    "max_num_batched_tokens": "The most new tokens in a step, on average.",
     "max_num_seqs": "The most requests that run at a time.",
     "gpu_memory_utilization": "generate: what share of the memory parameters, pool and steps take.",
     "page_aligned_scheduling": "End the chunks of prefills on page boundaries. replay runs with and"
@@ -369,8 +369,9 @@ def _make_config(jobs: Sequence[Job], aligned: bool) -> EngineConfig:
         **fields,
         num_pages=FLAGS.num_pages or max(longest, FLAGS.max_num_seqs * longest // 4),
         max_model_len=longest * page_size,
-        # One shape: a row of a matrix product then has the same bits in any batch.
-        token_buckets=(FLAGS.max_num_batched_tokens,),
+        # One shape: a row of a matrix product then has the same bits in any batch. It has room for
+        # what alignment leaves over.
+        token_buckets=(FLAGS.max_num_batched_tokens + page_size,),
         seq_buckets=(FLAGS.max_num_seqs,),
         return_logits=True,
         async_scheduling=False,  # what is shown is counted in steps

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from reference_engine.config import EngineConfig
+from reference_engine.page_table import PageTable
 from reference_engine.scheduler import Segment
 from reference_engine.write_plan import plan_writes
 
@@ -33,6 +34,7 @@ class BatchShape:
       num_page_writes: W, the capacity of `page_ids`.
       num_slices: X, the capacity of `slices`.
       num_slots: the capacity of `slots`.
+      num_page_changes: C, the capacity of `page_changes`.
       is_decode: whether every sequence has exactly one new token, as in a step of decodes.
     """
 
@@ -41,6 +43,7 @@ class BatchShape:
     num_page_writes: int
     num_slices: int
     num_slots: int
+    num_page_changes: int
     is_decode: bool = False
 
 
@@ -57,7 +60,6 @@ class Batch(NamedTuple):
     token_ids: Array  # i32[T]
     positions: Array  # i32[T]
     kv_lens: Array  # i32[S], new tokens included
-    page_indices: Array  # i32[S, M], -1 past a sequence's pages
     cu_q_lens: Array  # i32[S + 1], the total number of tokens past the last sequence
     num_seqs: Array  # i32[1]
     page_ids: Array  # i32[W], -1 past the whole pages
@@ -65,6 +67,9 @@ class Batch(NamedTuple):
     slices: Array  # i32[3, X]
     num_slices: Array  # i32[1]
     slots: Array  # i32[T or 0], -1 on padding
+    table_rows: Array  # i32[S], each sequence's row of page_indices
+    page_changes: Array  # i32[3, C], row, column and page of entries to change; row -1 on padding
+    page_indices: Array  # i32[R, M], the page table; it is not packed
 
 
 # The sizes of a step of decodes go up by a sixteenth of the largest, so that what is padded while
@@ -85,16 +90,20 @@ def batch_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
 
     >>> config = EngineConfig(max_num_batched_tokens=48, max_num_seqs=2, page_size=16)
     >>> [(s.num_tokens, s.num_seqs) for s in batch_shapes(config)]
-    [(1, 1), (2, 2), (16, 2), (32, 2), (48, 2)]
+    [(1, 1), (2, 2), (16, 2), (32, 2), (48, 2), (64, 2)]
     """
     if config.token_buckets or config.seq_buckets:
         return _bucket_shapes(config)
-    largest = min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len)
-    decodes = _decode_sizes(min(config.max_num_seqs, config.max_num_batched_tokens))
+    decodes = _decode_sizes(min(config.max_num_seqs, config.max_step_tokens))
     shapes = [_shape(size, size, config, is_decode=True) for size in decodes]
-    for size in _prefill_sizes(largest):
+    for size in _step_sizes(config):
         shapes.append(_shape(size, min(size, config.max_num_seqs), config))
     return tuple(sorted(shapes, key=_size))
+
+
+def max_num_seqs(config: EngineConfig) -> int:
+    """The most sequences of a shape, which is the number of rows of the page table."""
+    return max(shape.num_seqs for shape in batch_shapes(config))
 
 
 def num_logit_rows(num_seqs: int) -> int:
@@ -113,7 +122,7 @@ def describe_shapes(config: EngineConfig) -> str:
     """The shapes in one line, for people.
 
     >>> print(describe_shapes(EngineConfig(max_num_batched_tokens=48, max_num_seqs=2)))
-    5 shapes: decodes of {1, 2} sequences, other steps of {16, 32, 48} tokens
+    6 shapes: decodes of {1, 2} sequences, other steps of {16 to 64 by 16} tokens
     >>> print(describe_shapes(EngineConfig(token_buckets=(128, 256), seq_buckets=(16,))))
     2 shapes: {128, 256} tokens x {16} sequences
     """
@@ -157,15 +166,22 @@ def make_batch(segments: Sequence[Segment], config: EngineConfig) -> Batch:
     return make_batch_of(shape, segments, config)
 
 
-def make_batch_of(shape: BatchShape, segments: Sequence[Segment], config: EngineConfig) -> Batch:
-    """As `make_batch`, in a given shape. Without segments, the batch computes nothing."""
+def make_batch_of(
+    shape: BatchShape,
+    segments: Sequence[Segment],
+    config: EngineConfig,
+    table: PageTable | None = None,
+) -> Batch:
+    """As `make_batch`, in a given shape. Without segments, the batch computes nothing.
+
+    The pages are entered in `table`; without one, in a table of the batch alone.
+    """
+    table = table or PageTable(shape.num_seqs, config.max_pages_per_seq)
+    table_rows, page_changes = table.update(segments, shape.num_page_changes)
     lengths = np.array([len(segment.token_ids) for segment in segments], np.int64)
     total = int(lengths.sum())
     starts = np.array([segment.start for segment in segments], np.int64)
     cu_q_lens = np.concatenate([[0], np.cumsum(lengths)])
-    page_indices = np.full((shape.num_seqs, config.max_pages_per_seq), -1, np.int32)
-    for row, segment in zip(page_indices, segments, strict=False):
-        row[: len(segment.page_ids)] = segment.page_ids
     token_ids = itertools.chain.from_iterable(segment.token_ids for segment in segments)
 
     # The fused op finds in the page table what to write where.
@@ -182,7 +198,6 @@ def make_batch_of(shape: BatchShape, segments: Sequence[Segment], config: Engine
             np.arange(total) + np.repeat(starts - cu_q_lens[:-1], lengths), shape.num_tokens, 0
         ),
         kv_lens=_pad(starts + lengths, shape.num_seqs, 0),
-        page_indices=page_indices,
         cu_q_lens=_pad(cu_q_lens, shape.num_seqs + 1, cu_q_lens[-1]),
         num_seqs=np.array([len(segments)], np.int32),
         page_ids=_pad(writes.page_ids if pages else nothing, shape.num_page_writes, -1),
@@ -190,6 +205,9 @@ def make_batch_of(shape: BatchShape, segments: Sequence[Segment], config: Engine
         slices=np.stack([_pad(row, shape.num_slices, 0) for row in slices]),
         num_slices=np.array([slices.shape[1]], np.int32),
         slots=_pad(writes.slots if shape.num_slots else nothing, shape.num_slots, -1),
+        table_rows=_pad(table_rows, shape.num_seqs, 0),
+        page_changes=np.stack([_pad(row, shape.num_page_changes, -1) for row in page_changes]),
+        page_indices=table.host,
     )
 
 
@@ -255,13 +273,14 @@ def _shape(
         num_page_writes=whole if config.kv_write == "pages" else 0,
         num_slices={"pages": ends, "slices": min(num_tokens, whole + ends)}.get(config.kv_write, 0),
         num_slots=num_tokens if config.kv_write == "tokens" else 0,
+        num_page_changes=num_seqs + whole,  # more of them, and the whole table is sent
         is_decode=is_decode,
     )
 
 
 def _bucket_shapes(config: EngineConfig) -> tuple[BatchShape, ...]:
     """The products of the buckets, without those that no step needs: a sequence has a token."""
-    tokens = config.token_buckets or _powers_of_two(16, config.max_num_batched_tokens)
+    tokens = config.token_buckets or _powers_of_two(16, config.max_step_tokens)
     seqs = config.seq_buckets or _powers_of_two(1, config.max_num_seqs)
     return tuple(
         _shape(t, s, config)
@@ -293,6 +312,27 @@ def _prefill_sizes(largest: int) -> list[int]:
         parts = 1 if power < _FINEST_PREFILLS else 4
         sizes += [power + power * part // parts for part in range(parts)]
     return [*(size for size in sizes if size < largest), largest]
+
+
+def _step_sizes(config: EngineConfig) -> list[int]:
+    """The token counts of the shapes that are no decodes'.
+
+    Aligned steps are up to a page shorter or longer than the budget, so there the sizes go up by a
+    128th of the budget, or by a sixteenth of a page if that is more.
+
+    >>> config = EngineConfig(max_num_batched_tokens=1024, max_model_len=2048, page_size=16)
+    >>> _step_sizes(config)[-5:]
+    [896, 1016, 1024, 1032, 1040]
+    """
+    budget, most = config.max_num_batched_tokens, config.max_step_tokens
+    sizes = set(_prefill_sizes(budget))
+    if most > budget:
+        sizes.add(most)
+        if budget >= _FINEST_PREFILLS:
+            step = max(budget // 128, config.page_size // 16, 8)
+            sizes.update(range(budget, most, step), range(budget, budget - config.page_size, -step))
+    largest = min(most, config.max_num_seqs * config.max_model_len)
+    return [*sorted(size for size in sizes if size < largest), largest]
 
 
 def _listed(sizes: Iterable[int]) -> str:

@@ -111,13 +111,14 @@ class EngineConfig:
       gpu_memory_utilization: the share of the memory that jax may use on the device which
         parameters, pool and steps take if num_pages is None.
       max_model_len: the most tokens of one request, prompt and output together.
-      max_num_batched_tokens: the most new tokens in one step, which is the step's budget.
+      max_num_batched_tokens: the budget, how many new tokens steps have at most on average. What
+        page alignment leaves of one step's budget, less than a page, is added to the next step's,
+        so that a single step has fewer than `page_size` tokens more; see `max_step_tokens`. With
+        `page_aligned_scheduling=False`, it is the most tokens of every step.
       max_num_seqs: the most requests that run at a time.
       page_aligned_scheduling: whether every chunk of a prefill but the last ends on a page
-        boundary. What is left of a step's budget then is half a page on average, so that a budget
-        of many pages makes it cheap: with 128 of them or more it costs at most 0.3% of the
-        throughput on the traces of BUILD_NOTES.md. A smaller budget is best a multiple of the page
-        size plus one token for each decode.
+        boundary. Steps have as many tokens on average as without it, but not equally many, and
+        they are padded to one of the shapes; BUILD_NOTES.md has what that costs.
       long_prefill_token_threshold: the most new tokens that one request gets in a step while
         another request competes with it; 0 for no such limit.
       max_deferrals: the most steps in a row that alignment may make a request wait. After that, the
@@ -131,7 +132,8 @@ class EngineConfig:
         needs jax's TPU interpret mode around the engine.
       attention_backend: the backend of the attention; with "fused", of the writes too. The values
         are those of write_backend.
-      token_buckets: the padded lengths that the packed batch may have.
+      token_buckets: the padded lengths that the packed batch may have. No step is longer than the
+        last of them, so that (max_num_batched_tokens,) makes the budget the most of every step.
       seq_buckets: the padded numbers of sequences. If both are None, the shapes are those of
         `batch.batch_shapes`; if one is, its sizes are powers of two. With one token bucket and one
         sequence bucket, a request's logits do not depend on how it is chunked.
@@ -285,8 +287,9 @@ class EngineConfig:
             warnings.warn(
                 f"EngineConfig: max_num_batched_tokens={budget} is below max_num_seqs + page_size ="
                 f" {self.max_num_seqs} + {page_size}: while all sequences decode, less than a page"
-                f" is left for a prefill, which then waits up to max_deferrals={self.max_deferrals}"
-                " steps for each chunk that ends inside a page",
+                " of each step is left for a prefill, which then waits up to"
+                f" max_deferrals={self.max_deferrals} steps for the next page boundary; if that is"
+                " still out of reach, it gets a chunk that ends inside a page",
                 stacklevel=3,
             )
 
@@ -303,6 +306,20 @@ class EngineConfig:
                 " chooses one, and so does reference_engine.defaults.resolve"
             )
         return self.num_pages
+
+    @property
+    def max_step_tokens(self) -> int:
+        """More new tokens than this no step has; memory and shapes are made for them.
+
+        >>> EngineConfig(max_num_batched_tokens=256, page_size=16).max_step_tokens
+        272
+        >>> EngineConfig(max_num_batched_tokens=256, token_buckets=(256,)).max_step_tokens
+        256
+        """
+        if not self.page_aligned_scheduling or self.page_size == 1:
+            return self.max_num_batched_tokens
+        most = self.max_num_batched_tokens + self.page_size
+        return min(most, self.token_buckets[-1]) if self.token_buckets else most
 
     @property
     def max_pages_per_seq(self) -> int:

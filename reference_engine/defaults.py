@@ -131,7 +131,7 @@ def step_bytes(config: EngineConfig, model: ModelConfig) -> int:
     width, inner = model.hidden_size, model.intermediate_size
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     row = 2 * width + 3 * max(inner, heads)
-    activations = config.max_num_batched_tokens * row * jnp.dtype(model.dtype).itemsize
+    activations = config.max_step_tokens * row * jnp.dtype(model.dtype).itemsize
     logits = config.max_num_seqs * model.vocab_size * 4
     return activations + _LOGITS * logits + _OTHER_BYTES
 

@@ -19,8 +19,8 @@ from reference_engine import compiles
 from reference_engine.batch import (
     Batch,
     BatchShape,
-    batch_shapes,
     make_batch_of,
+    max_num_seqs,
     num_logit_rows,
     pack,
 )
@@ -30,6 +30,7 @@ from reference_engine.model import StepOptions, make_pool, run_step
 from reference_engine.one_thread import OneThread
 from reference_engine.outputs import Extra, Output, finished_requests, make_outputs
 from reference_engine.page_pool import PagePool
+from reference_engine.page_table import PageTable
 from reference_engine.programs import Programs, lowering
 from reference_engine.request import FinishReason, Request, check_numbers, check_request
 from reference_engine.sampling_params import SamplingParams
@@ -105,7 +106,9 @@ class Engine:
         self._kv_pages = make_pool(model_config, config.pool_pages, config.page_size)
         self._in_flight: collections.deque[InFlight] = collections.deque()  # the oldest first
         self._has_failed_to_dispatch = False
-        num_rows = max(num_logit_rows(shape.num_seqs) for shape in batch_shapes(config))
+        num_seqs = max_num_seqs(config)
+        self._page_table = PageTable(num_seqs, config.max_pages_per_seq)
+        num_rows = num_logit_rows(num_seqs)
         self._no_tokens = jnp.zeros(num_rows, jnp.int32)  # stands in for a step before
         self._programs = Programs(
             config, lowering(params, self._kv_pages, self._no_tokens, model_config, config)
@@ -292,7 +295,7 @@ class Engine:
         compiled = compiles.num_compiles()
         requests = self.scheduler.requests_of(plan)
         shape = self._programs.choose(plan.num_tokens, len(plan.segments))
-        batch = make_batch_of(shape, plan.segments, self.config)
+        batch = make_batch_of(shape, plan.segments, self.config, self._page_table)
         before = self._in_flight[-1] if self._in_flight else None
         last_tokens = self._no_tokens if before is None else before.last_tokens
         logits, kv_pages = self._run(batch, last_tokens, is_decode=shape.is_decode)
@@ -380,16 +383,18 @@ class Engine:
         self, batch: Batch, last_tokens: jax.Array, *, is_decode: bool
     ) -> tuple[jax.Array, jax.Array]:
         """Dispatches the model's step; returns its logits and the new pool."""
-        packed, spec = pack(batch)
-        return run_step(
+        packed, spec = pack(batch[:-1])
+        logits, kv_pages, self._page_table.on_device = run_step(
             self._params,
             self._kv_pages,
+            self._page_table.take(),
             packed,
             last_tokens,
             spec=spec,
             model=self.model_config,
             options=StepOptions.of(self.config, is_decode=is_decode),
         )
+        return logits, kv_pages
 
     def _commit(self, step: InFlight, tokens: list[int], extras: list[Extra] | None) -> None:
         before = None
@@ -426,6 +431,7 @@ class Engine:
           is_pool_lost: whether the pool is the result of a step that has failed on the device.
         """
         self._in_flight.clear()
+        self._page_table.on_device = None  # it may be the result of a step that has failed
         self.scheduler.restart(plan)  # first, because no page table may refer to the new pool
         if is_pool_lost and not self._kv_pages.is_deleted():
             self._kv_pages.delete()  # the device may have no room for both

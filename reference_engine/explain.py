@@ -29,7 +29,7 @@ def explain_step(step: int, engine: Engine, outputs: list[Output], jobs: Sequenc
     plan, config = engine.last_plan, engine.config
     assert plan is not None
     lines = [
-        f"step {step}: {plan.num_tokens} of {config.max_num_batched_tokens} tokens; pages free:"
+        f"step {step}: {plan.num_tokens} of {plan.budget} tokens; pages free:"
         f" {engine.scheduler.pool.num_free} of {config.num_pages}; requests waiting:"
         f" {len(engine.scheduler.waiting)}"
     ]

@@ -87,6 +87,7 @@ def forward(
       `batch.num_logit_rows(S)` rows, and the pool.
     """
     pages_per_layer = kv_pages.shape[0] // config.num_layers
+    batch = batch._replace(page_indices=batch.page_indices[batch.table_rows])  # [S, M]
     rotation = _rotation(batch.positions, config)
     x = params["embedding"][batch.token_ids]
     for index, weights in enumerate(params["layers"]):
@@ -136,19 +137,22 @@ def _layer(
 def model_step(
     params: Params,
     kv_pages: jax.Array,
+    page_table: jax.Array,
     packed: jax.Array,
     last_tokens: jax.Array,
     *,
     spec: Spec,
     model: ModelConfig,
     options: StepOptions,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `forward`, for a packed batch, so that a step has one input from the host.
 
     Args:
       params: see weights.param_shapes.
       kv_pages: [L*P, page_size, R, C].
-      packed: a packed Batch, i32[n]. A token id of -1 - r stands for `last_tokens[r]`.
+      page_table: the page table after the step before, i32[R, M].
+      packed: a packed Batch without its page table, i32[n]. A token id of -1 - r stands for
+        `last_tokens[r]`.
       last_tokens: the tokens of the step before, which the host may not have read yet, i32[R].
       spec: the spec that `batch.pack` has returned with it.
       model: the shape of the parameters.
@@ -156,18 +160,17 @@ def model_step(
 
     Returns:
       The logits of each sequence's last new token, f32[rows, vocab_size] with
-      `batch.num_logit_rows(S)` rows, and the pool.
+      `batch.num_logit_rows(S)` rows, the pool, and the page table with the batch's changes.
     """
-    batch = Batch(*unpack(packed, spec))
+    batch = Batch._make([*unpack(packed, spec), page_table])
+    rows, columns, pages = batch.page_changes
+    rows = jnp.where(rows < 0, page_table.shape[0], rows)  # outside, so that it is dropped
+    page_table = page_table.at[rows, columns].set(pages, mode="drop")
     ids = batch.token_ids
     token_ids = jnp.where(ids < 0, last_tokens[jnp.maximum(-1 - ids, 0)], ids)
-    return forward(
-        params,
-        kv_pages,
-        batch._replace(token_ids=token_ids),
-        config=model,
-        options=options,
-    )
+    batch = batch._replace(token_ids=token_ids, page_indices=page_table)
+    logits, kv_pages = forward(params, kv_pages, batch, config=model, options=options)
+    return logits, kv_pages, page_table
 
 
 # cuBLAS's products: 64 decodes of Qwen3-0.6B have 4.11 ms of kernels on an H100 with them, and 4.19
@@ -183,28 +186,36 @@ _COMPILER_OPTIONS = {
 
 @functools.cache
 def jitted_step(platform: str) -> Any:
-    """`model_step` as a compiled program that donates the pool, with a platform's best options."""
+    """`model_step`, compiled with a platform's best options; it donates the pool and the table."""
     return jax.jit(
         model_step,
         static_argnames=("spec", "model", "options"),
-        donate_argnames=("kv_pages",),
+        donate_argnames=("kv_pages", "page_table"),
         compiler_options=_COMPILER_OPTIONS.get(platform),
     )
 
 
 @settings.defaults()
 def run_step(
-    params: Params, kv_pages: jax.Array, packed: Array, last_tokens: Array, **options: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Runs `model_step` on the current device, and donates the pool."""
-    return jitted_step(dispatch.platform())(params, kv_pages, packed, last_tokens, **options)
+    params: Params,
+    kv_pages: jax.Array,
+    page_table: jax.Array,
+    packed: Array,
+    last_tokens: Array,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Runs `model_step` on the current device, and donates the pool and the page table."""
+    step = jitted_step(dispatch.platform())
+    return step(params, kv_pages, page_table, packed, last_tokens, **options)
 
 
 @settings.defaults()
-def lower_step(params: Params, kv_pages: Any, packed: Any, last_tokens: Any, **options: Any) -> Any:
+def lower_step(
+    params: Params, kv_pages: Any, page_table: Any, packed: Any, last_tokens: Any, **options: Any
+) -> Any:
     """`run_step` lowered and not yet compiled, from the shapes of its arrays."""
     step = jitted_step(dispatch.platform())
-    return step.lower(params, kv_pages, packed, last_tokens, **options)
+    return step.lower(params, kv_pages, page_table, packed, last_tokens, **options)
 
 
 def in_layer(batch: Batch, first_page: int | jax.Array, page_size: int) -> Batch:

@@ -26,6 +26,7 @@ from reference_engine.batch import (
     batch_shapes,
     fitting_shapes,
     make_batch_of,
+    max_num_seqs,
     num_logit_rows,
     pack,
     pad_tokens,
@@ -60,16 +61,19 @@ def lowering(
       config: the engine's.
     """
     params, pool = jax.tree.map(_struct, (params, kv_pages))
+    table_shape = (max_num_seqs(config), config.max_pages_per_seq)
+    page_table = jax.ShapeDtypeStruct(table_shape, jnp.int32)
     device: Any = jax.config  # its flags are attributes, which not every jax declares
     device = device.jax_default_device
     sampled: set[int] = set()  # the numbers of rows for which the sampler is compiled
 
     def lower(shape: BatchShape) -> Sequence[Callable[[], None]]:
         with _on(device):
-            packed, spec = pack(make_batch_of(shape, (), config))
+            packed, spec = pack(make_batch_of(shape, (), config)[:-1])
             lowered = lower_step(
                 params,
                 pool,
+                page_table,
                 _struct(packed),
                 _struct(last_tokens),
                 spec=spec,

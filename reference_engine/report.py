@@ -45,7 +45,7 @@ def limits(config: EngineConfig) -> str:
     """What the engine was given, in two lines."""
     return (
         f"{config.pool_pages:,} pages of {config.page_size} tokens; at most"
-        f" {config.max_num_batched_tokens:,} tokens and {config.max_num_seqs:,} requests per step,"
+        f" {config.max_step_tokens:,} tokens and {config.max_num_seqs:,} requests per step,"
         f" {config.max_model_len:,} tokens of a request\n{describe_shapes(config)}"
     )
 
@@ -163,7 +163,7 @@ def setup(
             f" {model.num_kv_heads} KV heads of {model.head_dim}, {model.vocab_size} token ids,"
             f" {model.dtype}, on {jax.default_backend()}",
             f"engine   page_size {config.page_size}, {config.pool_pages:,} pages, at most"
-            f" {config.max_num_batched_tokens} tokens and {config.max_num_seqs} requests per step",
+            f" {config.max_step_tokens} tokens and {config.max_num_seqs} requests per step",
             f"         {writes}, attention by {config.attention_backend};"
             f" {describe_shapes(config)}",
         ]

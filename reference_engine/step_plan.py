@@ -64,12 +64,16 @@ class StepPlan:
       deferrals: the requests that wait for a page boundary.
       preempted: the ids of the requests that lost their pages, in the order in which they did.
       blocked: the request that could not be admitted, if there is one.
+      budget: the tokens that the step might have had.
+      left_over: what the next step has beside its own budget.
     """
 
     segments: tuple[Segment, ...]
     deferrals: tuple[Deferral, ...] = ()
     preempted: tuple[int, ...] = ()
     blocked: Blocked | None = None
+    budget: int = 0
+    left_over: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -95,8 +99,13 @@ class Draft:
     preempted: list[int] = dataclasses.field(default_factory=list)
     blocked: Blocked | None = None
 
-    def finish(self) -> StepPlan:
+    def finish(self, *, budget: int, left_over: int) -> StepPlan:
         """The plan."""
         return StepPlan(
-            tuple(self.segments), tuple(self.deferrals), tuple(self.preempted), self.blocked
+            tuple(self.segments),
+            tuple(self.deferrals),
+            tuple(self.preempted),
+            self.blocked,
+            budget,
+            left_over,
         )

@@ -282,16 +282,19 @@ def _step(
     setup: Setup, params: Params, config: EngineConfig, arrays: Arrays
 ) -> Callable[[jax.Array], jax.Array]:
     """The engine's step on a batch, from pool to pool."""
-    packed, spec = pack(arrays)
+    packed, spec = pack(arrays[:-1])
     packed = jax.device_put(packed)
+    page_table = jax.device_put(arrays.page_indices)
     no_tokens = jnp.zeros(len(arrays.kv_lens), jnp.int32)
 
     is_decode = len(arrays.token_ids) == len(arrays.kv_lens)  # there is no padding
 
     def step(kv_pages: jax.Array) -> jax.Array:
-        _, kv_pages = model_lib.run_step(
+        nonlocal page_table  # it is donated, too
+        _, kv_pages, page_table = model_lib.run_step(
             params,
             kv_pages,
+            page_table,
             packed,
             no_tokens,
             spec=spec,

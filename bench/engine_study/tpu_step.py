@@ -82,22 +82,22 @@ def _compile(generation: str, model: ModelConfig, num_layers: int) -> dict[str, 
         kv_write="fused",
     )
     shape = choose_shape(_NUM_DECODES, _NUM_DECODES, config)
-    packed, spec = pack(make_batch_of(shape, (), config))
+    batch = make_batch_of(shape, (), config)
+    packed, spec = pack(batch[:-1])
     pool = jax.eval_shape(lambda: model_lib.make_pool(model, config.pool_pages, config.page_size))
     options = model_lib.StepOptions.of(config, is_decode=shape.is_decode)
 
-    def step(params: Any, kv_pages: Any, packed: Any, last_tokens: Any) -> Any:
-        return model_lib.model_step(
-            params, kv_pages, packed, last_tokens, spec=spec, model=model, options=options
-        )
+    def step(*arrays: Any) -> Any:
+        return model_lib.model_step(*arrays, spec=spec, model=model, options=options)
 
     inputs = (
         param_shapes(model),
         pool,
+        jax.ShapeDtypeStruct(batch.page_indices.shape, np.int32),
         jax.ShapeDtypeStruct(packed.shape, packed.dtype),
         jax.ShapeDtypeStruct((_NUM_DECODES,), np.int32),
     )
-    compiled: Any = aot_compile(step, inputs, generation, jit_kwargs={"donate_argnums": 1})
+    compiled: Any = aot_compile(step, inputs, generation, jit_kwargs={"donate_argnums": (1, 2)})
     text = compiled.as_text()
     dims = ",".join(map(str, pool.shape))
     return {

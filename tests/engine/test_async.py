@@ -425,9 +425,9 @@ def test_an_error_on_the_device_is_an_error_of_the_read(monkeypatch):
         return jax.pure_callback(boom, jax.ShapeDtypeStruct(logits.shape, logits.dtype), logits)
 
     def run_step(*args, **options):
-        logits, kv_pages = real(*args, **options)
+        logits, *others = real(*args, **options)
         calls.append(len(calls))
-        return (spoil(logits) if calls[-1] == 2 else logits), kv_pages
+        return (spoil(logits) if calls[-1] == 2 else logits), *others
 
     monkeypatch.setattr(engine_lib, "run_step", run_step)
     outputs, errors = [], []

@@ -108,10 +108,10 @@ def steps_of(lengths, starts, page_size):
 def test_every_step_has_one_of_the_announced_shapes(kv_write, page_size):
     config = dataclasses.replace(config_of(kv_write), page_size=page_size)
     shapes = batch_shapes(config)
-    assert len(shapes) == len(set(shapes)) == 4 + 3
+    assert len(shapes) == len(set(shapes)) == 4 + 3 + (page_size > 1)
     seen = set()
     for num_seqs in range(1, 7):
-        for length in range(1, 40 // num_seqs + 1):
+        for length in range(1, (40 + page_size - 1) // num_seqs + 1):
             for start in range(4):
                 if start + length > 20:
                     continue
@@ -140,6 +140,7 @@ def test_a_batch_fits_into_every_larger_shape_that_holds_it():
         (16, False),
         (32, False),
         (40, False),
+        (44, False),
     ]
     for shape in fitting:
         batch = make_batch_of(shape, decodes, config)
@@ -164,13 +165,13 @@ def test_only_sizes_that_a_step_can_have_are_shapes():
 
 def test_the_shapes_of_a_server_are_few_and_pad_little():
     config = EngineConfig(max_num_batched_tokens=8192, max_num_seqs=256, max_model_len=8192)
-    assert len(batch_shapes(config)) == 42
+    assert len(batch_shapes(config)) == 43
     # 256 requests end one after another, as far apart as their tokens are.
     rows = [choose_shape(n, n, config).num_tokens for n in range(1, 257)]
     assert sum(rows) / sum(range(1, 257)) < 1.06
     for num_tokens in range(512, 8193):  # a step with a prefill
         assert choose_shape(num_tokens, 1, config).num_tokens < 1.25 * num_tokens + 1
-    assert describe_shapes(config).startswith("42 shapes: decodes of {1, 2, 4, 8, 16 to 256 by 16}")
+    assert describe_shapes(config).startswith("43 shapes: decodes of {1, 2, 4, 8, 16 to 256 by 16}")
 
 
 def test_the_smallest_shape_that_fits_is_taken():

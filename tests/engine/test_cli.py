@@ -115,11 +115,11 @@ def test_other_forms_of_write_replay_to_the_same(capsys, kv_write):
 def test_replay_fails_where_one_run_has_a_wrong_page_table(capsys, monkeypatch):
     real, calls = engine_lib.make_batch_of, []
 
-    def planted(shape, segments, config):  # once, in the first run
-        batch = real(shape, segments, config)
+    def planted(*args):  # once, in the first run
+        batch = real(*args)
         calls.append(1)
         if len(calls) == 2:
-            batch = batch._replace(page_indices=batch.page_indices + 1)
+            batch = batch._replace(table_rows=batch.table_rows + 1)
         return batch
 
     monkeypatch.setattr(engine_lib, "make_batch_of", planted)
@@ -201,8 +201,8 @@ def test_generate_streams_one_prompt_and_reports(capsys, folder):
     out, err = capsys.readouterr()
     want = LLM(folder).generate("the quick", SamplingParams(max_tokens=8))[0].outputs[0].text
     assert out == want + "\n"
-    assert "1,024 pages of 16 tokens; at most 32 tokens and 2 requests per step, 256 tok" in err
-    assert "4 shapes: decodes of {1, 2} sequences, other steps of {16, 32} tokens\n" in err
+    assert "1,024 pages of 16 tokens; at most 48 tokens and 2 requests per step, 256 tok" in err
+    assert "5 shapes: decodes of {1, 2} sequences, other steps of {16, 32, 48} tokens\n" in err
     assert re.search(r"8 steps in .* tokens computed, .* no warm-up\n", err)
 
 

@@ -16,7 +16,7 @@ from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.defaults import DeviceMemory, default_fields, resolve, step_bytes
 from reference_engine.engine import Engine
 from reference_engine.llm import LLM
-from reference_engine.model import make_pool, model_step
+from reference_engine.model import StepOptions, make_pool, model_step
 from reference_engine.weights import param_shapes, random_params
 from tests.engine.checkpoints import write_checkpoint
 
@@ -117,20 +117,26 @@ def test_a_step_needs_no_more_than_the_bound(shape):
     )
     config = server(model, num_pages=600, max_num_batched_tokens=2048, max_num_seqs=64)
     pool = jax.eval_shape(lambda: make_pool(model, config.num_pages, config.page_size))
-    packed, spec = pack(make_batch_of(batch_shapes(config)[shape], (), config))
+    batch = make_batch_of(batch_shapes(config)[shape], (), config)
+    packed, spec = pack(batch[:-1])
     step = jax.jit(
         lambda *arrays: model_step(
             *arrays,
             spec=spec,
             model=model,
-            kv_write="tokens",
-            write_backend="oracle",
-            attention_backend="xla",
+            options=StepOptions("tokens", "oracle", "xla"),
         ),
-        donate_argnums=1,
+        donate_argnums=(1, 2),
     )
-    packed, last_tokens = (jax.ShapeDtypeStruct(n, jnp.int32) for n in (packed.shape, (64,)))
-    used = step.lower(param_shapes(model), pool, packed, last_tokens).compile().memory_analysis()
+    table_shape = (64, config.max_pages_per_seq)
+    table, packed, last_tokens = (
+        jax.ShapeDtypeStruct(n, jnp.int32) for n in (table_shape, packed.shape, (64,))
+    )
+    used = (
+        step.lower(param_shapes(model), pool, table, packed, last_tokens)
+        .compile()
+        .memory_analysis()
+    )
     needed = used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
     assert needed < step_bytes(config, model)
 

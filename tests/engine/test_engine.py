@@ -284,9 +284,10 @@ def test_no_request_reads_a_page_that_another_writes(monkeypatch):
     """What write_and_attend asks of its caller, in every batch, with pages changing hands."""
     real, batches = engine_lib.make_batch_of, []
 
-    def recording(shape, segments, config):
-        batches.append(real(shape, segments, config))
-        return batches[-1]
+    def recording(*args):
+        batch = real(*args)
+        batches.append(batch._replace(page_indices=batch.page_indices[batch.table_rows]))
+        return batch
 
     monkeypatch.setattr(engine_lib, "make_batch_of", recording)
     result = run(num_pages=16, kv_write="fused")
@@ -471,21 +472,26 @@ def test_a_planted_write_is_seen(monkeypatch, kv_write, plant):
     assert_plant_is_seen(run(kv_write=kv_write))
 
 
-def _wrong_table_row(table):
-    table[0] = table[1]
+def _wrong_table_row(batch):
+    batch.table_rows[0] = batch.table_rows[1]
 
 
-def _wrong_table_entry(table):
-    table[0, 0] = (table[0, 0] + 1) % CONFIG.num_pages
+def _wrong_table_entry(batch):
+    pages = batch.page_changes[2]
+    pages[:1] = (pages[:1] + 1) % CONFIG.num_pages
 
 
-@pytest.mark.parametrize("plant", [_wrong_table_row, _wrong_table_entry])
+def _change_is_lost(batch):
+    batch.page_changes[0] = -1
+
+
+@pytest.mark.parametrize("plant", [_wrong_table_row, _wrong_table_entry, _change_is_lost])
 def test_a_planted_page_table_is_seen_by_the_fused_form(monkeypatch, plant):
     real = engine_lib.make_batch_of
 
-    def planted(shape, segments, config):
-        batch = real(shape, segments, config)
-        plant(batch.page_indices)
+    def planted(*args):
+        batch = real(*args)
+        plant(batch)
         return batch
 
     monkeypatch.setattr(engine_lib, "make_batch_of", planted)

@@ -94,16 +94,20 @@ class ToyEngine(Engine):
         last_tokens = np.asarray(last_tokens)
         page_size = self.config.page_size
         logits = np.zeros((len(batch.kv_lens), VOCAB), np.float32)
+        page_table = np.array(self._page_table.take())
+        rows, columns, pages = batch.page_changes[:, batch.page_changes[0] >= 0]
+        page_table[rows, columns] = pages
         ends = batch.cu_q_lens
         for i in range(int(batch.num_seqs[0])):
             new = batch.token_ids[ends[i] : ends[i + 1]].tolist()
             new = [int(last_tokens[-1 - token]) if token < 0 else token for token in new]
             length = int(batch.kv_lens[i])
-            table = batch.page_indices[i]
+            table = page_table[batch.table_rows[i]]
             for position, token in zip(range(length - len(new), length), new, strict=True):
                 self.rows[table[position // page_size], position % page_size] = token
             tokens = self.rows[table[: -(-length // page_size)]].ravel()[:length]
             logits[i, next_token(tokens.tolist())] = 1
+        self._page_table.on_device = page_table
         return logits, self._kv_pages
 
     def lose_the_pool(self):
@@ -434,7 +438,7 @@ def test_whatever_befalls_a_step_pages_balance_and_tokens_are_right(happenings, 
 _EXEMPT = {"restart", "reset", "forget_all", "_recover", "_hand_over"}
 _FILES = {
     sys.modules[f"reference_engine.{name}"].__file__
-    for name in ("engine", "in_flight", "outputs", "scheduler", "page_pool")
+    for name in ("engine", "in_flight", "outputs", "scheduler", "page_pool", "page_table")
 }
 
 

@@ -23,6 +23,7 @@ CONFIG = EngineConfig(
     num_pages=32,
     max_model_len=32,
     max_num_batched_tokens=32,
+    page_aligned_scheduling=False,
     max_num_seqs=2,
     attention_backend="oracle",
 )

@@ -99,6 +99,7 @@ class Simulation:
         self.common = [self.rng.randrange(1, 50) for _ in range(100)]
         self.computed: dict[int, int] = {}
         self.deferrals: dict[int, int] = {}
+        self.left_over = 0  # tokens, less than a page, that the step before did not use
         self.result = Run()
 
     def run(self) -> Run:
@@ -165,6 +166,7 @@ class Simulation:
             return
         for request_id in plan.preempted:
             self.computed[request_id] = 0
+        self._check_budget(plan)
         self._check_order(plan, running, waiting)
         self._check_cached(plan, running)
         self._check_segments(plan)
@@ -225,6 +227,18 @@ class Simulation:
                 : len(self.tokens[request_id]) - num_pending
             ]
 
+    def _check_budget(self, plan):
+        """All steps together stay within their budgets, and none is a page above."""
+        config = self.config
+        self.budget = config.max_num_batched_tokens + self.left_over
+        assert plan.num_tokens <= self.budget, "budget overdrawn"
+        assert plan.num_tokens <= config.max_step_tokens
+        self.left_over = self.budget - plan.num_tokens
+        if not config.page_aligned_scheduling or self.left_over >= config.page_size:
+            self.left_over = 0
+        if config.token_buckets:  # the most of every step
+            self.left_over = 0
+
     def _check_order(self, plan, running, waiting):
         """First come, first served; pages are taken from the last admitted only."""
         assert len(plan.segments) <= self.config.max_num_seqs
@@ -251,7 +265,6 @@ class Simulation:
 
     def _check_segments(self, plan):
         config = self.config
-        assert plan.num_tokens <= config.max_num_batched_tokens, "budget overdrawn"
         ids = [segment.request_id for segment in plan.segments]
         assert len(set(ids)) == len(ids)
         for segment in plan.segments:
@@ -293,7 +306,7 @@ class Simulation:
     def _check_decodes(self, plan, running):
         """Every decode runs, in order, until the budget is spent."""
         ran = {segment.request_id for segment in plan.segments}
-        if plan.num_tokens < self.config.max_num_batched_tokens:
+        if plan.num_tokens < self.budget:
             for request_id in running:
                 job, num_tokens = self.jobs[request_id], len(self.tokens[request_id])
                 is_ending = num_tokens >= min(
@@ -363,6 +376,7 @@ def random_scenario(rng) -> Scenario:
         max_num_batched_tokens=budget,
         max_num_seqs=rng.randint(1, 6),
         page_aligned_scheduling=rng.randint(0, 3) > 0,
+        token_buckets=(budget,) if rng.randint(0, 3) == 0 else None,
         long_prefill_token_threshold=threshold,
         max_deferrals=rng.randint(0, 3),
         enable_prefix_caching=rng.randint(0, 3) > 0,
@@ -386,6 +400,7 @@ def resumed_past_its_prompt() -> Scenario:
     config = make_config(
         page_size=8,
         max_num_batched_tokens=11,
+        token_buckets=(11,),
         num_pages=8,
         max_num_seqs=2,
         max_model_len=60,
@@ -477,6 +492,14 @@ def _budget_ignored(request, computed, budget, contended, config):
     return limit(request, computed, budget + 1, contended, config)
 
 
+def _a_page_is_left_over(budget, config):
+    return budget
+
+
+def _more_is_left_over(budget, config):
+    return min(_real_left_over(budget, config) + 1, config.page_size - 1)
+
+
 def _threshold_ignored(request, computed, budget, contended, config):
     return limit(request, computed, budget, False, config)
 
@@ -551,6 +574,7 @@ def _call_every_output_a_decode(request, start, end):
     return _real_segment(request, start, end)._replace(is_decode=start >= request.num_prompt)
 
 
+_real_left_over = scheduler_lib.left_over
 _real_allocate = PagePool.allocate
 _real_take = PagePool.take
 _real_preempt = Scheduler._preempt_last
@@ -566,6 +590,8 @@ PLANTED = [
     (scheduler_lib, "limit", _resumed_counts_as_decode, "ends inside a page"),
     (scheduler_lib, "limit", _decodes_are_aligned, "a decode waits"),
     (scheduler_lib, "limit", _budget_ignored, "budget overdrawn"),
+    (scheduler_lib, "left_over", _a_page_is_left_over, "budget overdrawn"),
+    (scheduler_lib, "left_over", _more_is_left_over, "budget overdrawn"),
     (scheduler_lib, "limit", _threshold_ignored, "above the threshold"),
     (scheduler_lib, "_segment", _sample_from_every_chunk, "a token too many"),
     (scheduler_lib, "_segment", _call_every_output_a_decode, "a wrong kind"),
@@ -654,6 +680,7 @@ def decode_behind_a_deferred_prefill() -> Scenario:
     config = make_config(
         page_size=8,
         max_num_batched_tokens=19,
+        token_buckets=(19,),
         num_pages=99,
         max_num_seqs=4,
         long_prefill_token_threshold=12,
@@ -736,7 +763,13 @@ def test_what_is_left_of_a_budget_never_becomes_an_empty_chunk():
 
 
 def test_exactly_one_token_left_is_no_exception():
-    config = make_config(page_size=64, max_num_batched_tokens=101, num_pages=50, max_num_seqs=2)
+    config = make_config(
+        page_size=64,
+        max_num_batched_tokens=101,
+        token_buckets=(101,),
+        num_pages=50,
+        max_num_seqs=2,
+    )
     run = simulate(config, Job(0, 100, 1), Job(0, 200, 1))
     assert run.chunks[1] == [(0, 64), (64, 128), (128, 200)]
 
@@ -764,6 +797,7 @@ def test_a_long_prompt_waits_boundedly_while_decodes_leave_less_than_a_page():
     config = make_config(
         page_size=8,
         max_num_batched_tokens=64,
+        token_buckets=(64,),
         num_pages=8000,
         max_num_seqs=61,
         max_model_len=1000,
@@ -773,6 +807,61 @@ def test_a_long_prompt_waits_boundedly_while_decodes_leave_less_than_a_page():
     run = Simulation(Scenario(config, (*decodes, Job(1, 32, 2)))).run()
     assert run.first_token_step[60] <= 1 + 3 * (32 // 4)
     assert len(run.chunks[60]) > 32 // 8
+    # Where a step may be longer than the budget, two steps leave the page together.
+    config = make_config(**(vars(config) | {"token_buckets": None, "max_deferrals": 1}))
+    run = Simulation(Scenario(config, (*decodes, Job(1, 32, 2)))).run()
+    assert run.chunks[60][:4] == [(0, 8), (8, 16), (16, 24), (24, 32)]
+    assert run.first_token_step[60] == 7  # chunks at steps 1, 3, 5 and 7
+
+
+# What alignment leaves of a step's budget.
+
+
+def test_the_next_step_has_what_a_step_leaves():
+    config = make_config(page_size=64, max_num_batched_tokens=100, num_pages=50)
+    run = simulate(config, Job(0, 900, 1))
+    ends = [end for _, end in run.chunks[0]]
+    assert ends == [*(100 * step // 64 * 64 for step in range(1, 9)), 900]
+
+
+def test_aligned_steps_are_as_many_as_others():
+    """Whatever the page size; with the budget as the most of every step they are more."""
+    rng = random.Random(0)
+    jobs = [Job(rng.randint(0, 60), rng.randint(1, 400), rng.randint(1, 60)) for _ in range(60)]
+    fields = {"num_pages": 9999, "max_num_seqs": 99, "max_num_batched_tokens": 128}
+
+    def num_steps(**more):
+        return simulate(make_config(**(fields | more)), *jobs).num_steps
+
+    others = num_steps(page_aligned_scheduling=False)
+    for page_size in (8, 16, 32):
+        assert num_steps(page_size=page_size) <= others + 1
+        assert num_steps(page_size=page_size, token_buckets=(128,)) > others + 1
+
+
+def test_only_less_than_a_page_is_left_over_and_only_by_alignment():
+    config = make_config(page_size=8, max_num_batched_tokens=20, max_num_seqs=12)
+    assert [scheduler_lib.left_over(n, config) for n in (0, 1, 7, 8, 19)] == [0, 1, 7, 0, 0]
+    for fields in ({"page_aligned_scheduling": False}, {"token_buckets": (20,)}):
+        exact = dataclasses.replace(config, **fields)
+        assert [scheduler_lib.left_over(n, exact) for n in range(20)] == [0] * 20
+    longer = dataclasses.replace(config, token_buckets=(22, 23))
+    assert [scheduler_lib.left_over(n, longer) for n in (2, 3, 4, 7, 8)] == [2, 3, 3, 3, 0]
+
+
+def test_a_plan_leaves_something_over_only_if_it_begins():
+    config = make_config(page_size=8, max_num_batched_tokens=20, num_pages=99)
+    scheduler = Scheduler(config, PagePool(99))
+    scheduler.add(Request(0, (1,) * 200, SamplingParams(2)))
+    for _ in range(3):
+        plan = scheduler.schedule()
+        assert (plan.num_tokens, plan.budget, plan.left_over) == (16, 20, 4)
+    run_plan(scheduler, plan)
+    assert scheduler.schedule().num_tokens == 24
+    run_plan(scheduler, scheduler.schedule())
+    scheduler.preempt_all()
+    scheduler.restart()
+    assert scheduler.schedule().budget == 20
 
 
 # The rule itself, and the configurations that cannot work.

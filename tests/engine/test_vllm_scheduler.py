@@ -41,6 +41,7 @@ def scenario_for_both(rng, **fields) -> Scenario:
     fields = {
         "max_num_seqs": min(config.max_num_seqs, config.max_num_batched_tokens),
         "max_deferrals": MAX_DEFERRALS,
+        "token_buckets": None,
         "long_prefill_token_threshold": threshold * has_threshold,
         **fields,
     }

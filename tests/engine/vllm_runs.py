@@ -90,8 +90,13 @@ class OurRun:
     """The reference engine's scheduler."""
 
     def __init__(self, scenario: Scenario):
-        self.pool = PagePool(scenario.config.num_pages)
-        self.scheduler = Scheduler(scenario.config, self.pool)
+        # vLLM's steps have no more tokens than its budget, so nothing may be left over for them.
+        most = scenario.config.max_num_batched_tokens
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            config = dataclasses.replace(scenario.config, token_buckets=(most,))
+        self.pool = PagePool(config.num_pages)
+        self.scheduler = Scheduler(config, self.pool)
         self.live: dict[int, Request] = {}
 
     def add(self, i, prompt, max_tokens):
