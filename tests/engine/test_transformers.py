@@ -77,6 +77,7 @@ ENGINE = EngineConfig(
     token_buckets=(32,),
     seq_buckets=(4,),
     return_logits=True,
+    async_scheduling=False,  # a call of `step` returns the tokens of its own batch
 )
 PROMPTS = [
     [int(token) for token in np.random.default_rng(n).integers(151, size=n)] for n in (8, 37, 61)
