@@ -62,6 +62,11 @@ def _bits(x: jax.Array) -> jax.Array:
 
 def _set(pool: jax.Array, index: jax.Array, bits: jax.Array) -> jax.Array:
     """`pool[index] = bits`, byte for byte; an index past the end is dropped."""
+    if index.size == 1:
+        # XLA makes a lone index a slice of the pool that it reads first, and then copies the whole
+        # pool on a CPU. A second index, which is dropped, keeps the scatter, which is in place.
+        index = jnp.concatenate([index.reshape(1), jnp.array([len(pool)], index.dtype)])
+        bits = jnp.broadcast_to(bits.reshape(1, *pool.shape[1:]), (2, *pool.shape[1:]))
     return _bits(pool).at[index].set(bits, mode="drop").view(pool.dtype)
 
 
