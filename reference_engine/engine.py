@@ -299,6 +299,7 @@ class Engine:
         before = self._in_flight[-1] if self._in_flight else None
         last_tokens = self._no_tokens if before is None else before.last_tokens
         logits, kv_pages = self._run(batch, last_tokens, is_decode=shape.is_decode)
+        # jax's stub for an array does not declare `is_ready`.
         is_late = before is None or before.tokens.is_ready()  # type: ignore[attr-defined]
         step = choose_tokens(
             plan,

@@ -351,7 +351,8 @@ def _heads(
     """The heads of a projection [T, (N + 2K) * H], normalised and rotated.
 
     Returns:
-      q [T, N, H], k and v [T, K*H]; on a GPU all in one packed QKV, [T, N + 2K, H], None and None.
+      On a TPU q [T, N, H], and k and v [T, K*H]; elsewhere a packed QKV, [T, N + 2K, H], None and
+      None.
     """
     num_tokens, q_width = qkv.shape[0], config.num_heads * config.head_dim
     norm = weights.get("head_norm")

@@ -4,8 +4,8 @@
 `layers` has one dict per layer. Matrices are [in, out], except for the two embeddings, which are
 [vocab_size, D]. What is multiplied by the same input lies side by side in one matrix: `qkv` has the
 columns of all query heads, then of all key heads, then of all value heads, and `gate_up` those of
-the gate, then of the other projection. A product of 2 x 3,072 columns takes 7 us on an H100 with 64
-rows, and two of 3,072 take 2 x 4.7.
+the gate, then of the other projection. The products of 28 layers of Qwen3-0.6B take 0.74 ms for 64
+rows on an H100 in this form, and 1.02 ms as seven a layer.
 """
 
 from __future__ import annotations

@@ -305,7 +305,8 @@ def write_and_attend(
 
 def _unpacked(q: jax.Array, num_heads: int, backend: str) -> jax.Array:
     """The queries in a packed QKV, unless the backend reads them where they are."""
-    return q if backend == "mosaic_gpu" and q.shape[0] else q[:, :num_heads]
+    reads_packed = backend == "mosaic_gpu" and q.shape[0] > 0
+    return q if reads_packed or q.shape[1] == num_heads else q[:, :num_heads]
 
 
 def _plan(
