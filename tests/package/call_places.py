@@ -50,7 +50,7 @@ def make_arrays(seed: int = 0) -> dict[str, np.ndarray]:
     def values(*shape):
         return jnp.asarray(rng.standard_normal((num, *shape)), jnp.bfloat16)
 
-    return {
+    arrays = {
         "kv_pages": values(NUM_PAGES, PAGE_SIZE, 2 * NUM_KV_HEADS, HEAD_DIM),
         "q": values(NUM_TOKENS, NUM_HEADS, HEAD_DIM),
         "k": values(NUM_TOKENS, NUM_KV_HEADS, HEAD_DIM),
@@ -65,6 +65,8 @@ def make_arrays(seed: int = 0) -> dict[str, np.ndarray]:
         "src_ids": jnp.asarray(src_ids, jnp.int32),
         "dst_ids": jnp.asarray(dst_ids, jnp.int32),
     }
+    qkv = jnp.concatenate([arrays["q"], arrays["k"], arrays["v"]], axis=2)
+    return arrays | {"qkv": qkv}
 
 
 def ops(backend: str) -> dict[str, tuple[tuple[str, ...], Callable[..., Any]]]:
@@ -78,12 +80,16 @@ def ops(backend: str) -> dict[str, tuple[tuple[str, ...], Callable[..., Any]]]:
     def write_and_attend(q, k, v, kv_pages, metadata):
         return pp.write_and_attend(q, k, v, kv_pages, *metadata, **attention)
 
+    def packed(qkv, kv_pages, metadata):
+        return write_and_attend(qkv, None, None, kv_pages, metadata)
+
     new = ("kv_pages", "k", "v")
     batch = ("q", "kv_pages", "metadata")
     return {
         "attention": (batch, attend),
         "attention_lse": (batch, functools.partial(attend, return_lse=True)),
         "write_and_attend": (("q", "k", "v", "kv_pages", "metadata"), write_and_attend),
+        "packed_qkv": (("qkv", "kv_pages", "metadata"), packed),
         "token_write": ((*new, "slots"), functools.partial(pp.token_write, **options)),
         "page_write": ((*new, "page_ids"), functools.partial(pp.page_write, **options)),
         "slice_write": (
