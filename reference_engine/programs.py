@@ -238,7 +238,7 @@ def most_useful_first(shapes: Sequence[BatchShape]) -> list[BatchShape]:
     >>> config = EngineConfig(max_num_batched_tokens=64, max_num_seqs=4)
     >>> order = most_useful_first(batch_shapes(config))
     >>> [(s.num_tokens, s.num_seqs) for s in order]
-    [(64, 4), (4, 4), (32, 4), (2, 2), (16, 4), (1, 1)]
+    [(80, 4), (4, 4), (32, 4), (2, 2), (16, 4), (1, 1), (64, 4)]
     """
     kinds = [[s for s in shapes if s.is_decode == is_decode] for is_decode in (False, True)]
     pairs = itertools.zip_longest(*map(_halved, kinds))
