@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_paged import layout
+from pallas_paged import bits, layout
 from pallas_paged.attention.options import AttentionOptions, Batch, Factors
 
 # Rows of one matrix product. There are few, because a decode has one and wastes the others. More
@@ -110,7 +110,9 @@ def _read_kv(
     head_dim: int,
 ) -> tuple[jax.Array, jax.Array]:
     """k and v of one sequence, f32[K, L, H] each, zero from position kv_len on."""
-    slots = kv_pages[jnp.clip(page_ids, 0, kv_pages.shape[0] - 1)]  # [M, page_size, R, C]
+    page_ids = jnp.clip(page_ids, 0, kv_pages.shape[0] - 1)
+    pages, page_ids = bits.gatherable(kv_pages, page_ids)
+    slots = pages[page_ids].view(kv_pages.dtype)  # [M, page_size, R, C]
     slots = slots.reshape(-1, *slots.shape[2:])
     is_token = jnp.arange(slots.shape[0])[:, None, None] < kv_len
 

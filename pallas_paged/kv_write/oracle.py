@@ -7,8 +7,10 @@ is clamped.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from pallas_paged import layout
+from pallas_paged import dispatch, layout
+from pallas_paged.bits import as_bits
 from pallas_paged.kv_write.options import WriteOptions, WriteScales
 
 
@@ -44,30 +46,51 @@ def inverse_scale(scale: jax.Array | float | None, num_kv_heads: int) -> jax.Arr
 def _new_slots(
     kv_pages: jax.Array, k: jax.Array, v: jax.Array, scales: WriteScales, num_kv_heads: int
 ) -> jax.Array:
-    """The new tokens in the pool's form, `[T, R, C]`, as `_bits`."""
+    """The new tokens in the pool's form, `[T, R, C]`, as `as_bits`."""
     k = quantize(layout.split_heads(k, num_kv_heads), scales.k, kv_pages.dtype)
     v = quantize(layout.split_heads(v, num_kv_heads), scales.v, kv_pages.dtype)
-    return layout.merge_kv(_bits(k), _bits(v), kv_pages.shape[2])
-
-
-def _bits(x: jax.Array) -> jax.Array:
-    """The same bytes, with narrow floats as unsigned integers.
-
-    On a CPU, XLA moves narrow floats as wider ones, which would rewrite every NaN in the pool.
-    """
-    if x.dtype in (jnp.float32, jnp.int8):
-        return x
-    return x.view(jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return layout.merge_kv(as_bits(k), as_bits(v), kv_pages.shape[2])
 
 
 def _set(pool: jax.Array, index: jax.Array, bits: jax.Array) -> jax.Array:
     """`pool[index] = bits`, byte for byte; an index past the end is dropped."""
+    if pool.dtype != bits.dtype and dispatch.platform() == "cpu":
+        if pool.dtype.itemsize == 2 and _SCATTERS_16_BITS:
+            bits = bits.view(pool.dtype)
+        elif _FUSES_VIEWS:
+            return _set_one_by_one(pool, index, bits)
     if index.size == 1:
         # XLA makes a lone index a slice of the pool that it reads first, and then copies the whole
         # pool on a CPU. A second index, which is dropped, keeps the scatter, which is in place.
         index = jnp.concatenate([index.reshape(1), jnp.array([len(pool)], index.dtype)])
         bits = jnp.broadcast_to(bits.reshape(1, *pool.shape[1:]), (2, *pool.shape[1:]))
-    return _bits(pool).at[index].set(bits, mode="drop").view(pool.dtype)
+    return pool.view(bits.dtype).at[index].set(bits, mode="drop").view(pool.dtype)
+
+
+# On a CPU, XLA copies a pool that is seen as integers before it scatters into it and after that,
+# 205 ms for 256 MiB. Since 0.12 it also scatters 16-bit floats as they are, in place; 8-bit floats
+# it still makes wider ones. Until 0.11 it updates a slice of a pool that is seen as integers in
+# place, which takes 0.5 ms for 8 pages.
+_SCATTERS_16_BITS = jax.__version_info__ >= (0, 12)
+_FUSES_VIEWS = jax.__version_info__ < (0, 11)
+
+
+def _set_one_by_one(pool: jax.Array, index: jax.Array, bits: jax.Array) -> jax.Array:
+    """As `_set`, in a loop over what is not dropped."""
+    index, bits = index.reshape(-1), bits.reshape(-1, *pool.shape[1:])
+    is_dropped = index >= len(pool)
+    order = jnp.argsort(is_dropped).astype(jnp.int32)
+
+    def set_one(i: jax.Array, pool: jax.Array) -> jax.Array:
+        # Behind the barrier the views stay in the loop, where they cost nothing.
+        pool, entry = lax.optimization_barrier((pool, order[i]))
+        updated = lax.dynamic_update_index_in_dim(
+            pool.view(bits.dtype), bits[entry], index[entry], axis=0
+        )
+        return updated.view(pool.dtype)
+
+    count = jnp.sum(~is_dropped, dtype=jnp.int32)
+    return lax.fori_loop(jnp.int32(0), count, set_one, pool)
 
 
 def _scatter(
@@ -171,7 +194,9 @@ def copy_pages(
 ) -> jax.Array:
     """Page `dst_ids[i]` gets what page `src_ids[i]` held before the call."""
     del options
+    if src_ids.shape[0] == 0:
+        return kv_pages
     num_pages = kv_pages.shape[0]
     is_live = (src_ids >= 0) & (src_ids < num_pages) & (dst_ids >= 0) & (dst_ids < num_pages)
-    pages = kv_pages[jnp.where(is_live, src_ids, 0)]
-    return _set(kv_pages, jnp.where(is_live, dst_ids, num_pages), _bits(pages))
+    pages = as_bits(kv_pages)[jnp.where(is_live, src_ids, 0)]
+    return _set(kv_pages, jnp.where(is_live, dst_ids, num_pages), pages)

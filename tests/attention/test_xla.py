@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_paged import make_kv_pages
 from pallas_paged.attention import api
 from pallas_paged.attention.api import ragged_paged_attention, write_and_attend
 from pallas_paged.attention.xla import launch as xla
@@ -187,3 +188,23 @@ def test_it_holds_wherever_a_call_can_stand():
         found["strict"] = attend(q)
     for place, out in found.items():
         np.testing.assert_allclose(out, wanted, atol=1e-6, err_msg=place)
+
+
+@pytest.mark.skipif(not ON_CPU, reason="of a CPU alone")
+@pytest.mark.parametrize("backend", ["oracle", "xla"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e5m2"]
+)
+def test_a_cpu_copies_no_pool(dtype, backend):
+    """XLA would gather narrow floats from a wider copy of the whole pool."""
+    pool = make_kv_pages(2048, 8, 2, 128, dtype)
+    q = jax.ShapeDtypeStruct((2, 4, 128), jnp.bfloat16)
+    ids, starts = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 4), (3,)))
+
+    def attend(q, pool, kv_lens, page_indices, cu_q_lens):
+        return ragged_paged_attention(
+            q, pool, kv_lens, page_indices, cu_q_lens, 2, num_kv_heads=2, backend=backend
+        )
+
+    lowered = jax.jit(attend).lower(q, pool, jax.ShapeDtypeStruct((2,), jnp.int32), ids, starts)
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < pool.nbytes / 4

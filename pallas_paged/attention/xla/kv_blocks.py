@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_paged import layout
+from pallas_paged import bits, layout
 from pallas_paged.attention.xla.spec import XlaSpec
 
 
@@ -58,6 +58,8 @@ def _gather(
     """
     num_pages, page_size, num_rows, _ = kv_pages.shape
     num_kv_heads, head_dim = spec.options.num_kv_heads, spec.head_dim
+    dtype = kv_pages.dtype
+    kv_pages, pages = bits.gatherable(kv_pages, pages)
     if layout.packs_kv_in_row(head_dim):
         v_lane = layout.HALF_LANES
         k = kv_pages[pages, :, :num_kv_heads, :head_dim]
@@ -69,7 +71,7 @@ def _gather(
         k, v = layout.split_kv(kv_pages[pages], num_kv_heads, head_dim)
 
     def as_operand(x: jax.Array) -> jax.Array:
-        x = x.reshape(*is_key.shape, num_kv_heads, head_dim)
+        x = x.view(dtype).reshape(*is_key.shape, num_kv_heads, head_dim)
         # Selected and not multiplied by 0, because an unused slot may hold NaN.
         return jnp.where(is_key[..., None, None], x.astype(spec.dtype), 0)
 
