@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+from pallas_paged import dispatch
 from tests import jax_lines
 
 TESTS = pathlib.Path(jax_lines.__file__).parent
@@ -21,6 +22,12 @@ def test_every_function_is_there(file):
     body = ast.parse((TESTS / file).read_text()).body
     defined = {node.name for node in body if isinstance(node, ast.FunctionDef)}
     assert set(jax_lines.FUNCTIONS_ON_ANY_JAX[file]) < defined
+
+
+@pytest.mark.parametrize("file", jax_lines.CASES_ON_ANY_JAX)
+def test_every_case_is_there(file):
+    assert (TESTS / file).is_file()
+    assert set(jax_lines.CASES_ON_ANY_JAX[file]) < set(dispatch.BACKENDS)
 
 
 def test_the_cases_that_run_with_both_show_every_feature():

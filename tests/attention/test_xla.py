@@ -14,6 +14,7 @@ from pallas_paged import make_kv_pages
 from pallas_paged.attention import api
 from pallas_paged.attention.api import ragged_paged_attention, write_and_attend
 from pallas_paged.attention.xla import launch as xla
+from tests import jax_lines
 from tests.attention import test_tpu
 from tests.attention.cases import ABSURD, make_case, make_write, mismatch, run_oracle
 from tests.kv_write.cases import FAST_COMPILE
@@ -46,7 +47,10 @@ def small_blocks(monkeypatch):
     take_small_blocks(xla, monkeypatch)
 
 
-@pytest.mark.parametrize("setup", test_tpu.SETUPS, ids=lambda setup: setup.id)
+@pytest.mark.parametrize(
+    "setup",
+    jax_lines.runs(test_tpu.SETUPS, lambda setup: setup.features(), lambda setup: setup.id),
+)
 def test_it_is_the_oracle(setup):
     for batch, window in itertools.product(setup.batches, setup.windows or (None,)):
         case, options = setup.case(batch), setup.options(window)
