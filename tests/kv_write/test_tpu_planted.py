@@ -278,20 +278,20 @@ KERNEL_BUGS = {
     ),
     "copies_not_drained": (
         "tpu.page_copies",
-        "lax.while_loop(lambda copied: copied > 0, wait, copied)",
+        "lax.while_loop(lambda sent: sent > 0, wait, sent)",
         "pass",
         COPIES, "on_wait", "bytes",
     ),
     "copies_not_drained_seen_as_race": (
         "tpu.page_copies",
-        "lax.while_loop(lambda copied: copied > 0, wait, copied)",
+        "lax.while_loop(lambda sent: sent > 0, wait, sent)",
         "pass",
         COPIES, "eager", "race",
     ),
     "copy_to_an_unchecked_page": (
         "tpu.page_copies",
-        "& (dst.astype(jnp.uint32) < num_pages)",
-        "",
+        "is_live &= _is_page(dst, target)",
+        "pass",
         COPIES, "eager", "error",
     ),
 }  # fmt: skip
@@ -363,8 +363,8 @@ ORACLE_BUGS = {
     "fp8_not_saturated": ("jnp.clip(y, -largest, largest).astype", "y.astype", E4M3),
     "pool_zeroed": ("_bits(pool).at[index]", "jnp.zeros_like(_bits(pool)).at[index]", BF16),
     "copied_the_wrong_way": (
-        "pages = kv_pages[jnp.where(is_live, src_ids, 0)]",
-        "pages = kv_pages[jnp.where(is_live, dst_ids, 0)]",
+        "pages = as_bits(kv_pages)[jnp.where(is_live, src_ids, 0)]",
+        "pages = as_bits(kv_pages)[jnp.where(is_live, dst_ids, 0)]",
         COPIES,
     ),
 }
