@@ -102,5 +102,4 @@ def _merge(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
     parts = jnp.where(weights != 0, weights * outs.astype(jnp.float32), 0.0)
     divisor = jnp.where(total == 0, 1.0, total)
     out = jnp.sum(parts, axis=0) / divisor[..., None]
-    lse = jnp.where(total == 0, -jnp.inf, largest + jnp.log(divisor))
-    return out.astype(outs.dtype), lse
+    return out.astype(outs.dtype), largest + jnp.log(divisor)
