@@ -3,6 +3,7 @@
 
 from pallas_paged.attention.api import ragged_paged_attention, write_and_attend
 from pallas_paged.attention.gpu.launch import GpuAttentionConfig
+from pallas_paged.attention.merge import merge_attention_states
 from pallas_paged.attention.tpu.launch import TpuAttentionConfig
 from pallas_paged.convert import (
     from_separate_caches,
@@ -14,13 +15,13 @@ from pallas_paged.convert import (
 from pallas_paged.dispatch import BackendChoice, explain_backend
 from pallas_paged.kv_write.api import (
     WriteIndices,
-    copy_pages,
     page_write,
     slice_write,
     token_write,
     write_indices,
 )
 from pallas_paged.kv_write.gpu.launch import GpuWriteConfig
+from pallas_paged.kv_write.page_api import copy_pages, gather_pages, scatter_pages
 from pallas_paged.kv_write.tpu.launch import TpuWriteConfig
 from pallas_paged.layout import make_kv_pages
 from pallas_paged.validation.api import validate
@@ -38,11 +39,14 @@ __all__ = [
     "copy_pages",
     "explain_backend",
     "from_separate_caches",
+    "gather_pages",
     "make_kv_pages",
+    "merge_attention_states",
     "merge_kv",
     "page_table_from_flat",
     "page_write",
     "ragged_paged_attention",
+    "scatter_pages",
     "slice_write",
     "split_kv",
     "to_separate_caches",

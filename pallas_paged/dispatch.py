@@ -153,8 +153,8 @@ def explain_backend(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Backen
     Nothing is computed, traced or donated.
 
     Args:
-      op: `page_write`, `slice_write`, `token_write`, `copy_pages`, `ragged_paged_attention` or
-        `write_and_attend`.
+      op: `page_write`, `slice_write`, `token_write`, `copy_pages`, `gather_pages`, `scatter_pages`,
+        `ragged_paged_attention` or `write_and_attend`.
       args, kwargs: the arguments of the call. Of an array only the shape and the dtype are read, so
         that it may be a `jax.ShapeDtypeStruct`.
 

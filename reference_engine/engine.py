@@ -27,6 +27,7 @@ from reference_engine.batch import (
 from reference_engine.config import EngineConfig, ModelConfig
 from reference_engine.in_flight import InFlight, choose_tokens, read_extras
 from reference_engine.model import StepOptions, make_pool, run_step
+from reference_engine.moved_request import MovedRequest
 from reference_engine.one_thread import OneThread
 from reference_engine.outputs import Extra, Output, finished_requests, make_outputs
 from reference_engine.page_pool import PagePool
@@ -44,8 +45,8 @@ class Engine:
     """Serves prompts of token ids from one paged pool.
 
     One thread at a time may use it: a call while another thread is in a call is a RuntimeError, and
-    changes nothing. Threads may use it one after another. Callbacks may call everything but `step`
-    and `run`.
+    changes nothing. Threads may use it one after another. Callbacks may call everything but
+    `step`, `run`, `detach` and `attach`.
 
     Attributes:
       config: the limits and choices of the engine.
@@ -194,6 +195,75 @@ class Engine:
             self._recover()
             raise
 
+    def detach(self, request_id: int) -> MovedRequest | None:
+        """Takes a request out, with what is computed of it, so that another engine can go on.
+
+        The steps in flight are read first; the next `step` returns their tokens. No output of the
+        request is returned after that.
+
+        Returns:
+          The request; None if no such request is alive.
+
+        Raises:
+          RuntimeError: a callback called it.
+        """
+        with self.alone("Engine.detach"):
+            self._refuse_inside_a_step("detach")
+            while self._in_flight:
+                self._collect(self._in_flight[0])
+                self._take_aborts()
+                self._end_finished()
+            request = self.scheduler.get(request_id)
+            if request is None:
+                return None
+            moved = MovedRequest.of(request, self._kv_pages, self.model_config)
+            self.scheduler.abort(request_id)
+            return moved
+
+    def attach(self, moved: MovedRequest) -> int:
+        """Goes on with a request that another engine has computed so far, and returns its new id.
+
+        Its next tokens are those that the other engine would have computed, as far as both have the
+        same parameters. Both need the same model and page size.
+
+        Raises:
+          ValueError: the engine cannot go on with it; see MovedRequest.check and `add_request`.
+          RuntimeError: no page or place is free for it now; `step` first. Nothing is changed then.
+        """
+        prompt_ids = self.check_request(moved.prompt_ids, moved.params)
+        moved.check(self._kv_pages, self.model_config, self.config)
+        with self.alone("Engine.attach"):
+            self._refuse_inside_a_step("attach")
+            request = Request(
+                self._next_id,
+                prompt_ids,
+                moved.params,
+                output_ids=list(moved.output_ids),
+                stop_ids=moved.stop_ids,
+                seed=moved.seed,
+            )
+            if moved.num_computed == 0:
+                self.scheduler.add(request)
+            elif self.scheduler.adopt(request, moved.num_computed):
+                self._put_pages(moved, request)
+            else:
+                raise RuntimeError(
+                    f"Engine.attach: {self.scheduler.pool.num_free} pages are free and"
+                    f" {len(self.scheduler.running)} requests run, so there is no room for a"
+                    f" request of {request.num_tokens} tokens now; step until one has ended"
+                )
+            self._next_id += 1
+            return request.request_id
+
+    def _put_pages(self, moved: MovedRequest, request: Request) -> None:
+        try:
+            self._kv_pages = moved.put(self._kv_pages, request.page_ids, self.model_config)
+        except BaseException:
+            self.scheduler.abort(request.request_id)
+            if self._kv_pages.is_deleted():
+                self._recover()
+            raise
+
     def warm_up(self, on_shape: Callable[[BatchShape], None] | None = None) -> None:
         """Compiles every shape that a step can have, in multiple threads.
 
@@ -231,11 +301,7 @@ class Engine:
           RuntimeError: a callback called it.
         """
         with self.alone("Engine.step"):
-            if self._stepping.locked():
-                raise RuntimeError(
-                    "Engine.step: called inside of itself, by a callback; return from the callback"
-                    " first: it may call add_request and abort"
-                )
+            self._refuse_inside_a_step("step")
             with self._stepping:
                 self._is_computing = False
                 self._end_finished()  # those of a step that was interrupted
@@ -247,6 +313,13 @@ class Engine:
                 self._end_finished()
                 self._drop_unwanted()
             return self._hand_over()
+
+    def _refuse_inside_a_step(self, method: str) -> None:
+        if self._stepping.locked():
+            raise RuntimeError(
+                f"Engine.{method}: called inside of a step, by a callback; return from the callback"
+                " first: it may call add_request and abort"
+            )
 
     def _hand_over(self) -> list[Output]:
         outputs, self._outputs = self._outputs, []

@@ -122,9 +122,29 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Puts a new request at the end of the queue."""
+        self._enter(request)
+        self.waiting.append(request)
+
+    def adopt(self, request: Request, num_computed: int) -> bool:
+        """Lets a new request run at once, of which the first tokens are computed elsewhere.
+
+        Nothing is changed, and False is returned, if too few pages are free for all of its tokens,
+        or if as many requests run as may.
+        """
+        if len(self.running) >= self.config.max_num_seqs:
+            return False
+        num_pages = num_pages_for(request.num_tokens, self.config.page_size)
+        if (page_ids := self.pool.allocate(num_pages)) is None:
+            return False
+        self._enter(request)
+        request.page_ids.extend(page_ids)
+        request.num_computed = num_computed
+        self.running.append(request)
+        return True
+
+    def _enter(self, request: Request) -> None:
         request.max_length = min(request.num_prompt + request.max_tokens, self.config.max_model_len)
         self._requests[request.request_id] = request
-        self.waiting.append(request)
 
     def get(self, request_id: int) -> Request | None:
         """The live request with this id, None if there is none."""

@@ -145,7 +145,9 @@ CASES_ON_ANY_JAX = {
     "attention/test_hidden_values.py": ("mosaic_tpu", "xla"),
     "package/test_packed.py": ("oracle", "xla"),
 }
-# The generations that only the first run compiles for: the compiler, libtpu, is the same in both.
+# The files whose tests compile, by the generation in their names, and the generations that only the
+# first run compiles for: the compiler, libtpu, is the same in both.
+_COMPILED = ("test_compiled.py", "test_merge.py", "test_page_moves.py")
 _OTHER_GENERATIONS = ("v4", "v5e", "v5p", "tpu7x")
 
 
@@ -160,7 +162,7 @@ def is_on_any_jax(path: pathlib.Path, name: str) -> bool:
         file in FILES_ON_ANY_JAX
         or function in FUNCTIONS_ON_ANY_JAX.get(file, ())
         or any(part in case for part in CASES_ON_ANY_JAX.get(file, ()))
-        or (path.name == "test_compiled.py" and any(f"{x}-" in name for x in _OTHER_GENERATIONS))
+        or (path.name in _COMPILED and any(f"{x}-" in name for x in _OTHER_GENERATIONS))
     )
 
 

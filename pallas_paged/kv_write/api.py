@@ -10,36 +10,26 @@ The way of a call: the public op checks its arguments and chooses the backend, i
 the backend's function of the same name, and that launches the kernel.
 """
 
-import functools
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_paged import checks, dispatch, forms, settings, transforms
+from pallas_paged import checks, dispatch, forms
 from pallas_paged.dispatch import Backend
-from pallas_paged.kv_write import oracle
-from pallas_paged.kv_write.gpu import launch as mosaic_gpu
+from pallas_paged.kv_write.calls import (
+    BACKENDS,
+    Config,
+    in_place,
+    plan,
+    refuse,
+    require_config,
+    require_same_form,
+)
 from pallas_paged.kv_write.indices import WriteIndices, write_indices
 from pallas_paged.kv_write.options import WriteOptions, WriteScales
-from pallas_paged.kv_write.tpu import launch as mosaic_tpu
 
-__all__ = [
-    "WriteIndices",
-    "copy_pages",
-    "page_write",
-    "slice_write",
-    "token_write",
-    "write_indices",
-]
-
-Config = mosaic_tpu.TpuWriteConfig | mosaic_gpu.GpuWriteConfig
-_KERNELS: dict[str, ModuleType] = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
-# XLA's scatter, by which the oracle says what a write means, is also the best that XLA does.
-_BACKENDS: dict[str, ModuleType] = {"oracle": oracle, "xla": oracle, **_KERNELS}
-_CONFIGS = {"mosaic_tpu": mosaic_tpu.TpuWriteConfig, "mosaic_gpu": mosaic_gpu.GpuWriteConfig}
+__all__ = ["WriteIndices", "page_write", "slice_write", "token_write", "write_indices"]
 
 
 def page_write(
@@ -106,7 +96,7 @@ def page_write(
     forms.require_rows(op, kv_pages, heads, head_dim)
     checks.require_int32(op, "page_ids", page_ids, 1, "[n]")
     if token_starts is not None:
-        _require_same_form(op, "token_starts", token_starts, "page_ids", page_ids)
+        require_same_form(op, "token_starts", token_starts, "page_ids", page_ids)
     options = _options(op, backend, config, pool, k, heads, head_dim)
     k, v = _unpacked(k, v, options)
     return _page_write(kv_pages, k, v, page_ids, token_starts, WriteScales(*scales), options)
@@ -224,64 +214,6 @@ def token_write(
     return _token_write(kv_pages, k, v, slots, WriteScales(*scales), options)
 
 
-def copy_pages(
-    kv_pages: jax.Array,
-    src_ids: jax.Array,
-    dst_ids: jax.Array,
-    *,
-    config: Config | None = None,
-    backend: Backend = "auto",
-) -> jax.Array:
-    """Copies pages inside the pool: page `dst_ids[i]` gets the content of page `src_ids[i]`.
-
-    An engine copies a page that two sequences share before one of them writes it (copy on write).
-
-    Args:
-      kv_pages: the pool, as in `page_write`; donated.
-      src_ids, dst_ids: int32[n]. A pair of which either id lies outside the pool is skipped. The
-        order of the copies is undefined, so no page may be written twice, nor both read and
-        written; `validate` refuses such calls.
-      config: a Config of the backend that runs. A copy only reads its `block_tokens`, the most
-        tokens of a page that it moves at once. None lets the backend choose.
-      backend: as in `page_write`.
-
-    Returns:
-      The pool, in the form in which it came.
-
-    Raises:
-      ValueError: an argument has the wrong form; the message says which and what was wanted.
-      NotImplementedError: the named backend cannot run this call; the message says why.
-
-    >>> import jax.numpy as jnp
-    >>> from pallas_paged import copy_pages
-    >>> pool = jnp.arange(3.0).reshape(3, 1, 1, 1) * jnp.ones((3, 1, 2, 128))
-    >>> copy_pages(pool, jnp.array([2], jnp.int32), jnp.array([0], jnp.int32))[:, 0, 0, 0].tolist()
-    [2.0, 1.0, 2.0]
-    """
-    op = "copy_pages"
-    pool = forms.pool_in_rows(op, kv_pages)
-    checks.require_pool(op, pool)
-    checks.require_int32(op, "src_ids", src_ids, 1, "[n]")
-    _require_same_form(op, "dst_ids", dst_ids, "src_ids", src_ids)
-    chosen, _ = dispatch.choose(
-        op, backend, lambda name: _plan(name, lambda x: x.unsupported_pool(pool))
-    )
-    _require_config(op, config, chosen)
-    return _copy_pages(kv_pages, src_ids, dst_ids, WriteOptions(chosen, backend == "auto", config))
-
-
-def _require_same_form(op: str, argument: str, x: Any, other_argument: str, other: Any) -> None:
-    checks.require_int32(op, argument, x, 1, "[n]")
-    checks.require(
-        x.shape == other.shape,
-        op,
-        argument,
-        got=checks.describe(x),
-        wanted=f"{checks.describe(other)}, as {other_argument}",
-        hint="the two are read in pairs",
-    )
-
-
 def _unpacked(
     k: jax.Array, v: jax.Array | None, options: WriteOptions
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -305,44 +237,16 @@ def _options(
     chosen, _ = dispatch.choose(
         op,
         backend,
-        lambda name: _plan(name, lambda x: x.unsupported(kv_pages, k, num_kv_heads, head_dim)),
+        lambda name: plan(name, lambda x: x.unsupported(kv_pages, k, num_kv_heads, head_dim)),
     )
-    _require_config(op, config, chosen)
+    require_config(op, config, chosen)
     return WriteOptions(chosen, backend == "auto", config, num_kv_heads)
 
 
-def _plan(name: str, refusal_of: Callable[[ModuleType], str | None]) -> dispatch.Plan:
-    """Whether a backend runs a write; those without kernels run every write."""
-    return dispatch.Plan(refusal=refusal_of(_KERNELS[name]) if name in _KERNELS else None)
+# The jitted halves; see calls.in_place.
 
 
-def _require_config(op: str, config: Any, backend: str) -> None:
-    """Refuses a Config of another backend than the one that runs; the oracle takes any."""
-    configs = (_CONFIGS[backend],) if backend in _CONFIGS else tuple(_CONFIGS.values())
-    checks.require(
-        config is None or isinstance(config, configs),
-        op,
-        "config",
-        got=checks.describe(config),
-        wanted="None or the block sizes of a write",
-        hint="pass a " + " or a ".join(f"pallas_paged.{c.__name__}" for c in configs),
-    )
-
-
-# The jitted halves. Only the pool is donated. The options are static, so that a call is compiled
-# anew for each value of them; jax's own settings change nothing about it.
-
-
-def _jit(half: Any) -> Any:
-    @functools.wraps(half)
-    def in_rows(kv_pages: jax.Array, *args: Any) -> jax.Array:
-        return forms.split_rows(half(forms.merge_rows(kv_pages), *args), kv_pages)
-
-    jitted = jax.jit(in_rows, static_argnames="options", donate_argnames="kv_pages")
-    return settings.independent()(jitted)
-
-
-@_jit
+@in_place
 def _page_write(
     kv_pages: jax.Array,
     k: jax.Array,
@@ -352,11 +256,11 @@ def _page_write(
     scales: WriteScales,
     options: WriteOptions,
 ) -> jax.Array:
-    arrays = _refuse("page_write", options, kv_pages, k, v, page_ids, token_starts, scales)
-    return _BACKENDS[options.backend].page_write(*arrays, options)
+    arrays = refuse("page_write", options, kv_pages, k, v, page_ids, token_starts, scales)
+    return BACKENDS[options.backend].page_write(*arrays, options)
 
 
-@_jit
+@in_place
 def _slice_write(
     kv_pages: jax.Array,
     k: jax.Array,
@@ -366,11 +270,11 @@ def _slice_write(
     scales: WriteScales,
     options: WriteOptions,
 ) -> jax.Array:
-    arrays = _refuse("slice_write", options, kv_pages, k, v, slices, num_slices, scales)
-    return _BACKENDS[options.backend].slice_write(*arrays, options)
+    arrays = refuse("slice_write", options, kv_pages, k, v, slices, num_slices, scales)
+    return BACKENDS[options.backend].slice_write(*arrays, options)
 
 
-@_jit
+@in_place
 def _token_write(
     kv_pages: jax.Array,
     k: jax.Array,
@@ -379,19 +283,5 @@ def _token_write(
     scales: WriteScales,
     options: WriteOptions,
 ) -> jax.Array:
-    arrays = _refuse("token_write", options, kv_pages, k, v, slots, scales)
-    return _BACKENDS[options.backend].token_write(*arrays, options)
-
-
-@_jit
-def _copy_pages(
-    kv_pages: jax.Array, src_ids: jax.Array, dst_ids: jax.Array, options: WriteOptions
-) -> jax.Array:
-    arrays = _refuse("copy_pages", options, kv_pages, src_ids, dst_ids)
-    return _BACKENDS[options.backend].copy_pages(*arrays, options)
-
-
-def _refuse(op: str, options: WriteOptions, *arrays: Any) -> tuple[Any, ...]:
-    """The arrays as they are; gradients, vmap and a lowering for another platform are refused."""
-    kv_pages, *rest = transforms.refuse_transforms(op, arrays)
-    return dispatch.require_lowering(op, options.backend, options.is_auto, kv_pages), *rest
+    arrays = refuse("token_write", options, kv_pages, k, v, slots, scales)
+    return BACKENDS[options.backend].token_write(*arrays, options)

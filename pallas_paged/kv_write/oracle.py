@@ -200,3 +200,25 @@ def copy_pages(
     is_live = (src_ids >= 0) & (src_ids < num_pages) & (dst_ids >= 0) & (dst_ids < num_pages)
     pages = as_bits(kv_pages)[jnp.where(is_live, src_ids, 0)]
     return _set(kv_pages, jnp.where(is_live, dst_ids, num_pages), pages)
+
+
+def gather_pages(kv_pages: jax.Array, page_ids: jax.Array, options: WriteOptions) -> jax.Array:
+    """[n, page_size, R, C]: page `page_ids[i]`, or zeros; see page_api.gather_pages."""
+    del options
+    if page_ids.shape[0] == 0:
+        return jnp.zeros((0, *kv_pages.shape[1:]), kv_pages.dtype)
+    is_live = (page_ids >= 0) & (page_ids < kv_pages.shape[0])
+    pages = as_bits(kv_pages)[jnp.where(is_live, page_ids, 0)]
+    return jnp.where(is_live[:, None, None, None], pages, 0).view(kv_pages.dtype)
+
+
+def scatter_pages(
+    kv_pages: jax.Array, page_ids: jax.Array, pages: jax.Array, options: WriteOptions
+) -> jax.Array:
+    """Page `page_ids[i]` becomes `pages[i]`; see page_api.scatter_pages."""
+    del options
+    if page_ids.shape[0] == 0:
+        return kv_pages
+    num_pages = kv_pages.shape[0]
+    is_page = (page_ids >= 0) & (page_ids < num_pages)
+    return _set(kv_pages, jnp.where(is_page, page_ids, num_pages), as_bits(pages))

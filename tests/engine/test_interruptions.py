@@ -277,7 +277,7 @@ def test_a_step_inside_a_step_is_refused(name):
     jobs[engine.add_request([5, 2], SamplingParams(6))] = ([5, 2], 6)
     while not engine.step():
         pass
-    with pytest.raises(RuntimeError, match="Engine.step: called inside of itself, by a callback"):
+    with pytest.raises(RuntimeError, match="Engine.step: called inside of a step, by a callback"):
         engine.step()
     engine._on_finish = None
     got = engine.run()

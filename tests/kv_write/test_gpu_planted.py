@@ -134,17 +134,17 @@ BUGS = {
     "v_scaled_as_k": ("kernel", "scales[kind][head]", "scales[0][head]", INT8, "bytes"),
     "copied_the_wrong_way": (
         "page_copies",
-        "for ids in (src_ids, dst_ids))",
-        "for ids in (dst_ids, src_ids))",
+        "ends.get(op, (page_ids[0], page_ids[-1]))",
+        "ends.get(op, (page_ids[-1], page_ids[0]))",
         COPIES,
         "race",
     ),
     "copied_from_nowhere": (
         "page_copies",
-        "(src >= 0) & (src < num_pages)",
-        "(src < num_pages)",
+        "(page_id >= 0) & (page_id < num_pages)",
+        "(page_id < num_pages)",
         COPIES,
-        "bytes",
+        "error",
     ),
     "int8_truncated": (
         "quantize",

@@ -207,7 +207,7 @@ STEPS = [
 def test_several_grid_steps(case, mode, monkeypatch):
     """More entries than are in SMEM at a time."""
     monkeypatch.setattr(mosaic_tpu, "ELEMENTS_PER_STEP", 16)
-    monkeypatch.setattr(page_copies, "_PAIRS_PER_STEP", 16)
+    monkeypatch.setattr(page_copies, "_ENTRIES_PER_STEP", 16)
     jax.clear_caches()  # what other tests compiled with one step, and below what this one did
     call = make(case)
     result = interpret(lambda: call.run("mosaic_tpu"), mode)

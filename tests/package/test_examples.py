@@ -18,6 +18,7 @@ VERDICTS = {
     "attention_layer": "agree with plain attention over whole sequences",
     "serve_checkpoint": "gave the same text as in the batch",
     "shard_over_heads": "devices computed what one computes, without a collective",
+    "spread_a_long_context": "devices computed what one computes, each from a quarter of the pages",
     "write_a_batch": "wrote the same pool, bit for bit",
 }
 

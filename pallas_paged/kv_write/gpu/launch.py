@@ -9,8 +9,10 @@ __all__ = [
     "GpuWriteConfig",
     "copy_pages",
     "default_config",
+    "gather_pages",
     "page_write",
     "plan",
+    "scatter_pages",
     "slice_write",
     "token_write",
     "unsupported",
@@ -30,7 +32,13 @@ from pallas_paged import dispatch, layout
 from pallas_paged.kv_write import oracle
 from pallas_paged.kv_write.gpu.block_tokens import FindTokens, of_pages, of_slices, of_tokens
 from pallas_paged.kv_write.gpu.kernel import kernel
-from pallas_paged.kv_write.gpu.page_copies import BLOCK_BYTES, COMPILER_PARAMS, copy_pages
+from pallas_paged.kv_write.gpu.page_copies import (
+    BLOCK_BYTES,
+    COMPILER_PARAMS,
+    copy_pages,
+    gather_pages,
+    scatter_pages,
+)
 from pallas_paged.kv_write.gpu.spec import KernelSpec
 from pallas_paged.kv_write.options import WriteOptions, WriteScales
 from pallas_paged.unfused import unfused
@@ -45,7 +53,7 @@ class GpuWriteConfig:
 
     Attributes:
       block_tokens: tokens that a thread block brings in and sends, at most. There are fewer where
-        they would not fit its shared memory, or where pages are shorter. For `copy_pages`: tokens
+        they would not fit its shared memory, or where pages are shorter. For moves of pages: tokens
         of a page that a thread block copies, with the same limit of bytes.
       fetch_first: whether a thread block fetches k and v before it knows if they are wanted, where
         it knows which they are. That saves one latency of the memory, and costs traffic in batches

@@ -11,8 +11,10 @@ __all__ = [
     "TpuWriteConfig",
     "copy_pages",
     "default_config",
+    "gather_pages",
     "page_write",
     "plan",
+    "scatter_pages",
     "slice_write",
     "token_write",
     "unsupported",
@@ -33,7 +35,7 @@ from pallas_paged.kv_write.options import WriteOptions, WriteScales
 from pallas_paged.kv_write.tpu.entries import Entries, Operands, of_pages, of_slices, prepare
 from pallas_paged.kv_write.tpu.interleave import Slots, scratch_shape, tiling
 from pallas_paged.kv_write.tpu.kernel import kernel
-from pallas_paged.kv_write.tpu.page_copies import copy_pages
+from pallas_paged.kv_write.tpu.page_copies import copy_pages, gather_pages, scatter_pages
 from pallas_paged.kv_write.tpu.spec import NUM_STAGES, KernelSpec, chunks_per_group
 
 # A quarter of the smallest VMEM among the generations (v4: 16 MiB), so that a caller's own kernels
@@ -57,8 +59,8 @@ class TpuWriteConfig:
 
     Attributes:
       block_tokens: tokens of the batch that one pipeline stage in VMEM has room for, a multiple of
-        16. There are two stages, each of k, v and pool slots. For `copy_pages`: the most tokens of
-        a page that one DMA moves.
+        16. There are two stages, each of k, v and pool slots. For moves of pages: the most tokens
+        of a page that one DMA moves.
       transpose_packed: whether bfloat16 k and v of the form [T, K*H] are transposed from heads to
         slots as packed pairs of tokens, and not as float32. That is shorter on tpu7x, where a
         packed tile is one register; elsewhere the change of layout costs more than it saves.
