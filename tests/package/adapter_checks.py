@@ -283,7 +283,23 @@ TPU_INFERENCE = (["tpu-inference"], stand_ins.make_tpu_inference)
 SGLANG = (["sglang-jax"], stand_ins.make_sglang)
 EJKERNEL = (["EasyDeL and ejkernel"], stand_ins.make_ejkernel)
 LEVANTER = (["Levanter"], stand_ins.make_levanter)
+
+
+def check_torch_xla(names, modules):
+    b = make_batch(num_heads=4)
+    arrays = map(jnp.asarray, (b.q, b.after, b.kv_lens, b.table, b.cu_q_lens))
+    arrays = [*arrays, jnp.array([b.num_seqs], jnp.int32)]
+    arrays = [stand_ins.TorchTensor(x) for x in arrays]
+    options = {"sm_scale": 0.1, "sliding_window": 6, "soft_cap": 5.0, "mask_value": -1e30}
+    for _ in range(2):
+        found = names["ragged_paged_attention"](*arrays, **options, num_queries_per_block=8)
+        b.expect(found.array, sm_scale=0.1, window=6, cap=5.0)
+    assert len(modules["torch_xla.core.xla_builder"].traced) == 1
+    b.expect(names["ragged_paged_attention"](*arrays).array, sm_scale=1.0)
+
+
 JAX = (["jax's own op"], dict)
+TORCH_XLA = (["torch_xla"], stand_ins.make_torch_xla)
 MAXTEXT = (["tpu-inference", "MaxText"], stand_ins.make_tpu_inference)
 PROJECTS = {
     check_jax: JAX,
@@ -296,4 +312,5 @@ PROJECTS = {
     check_sglang_fp8: SGLANG,
     check_ejkernel_v2: EJKERNEL,
     check_ejkernel_v3: EJKERNEL,
+    check_torch_xla: TORCH_XLA,
 }

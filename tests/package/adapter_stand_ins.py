@@ -7,8 +7,10 @@ Each `make_*` returns modules by name. The functions that an adapter replaces ra
 import dataclasses
 import enum
 import types
+import weakref
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 
@@ -213,6 +215,46 @@ def make_sglang():
             "ragged_paged_attention_v3": sglang_attention
         }
     )
+
+
+# torch_xla
+
+
+def torch_xla_op(
+    q,
+    kv_pages,
+    kv_lens,
+    page_indices,
+    cu_q_lens,
+    num_seqs,
+    sm_scale=1.0,
+    sliding_window=None,
+    soft_cap=None,
+    mask_value=None,
+    use_kernel=True,
+    num_kv_pages_per_block=None,
+    num_queries_per_block=None,
+    vmem_limit_bytes=None,
+):
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchTensor:
+    """No array of jax: only `call_jax` makes one of it."""
+
+    array: Any
+
+
+def make_torch_xla():
+    traced = weakref.WeakKeyDictionary()  # as torch_xla's cache: by function, weakly
+
+    def call_jax(jax_func, args, kwargs=None, name=None):
+        assert not kwargs and all(isinstance(x, TorchTensor) for x in args)
+        jitted = traced.setdefault(jax_func, jax.jit(jax_func))
+        return TorchTensor(jitted(*(x.array for x in args)))
+
+    return _modules(torch_xla__core__xla_builder={"call_jax": call_jax, "traced": traced})
 
 
 # ejkernel

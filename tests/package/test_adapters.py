@@ -64,6 +64,9 @@ PLANTED = [
     (checks.check_ejkernel_v3, ("distribution[2:]", "distribution[1:2]")),
     (checks.check_ejkernel_v3, ("sm_scale=softmax_scale", "sm_scale=softmax_scale * q_scale")),
     (checks.check_ejkernel_v3, ("sinks=softmax_aux", "sinks=None")),
+    (checks.check_torch_xla, ("@functools.cache\n", "")),
+    (checks.check_torch_xla, ("sliding_window=sliding_window", "sliding_window=None")),
+    (checks.check_torch_xla, ("_attention(sm_scale, ", "_attention(1.0, ")),
 ]
 
 
@@ -83,6 +86,7 @@ SIGNATURES = [
     (checks.SGLANG, "ragged_paged_attention_v3", stand_ins.sglang_attention),
     (checks.EJKERNEL, "ragged_page_attention_v2", stand_ins.ejkernel_v2),
     (checks.EJKERNEL, "ragged_page_attention_v3", stand_ins.ejkernel_v3),
+    (checks.TORCH_XLA, "ragged_paged_attention", stand_ins.torch_xla_op),
 ]
 
 
