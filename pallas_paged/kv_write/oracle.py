@@ -8,6 +8,7 @@ is clamped.
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from pallas_paged import dispatch, layout
 from pallas_paged.bits import as_bits
@@ -57,7 +58,7 @@ def _set(pool: jax.Array, index: jax.Array, bits: jax.Array) -> jax.Array:
     if pool.dtype != bits.dtype and dispatch.platform() == "cpu":
         if pool.dtype.itemsize == 2 and _SCATTERS_16_BITS:
             bits = bits.view(pool.dtype)
-        elif _FUSES_VIEWS:
+        elif _FUSES_VIEWS and not _is_in_explicit_mesh(pool, index, bits):
             return _set_one_by_one(pool, index, bits)
     if index.size == 1:
         # XLA makes a lone index a slice of the pool that it reads first, and then copies the whole
@@ -73,6 +74,12 @@ def _set(pool: jax.Array, index: jax.Array, bits: jax.Array) -> jax.Array:
 # place, which takes 0.5 ms for 8 pages.
 _SCATTERS_16_BITS = jax.__version_info__ >= (0, 12)
 _FUSES_VIEWS = jax.__version_info__ < (0, 11)
+
+
+def _is_in_explicit_mesh(*arrays: jax.Array) -> bool:
+    """Whether an array's type has a sharding, which an update of a slice must share; no scatter."""
+    meshes = [jax.typeof(x).sharding.mesh for x in arrays]
+    return any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
 
 
 def _set_one_by_one(pool: jax.Array, index: jax.Array, bits: jax.Array) -> jax.Array:
