@@ -83,6 +83,10 @@ def ops(backend: str) -> dict[str, tuple[tuple[str, ...], Callable[..., Any]]]:
     def packed(qkv, kv_pages, metadata):
         return write_and_attend(qkv, None, None, kv_pages, metadata)
 
+    def move(kv_pages, src_ids, dst_ids):
+        pages = pp.gather_pages(kv_pages, src_ids, backend=backend)
+        return pp.scatter_pages(kv_pages, dst_ids, pages, backend=backend)
+
     new = ("kv_pages", "k", "v")
     batch = ("q", "kv_pages", "metadata")
     return {
@@ -100,6 +104,7 @@ def ops(backend: str) -> dict[str, tuple[tuple[str, ...], Callable[..., Any]]]:
             ("kv_pages", "src_ids", "dst_ids"),
             functools.partial(pp.copy_pages, backend=backend),
         ),
+        "gather_and_scatter": (("kv_pages", "src_ids", "dst_ids"), move),
     }
 
 

@@ -19,6 +19,8 @@ CALLS = {
     "slice_write": (POOL, NEW, NEW, Struct((3, 2), jnp.int32), Struct((1,), jnp.int32)),
     "token_write": (POOL, NEW, NEW, Struct((8,), jnp.int32)),
     "copy_pages": (POOL, Struct((1,), jnp.int32), Struct((1,), jnp.int32)),
+    "gather_pages": (POOL, Struct((2,), jnp.int32)),
+    "scatter_pages": (POOL, Struct((2,), jnp.int32), Struct((2, 8, 2, 128), jnp.bfloat16)),
     "ragged_paged_attention": (NEW, POOL, *BATCH),
     "write_and_attend": (NEW, NEW, NEW, POOL, *BATCH),
 }

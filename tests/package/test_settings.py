@@ -133,6 +133,7 @@ def _arrays() -> dict[str, Any]:
         "cu_q_lens": ids(0, 9, 20, 20), "num_seqs": ids(2),
         "page_ids": ids(6, -1), "token_starts": ids(3, 0), "slots": jnp.arange(T, dtype=jnp.int32),
         "slices": ids([3, 16], [0, 7], [4, 8]), "num_slices": ids(2), "src": ids(1), "dst": ids(7),
+        "pages": new(2, PAGE_SIZE, 2, H), "lse": new(T, HEADS).astype(jnp.float32),
         "scale": jnp.full(KV_HEADS, 0.5, jnp.float32), "sinks": jnp.zeros(HEADS, jnp.float32),
     }  # fmt: skip
 
@@ -154,6 +155,11 @@ OPS = {
         x["pool"], x["k"].reshape(T, -1), x["v"].reshape(T, -1), x["slots"],
         num_kv_heads=KV_HEADS, backend=b),
     "copy_pages": lambda x, b: pallas_paged.copy_pages(x["pool"], x["src"], x["dst"], backend=b),
+    "gather_pages": lambda x, b: pallas_paged.gather_pages(x["pool"], x["page_ids"], backend=b),
+    "scatter_pages": lambda x, b: pallas_paged.scatter_pages(
+        x["pool"], x["page_ids"], x["pages"], backend=b),
+    "merge_attention_states": lambda x, b: pallas_paged.merge_attention_states(
+        [x["q"], -x["q"]], [x["lse"], -x["lse"]]),
     "attention": lambda x, b: pallas_paged.ragged_paged_attention(
         x["q"], x["pool"], *_batch(x), sm_scale=0.1, num_kv_heads=KV_HEADS, backend=b),
     "attention with all": lambda x, b: pallas_paged.ragged_paged_attention(
