@@ -365,6 +365,7 @@ ENTRY %main (a: f32[4]) -> (f32[4], f32[8]) {
   %fusion.1 = f32[4]{0:T(128)} fusion(%a), kind=kLoop, calls=%fused
   %fusion.2 = (f32[4]{0}, f32[8]{0:T(8)(2,1)}) fusion(%fusion.1), kind=kLoop, calls=%fused
   %kernel = bf16[2,2]{1,0} custom-call(%fusion.1), custom_call_target="tpu_custom_call"
+  %name = f32[8]{0} custom-call(%a, %a), custom_call_target="ConcatBitcast"
   ROOT %copy.3 = f32[4]{0} copy(%fusion.1)
 }
 """
