@@ -199,7 +199,7 @@ class Engine:
         """Takes a request out, with what is computed of it, so that another engine can go on.
 
         The steps in flight are read first; the next `step` returns their tokens. No output of the
-        request is returned after that.
+        request is returned after that, so that an LLM must not serve it: its stream would not end.
 
         Returns:
           The request; None if no such request is alive.

@@ -77,7 +77,10 @@ _FUSES_VIEWS = jax.__version_info__ < (0, 11)
 
 
 def _is_in_explicit_mesh(*arrays: jax.Array) -> bool:
-    """Whether an array's type has a sharding, which an update of a slice must share; no scatter."""
+    """Whether jax checks the shardings of these arrays while it traces.
+
+    Then an update must have the sharding of the slice that it updates; a scatter takes any.
+    """
     meshes = [jax.typeof(x).sharding.mesh for x in arrays]
     return any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
 

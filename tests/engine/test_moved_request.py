@@ -182,6 +182,36 @@ def test_where_there_is_no_room_nothing_changes():
     assert run_to_the_end(small, small.attach(moved))
 
 
+@pytest.mark.parametrize("loses_pool", [False, True])
+def test_an_error_on_the_way_in_leaves_the_others(loses_pool, monkeypatch):
+    first, second, undisturbed = make_engine(), make_engine(), make_engine()
+    request_id = first.add_request(PROMPT, GREEDY)
+    for _ in range(7):
+        first.step()
+    moved = first.detach(request_id)
+    second.step()
+    num_free = second.scheduler.pool.num_free
+
+    def put(self, kv_pages, page_ids, model):
+        if loses_pool:
+            kv_pages.delete()
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(moved_request.MovedRequest, "put", put)
+        with pytest.raises(MemoryError):
+            second.attach(moved)
+    assert len(second.scheduler.running) + len(second.scheduler.waiting) == 1
+    assert loses_pool or second.scheduler.pool.num_free == num_free
+    new_id = second.attach(moved)
+    outputs = []
+    while second.has_work:
+        outputs += second.step()
+    tokens = [*moved.output_ids, *tokens_of(outputs, new_id)]
+    assert tokens == unmoved(GREEDY)
+    assert tokens_of(outputs, 0) == undisturbed.run()[0]
+
+
 @pytest.mark.parametrize(
     ("fields", "model", "sentence"),
     [

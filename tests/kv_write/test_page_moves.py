@@ -207,34 +207,50 @@ def test_pages_rest_in_host_memory():
     same(np.asarray(moved)[[0, 10, 4]], pool[[3, 1, 7]])
 
 
+def arguments_of(op):
+    arguments = {"kv_pages": jnp.ones((5, 4, 4, 128)), "page_ids": jnp.zeros(2, jnp.int32)}
+    return arguments if op == "gather_pages" else arguments | {"pages": jnp.ones((2, 4, 4, 128))}
+
+
+MISTAKES = [
+    ({"page_ids": jnp.ones((2, 2), jnp.int32)}, "argument `page_ids` is int32"),
+    ({"page_ids": jnp.ones(2)}, "argument `page_ids` is float32"),
+    ({"kv_pages": jnp.ones((2, 4))}, "argument `kv_pages`"),
+    ({"config": pallas_paged.GpuAttentionConfig}, "argument `config`"),
+    ({"backend": "cuda"}, "backend is 'cuda'"),
+    ({"pages": jnp.ones((3, 4, 4, 128))}, r"wanted float32\[2,4,4,128\]"),
+    ({"pages": jnp.ones((2, 4, 4, 128), jnp.bfloat16)}, r"wanted float32\[2,4,4,128\]"),
+    ({"pages": [1]}, "argument `pages`"),
+]
+
+
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("op", "change", "sentence"),
     [
-        ({"page_ids": jnp.ones((2, 2), jnp.int32)}, "argument `page_ids` is int32"),
-        ({"page_ids": jnp.ones(2)}, "argument `page_ids` is float32"),
-        ({"pages": jnp.ones((3, 4, 4, 128))}, r"wanted float32\[2,4,4,128\]"),
-        ({"pages": jnp.ones((2, 4, 4, 128), jnp.bfloat16)}, r"wanted float32\[2,4,4,128\]"),
-        ({"pages": [1]}, "argument `pages`"),
-        ({"kv_pages": jnp.ones((2, 4))}, "argument `kv_pages`"),
-        ({"config": pallas_paged.GpuAttentionConfig}, "argument `config`"),
-        ({"backend": "cuda"}, "backend is 'cuda'"),
+        (op, *mistake)
+        for op in OPS
+        for mistake in MISTAKES
+        if op == "scatter_pages" or "pages" not in mistake[0]
     ],
-    ids=str,
 )
-@pytest.mark.parametrize("op", OPS)
 def test_mistakes_are_sentences(op, change, sentence):
-    arguments = {
-        "kv_pages": jnp.ones((5, 4, 4, 128)),
-        "page_ids": jnp.zeros(2, jnp.int32),
-        "pages": jnp.ones((2, 4, 4, 128)),
-    }
-    arguments |= change
-    if op == "gather_pages":
-        arguments.pop("pages")
-        if "pages" in change:
-            return
     with pytest.raises(ValueError, match=sentence):
-        getattr(pallas_paged, op)(**arguments)
+        getattr(pallas_paged, op)(**arguments_of(op) | change)
+
+
+@pytest.mark.parametrize("backend", ["oracle", "mosaic_tpu"])
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op in OPS for name in arguments_of(op)])
+def test_gradients_and_vmap_are_refused_by_every_argument(op, name, backend):
+    arguments = arguments_of(op)
+
+    def loss(x):
+        return getattr(pallas_paged, op)(**arguments | {name: x}, backend=backend).sum()
+
+    with pytest.raises(NotImplementedError, match=f"^{op}: vmap is not supported"):
+        jax.vmap(loss)(jnp.stack([arguments[name]] * 2))
+    if name != "page_ids":
+        with pytest.raises(NotImplementedError, match=f"^{op}: .*gradient"):
+            jax.grad(loss)(arguments[name])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])

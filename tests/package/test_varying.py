@@ -22,6 +22,8 @@ OPS = {
     "slice_write": (*WRITE, "slices", "num_slices"),
     "token_write": (*WRITE, "slots"),
     "copy_pages": ("kv_pages", "src_ids", "dst_ids"),
+    "gather_pages": ("kv_pages", "page_ids"),
+    "scatter_pages": ("kv_pages", "page_ids", "pages"),
 }
 
 
@@ -55,6 +57,7 @@ def _arguments():
         "slices": ids([[0, 9], [0, 1], [1, 2]], [[5, 9], [2, 1], [1, 2]]),
         "num_slices": ids([2], [1]),
         "slots": ids([0, 1, 2, 9], [3, 1, 8, -1]),
+        "pages": new(1, 8, 4, H).astype(jnp.float8_e4m3fn),
         "src_ids": ids([0], [1]),
         "dst_ids": ids([3], [2]),
     }
@@ -64,7 +67,7 @@ def _arguments():
 def test_one_argument_that_varies(op):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     names = OPS[op]
-    num_kv_heads = {} if op == "copy_pages" else {"num_kv_heads": K}
+    num_kv_heads = {} if op.endswith("_pages") else {"num_kv_heads": K}
     # A page takes eight tokens.
     if op == "page_write":
         arguments = _arguments() | {n: jnp.tile(_arguments()[n], (1, 2, 1, 1)) for n in "kv"}
